@@ -1,0 +1,261 @@
+"""Checkpoints: atomic writes, reads that never execute code, plain per-peer files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+RUN_FORMAT = 1
+WEIGHT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model", "weights", "module")
+_RUN_FILE = re.compile(r"run-(\d{5})-(\d{8})\.pt")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, broken, unsafe or of another model; says which and what to do."""
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part of it.
+
+    Args:
+        path: Where the file shall be; its folder is made.
+        write: Called with a temporary path in the same folder.
+
+    Raises:
+        OSError: Disk full or read-only folder; the old file stays as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_run(folder: Path, state: Mapping[str, Any], epoch: int, batch: int, keep: int) -> Path:
+    """Write one resumable run file and prune all but the newest ones.
+
+    Args:
+        folder: Where run files live.
+        state: Tensors and plain Python containers only, so that reading needs no code.
+        epoch: Epochs finished.
+        batch: Batches finished in the running epoch.
+        keep: How many run files stay, >= 1.
+
+    Returns:
+        The file's path, ``run-EPOCH-BATCH.pt``.
+    """
+    path = folder / f"run-{epoch:05d}-{batch:08d}.pt"
+    atomic_write(path, lambda to: torch.save({"format": RUN_FORMAT, **state}, to))
+    for old in list_runs(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """List a folder's run files, oldest first by epoch and batch."""
+    return sorted(path for path in folder.glob("run-*.pt") if _RUN_FILE.fullmatch(path.name))
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """Read a run file, or the newest one of a folder.
+
+    Raises:
+        CheckpointError: No such file, not a run file, or of a newer format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        runs = list_runs(path)
+        if not runs:
+            raise CheckpointError(
+                f"{path}: no run file (run-*.pt) in this folder; nothing to resume"
+            )
+        path = runs[-1]
+    state = read_file(path)
+    if "format" not in state or "peers" not in state:
+        raise CheckpointError(
+            f"{path}: not a run file of this project; to start from plain weights, give it as a "
+            "peer's checkpoint"
+        )
+    if state["format"] > RUN_FORMAT:
+        raise CheckpointError(
+            f"{path}: run file of format {state['format']}, this version reads up to {RUN_FORMAT}; "
+            "update the package"
+        )
+    return state
+
+
+def read_file(path: Path | str) -> dict[str, Any]:
+    """Read a ``.safetensors`` or a torch file without executing anything in it.
+
+    Torch files may hold tensors, plain containers and an ``argparse.Namespace`` (as MAE's and timm's
+    training checkpoints do); anything else is refused by its name.
+
+    Returns:
+        What the file holds, on the CPU.
+
+    Raises:
+        CheckpointError: Missing, truncated or unsafe file, or one that holds no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; check the checkpoint's path")
+    if path.suffix == ".safetensors":
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: broken safetensors file ({error})") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_unsafe(path, str(error))) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: broken or truncated file ({reason}); fetch or write it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors"
+        )
+    return dict(content)
+
+
+def _unsafe(path: Path, message: str) -> str:
+    found = re.search(r"(?:Unsupported global: )?GLOBAL ([\w.]+)", message)
+    if found is None:
+        reason = message.splitlines()[-1] if message else "not a torch file"
+        return f"{path}: not a checkpoint that can be read safely ({reason})"
+    return (
+        f"{path}: refused, it asks to run {found.group(1)!r}, and checkpoints never execute code here; "
+        "save its state_dict alone (torch.save(model.state_dict(), ...) or safetensors)"
+    )
+
+
+def read_weights(path: Path | str, key: str | None = None) -> dict[str, Tensor]:
+    """Read a model's state dict from a plain file or from a training checkpoint.
+
+    Args:
+        path: ``.safetensors`` or a torch file.
+        key: Where in a torch file the weights are; None: the first of ``WEIGHT_KEYS`` (averaged
+            weights before plain ones, as timm does), else the file itself.
+
+    Returns:
+        Names to tensors, with the prefixes of DistributedDataParallel and torch.compile removed.
+
+    Raises:
+        CheckpointError: As ``read_file``; or no weights under that key.
+    """
+    content: Any = read_file(path)
+    keys = [key] if key is not None else [k for k in WEIGHT_KEYS if k in content]
+    if keys:
+        if keys[0] not in content:
+            raise CheckpointError(f"{path}: no key {keys[0]!r}; keys: {_listed(content)}")
+        content = content[keys[0]]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path}: holds no weights")
+    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{path}: holds no plain weights; these entries are not tensors: {_listed(others)}"
+        )
+    return {_without_prefix(name): value for name, value in content.items()}
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _listed(names: Any, most: int = 6) -> str:
+    names = [str(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load a state dict, all of it and nothing else.
+
+    Raises:
+        CheckpointError: Names that are missing, left over or of another shape: a checkpoint of
+            another model. The module is unchanged.
+    """
+    own = module.state_dict()
+    shapes = [
+        f"{name} {list(weights[name].shape)} (model: {list(own[name].shape)})"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    missing = [name for name in own if name not in weights]
+    left_over = [name for name in weights if name not in own]
+    problems = [
+        f"{what}: {_listed(names)}"
+        for what, names in (("missing", missing), ("left over", left_over), ("shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source}: not a checkpoint of this {type(module).__name__}; {'; '.join(problems)}"
+        )
+    broken = [
+        name for name, x in weights.items() if x.is_floating_point() and not x.isfinite().all()
+    ]
+    if broken:
+        raise CheckpointError(f"{source}: values that are not finite in {_listed(broken)}")
+    module.load_state_dict(dict(weights), strict=True)
+
+
+def save_weights(
+    path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one peer's plain weights, atomically.
+
+    Args:
+        path: ``.safetensors``, else a torch file with the state dict alone.
+        weights: Names to tensors; tensors that share memory are written one by one.
+        metadata: Plain text kept in a safetensors file's header.
+    """
+    cpu = {name: x.detach().to("cpu").contiguous().clone() for name, x in weights.items()}
+    if path.suffix == ".safetensors":
+        atomic_write(path, lambda to: save_file(cpu, to, metadata=dict(metadata or {})))
+    else:
+        atomic_write(path, lambda to: torch.save(cpu, to))
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """Read the text in a safetensors file's header; empty for other files."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: missing or broken safetensors file ({error})") from error

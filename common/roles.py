@@ -1,0 +1,140 @@
+"""Who teaches whom: from scores to role weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ONE_WAY = "one_way:"
+
+
+def assign_roles(
+    score: Tensor,
+    rule: str,
+    *,
+    names: Sequence[str] | None = None,
+    margin: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Weigh who teaches whom, for every sample.
+
+    Args:
+        score: How well each peer does [N, B, (S*)]; higher is better; finite. The check for finite
+            values is made on the CPU only, where it costs no synchronisation; on an accelerator the
+            caller counts them (``common.ledger``).
+        rule: One of ``RULES``, or ``one_way:NAME`` with a name from ``names``.
+        names: The peers' names, in order; ``"0"``, ``"1"``, ... where not given.
+        margin: Teach only where the teacher's score exceeds the student's by more than this, in
+            the unit of the score (>= 0). None: the rule alone decides.
+        generator: Source of the draws of ``random``, on the score's device.
+
+    Returns:
+        Weight with which peer t teaches peer s, [N(t), N(s), B, (S*)], in the score's dtype, zero
+        diagonal. Carries no gradient.
+
+    Raises:
+        ValueError: Unknown rule or name, fewer than two peers for a rule that transfers, a negative
+            margin, or a score that is not finite (names the peer and the sample).
+
+    Source: Jain et al., TMLR 2025 (``best``); Zhang et al., CVPR 2018 (``mutual``); Hinton et al.,
+    2015 (``one_way``). Unlike the published two-model script, a tie at the top teaches nobody.
+    """
+    score = score.detach()
+    peers = score.shape[0]
+    names = list(names) if names is not None else [str(i) for i in range(peers)]
+    check_rule(rule, names)
+    if len(names) != peers:
+        raise ValueError(f"{len(names)} names for {peers} peers: {', '.join(names)}")
+    if margin is not None and not margin >= 0:
+        raise ValueError(f"margin is {margin}; expected 0 or more")
+    if score.device.type == "cpu":
+        _check_finite(score, names)
+    gap = score.unsqueeze(1) - score.unsqueeze(0)
+    allowed = gap > margin if margin is not None else torch.ones_like(gap, dtype=torch.bool)
+    allowed &= _off_diagonal(score)
+    if rule.startswith(ONE_WAY):
+        return _one_way(score, allowed, names.index(rule.removeprefix(ONE_WAY)))
+    if rule == "random":
+        return _random(score, allowed, generator)
+    return _RULES[rule](score, gap, allowed)
+
+
+def check_rule(rule: str, names: Sequence[str]) -> None:
+    """Refuse a rule that does not exist or does not fit these peers.
+
+    Raises:
+        ValueError: Names the rule, what was expected, and the choices.
+    """
+    if rule.startswith(ONE_WAY):
+        teacher = rule.removeprefix(ONE_WAY)
+        if teacher not in names:
+            raise ValueError(
+                f"rule {rule!r}: no peer is named {teacher!r}; peers: {', '.join(names)}"
+            )
+    elif rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}, {ONE_WAY}NAME")
+    if rule != "none" and len(names) < 2:
+        raise ValueError(f"rule {rule!r} needs two peers or more, got {len(names)}")
+
+
+def _check_finite(score: Tensor, names: Sequence[str]) -> None:
+    if bool(torch.isfinite(score).all()):
+        return
+    peer, sample = (int(i) for i in (~torch.isfinite(score)).nonzero()[0][:2])
+    raise ValueError(
+        f"the score of peer {names[peer]!r} is not finite at sample {sample} of the batch; "
+        "its loss diverged or its input is broken: lower its lr, clip its gradients, or use bf16"
+    )
+
+
+def _off_diagonal(score: Tensor) -> Tensor:
+    peers = score.shape[0]
+    mask = ~torch.eye(peers, dtype=torch.bool, device=score.device)
+    return mask.view(peers, peers, *[1] * (score.dim() - 1))
+
+
+def _none(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
+    return torch.zeros_like(gap)
+
+
+def _best(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
+    beats_all = ((gap > 0) | ~_off_diagonal(score)).all(dim=1, keepdim=True)
+    return (beats_all & allowed).to(score.dtype)
+
+
+def _better_sum(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
+    return ((gap > 0) & allowed).to(score.dtype)
+
+
+def _better(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
+    weight = _better_sum(score, gap, allowed)
+    return weight / weight.sum(dim=0, keepdim=True).clamp(min=1)
+
+
+def _mutual(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
+    return allowed.expand_as(gap).to(score.dtype) / (score.shape[0] - 1)
+
+
+def _one_way(score: Tensor, allowed: Tensor, teacher: int) -> Tensor:
+    weight = torch.zeros(allowed.shape, dtype=score.dtype, device=score.device)
+    weight[teacher] = allowed[teacher].to(score.dtype)
+    return weight
+
+
+def _random(score: Tensor, allowed: Tensor, generator: torch.Generator | None) -> Tensor:
+    peers = score.shape[0]
+    drawn = torch.randint(peers, score.shape[1:], generator=generator, device=score.device)
+    teachers = torch.arange(peers, device=score.device).view(-1, *[1] * (score.dim() - 1))
+    return ((teachers == drawn).unsqueeze(1) & allowed).to(score.dtype)
+
+
+_RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "best": _best,
+    "better": _better,
+    "better_sum": _better_sum,
+    "mutual": _mutual,
+    "none": _none,
+}
+RULES = (*_RULES, "random")

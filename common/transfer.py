@@ -1,0 +1,318 @@
+"""The objective: N task losses, and the KL from each sample's teachers to its students."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.roles import assign_roles, check_rule
+
+SCORES = ("loss", "confidence")
+
+
+@dataclass
+class PeerOutput:
+    """What one peer says of one batch.
+
+    Attributes:
+        task_loss: Its own supervised loss, a scalar with gradient.
+        score: How well it does on each sample [B] or position [B, S*]; higher is better; no
+            gradient.
+        logits: Class scores before softmax [B, C, S*], with gradient.
+        mask: Which positions count [B, S*], bool; None: all. Padding and ignored pixels are False.
+            A position takes part in the transfer where every peer's mask is True.
+        correct: Whether its prediction is right, bool, in the shape of the score; for the ledger.
+    """
+
+    task_loss: Tensor
+    score: Tensor
+    logits: Tensor
+    mask: Tensor | None = None
+    correct: Tensor | None = None
+
+
+@dataclass
+class Transfer:
+    """The objective of one batch, and its parts.
+
+    Attributes:
+        total: What to call backward on, a scalar.
+        task_loss: Each peer's own loss [N], no gradient.
+        transfer_loss: Each student's mean over samples of its role-weighted KL [N], before the
+            weight; no gradient.
+        roles: Weight with which peer t teaches peer s [N(t), N(s), B, (S*)].
+        score: What the roles were made from [N, B, (S*)].
+        kl: KL(p_t || p_s) [N(t), N(s), B, (S*)], with the roles' shape; no gradient.
+        correct: [N, B, (S*)] bool, or None where a peer does not tell.
+    """
+
+    total: Tensor
+    task_loss: Tensor
+    transfer_loss: Tensor
+    roles: Tensor
+    score: Tensor
+    kl: Tensor
+    correct: Tensor | None
+
+
+class KnowledgeTransfer:
+    """For every sample, let the peers that do better teach the others.
+
+    ``total = sum_i task_i + weight * mean_b sum_{t != s} R[t, s, b] * KL(p_t(b) || p_s(b))``, with
+    p = softmax(logits / T) over dim 1, and the KL times T^2, in float32 or wider. Where there are spatial axes it is averaged over the valid positions of each sample first.
+
+    Gradient reaches every student's logits; with ``detach_teacher=False`` the teacher's too, which
+    pulls it towards its students (as the published classification and saliency scripts do). A
+    frozen peer teaches, but learns nothing: its task loss and the KL towards it stay out of the total.
+
+    Args:
+        rule: See ``common.roles.assign_roles``.
+        temperature: T, > 0.
+        weight: Of the transfer against the task losses, >= 0.
+        detach_teacher: Treat the teacher's distribution as a constant.
+        margin: See ``common.roles.assign_roles``.
+        warmup_steps: The weight grows linearly from 0 and is full after this many steps.
+        names: The peers' names, for ``one_way:NAME``, ``frozen`` and errors.
+        frozen: Names of the peers that learn nothing.
+        seed: Of the draws of ``random``; differs by rank under data parallelism.
+
+    Raises:
+        ValueError: An argument out of its range; the message names it.
+
+    Source: Jain, Karthik, Gandhi, "Simplifying Knowledge Transfer in Pretrained Models", TMLR 2025.
+    """
+
+    def __init__(
+        self,
+        rule: str = "best",
+        temperature: float = 1.0,
+        weight: float = 1.0,
+        detach_teacher: bool = True,
+        *,
+        margin: float | None = None,
+        warmup_steps: int = 0,
+        names: Sequence[str] | None = None,
+        frozen: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; expected more than 0")
+        if not weight >= 0:
+            raise ValueError(f"weight is {weight}; expected 0 or more")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {warmup_steps}; expected 0 or more")
+        if names is not None:
+            check_rule(rule, names)
+        unknown = [name for name in frozen if name not in (names or ())]
+        if unknown:
+            raise ValueError(f"frozen peers {unknown} are not among the names {list(names or ())}")
+        self.rule = rule
+        self.temperature = temperature
+        self.weight = weight
+        self.detach_teacher = detach_teacher
+        self.margin = margin
+        self.warmup_steps = warmup_steps
+        self.names = list(names) if names is not None else None
+        self.frozen = [list(names or ()).index(name) for name in frozen]
+        self.seed = seed
+        self._generator: torch.Generator | None = None
+
+    def __call__(self, outputs: Sequence[PeerOutput], step: int | None = None) -> Transfer:
+        """Build the objective of one batch.
+
+        Args:
+            outputs: One a peer, of the same batch: equal shapes of score and of logits.
+            step: Optimizer steps made so far, for the warm-up of the weight; None: after it.
+
+        Raises:
+            ValueError: Shapes that differ (names the peers), or a score that is not finite.
+        """
+        _check_shapes(outputs, self.names)
+        task_losses = [output.task_loss for output in outputs]
+        learning = [i for i in range(len(outputs)) if i not in self.frozen]
+        score = torch.stack([output.score.detach() for output in outputs])
+        roles = assign_roles(
+            score,
+            self.rule,
+            names=self.names,
+            margin=self.margin,
+            generator=self._generator_on(score.device),
+        )
+        if self.frozen:
+            roles[:, self.frozen] = 0
+        total = torch.stack([task_losses[i] for i in learning]).sum() if learning else 0.0
+        if self.rule == "none":
+            kl = torch.zeros_like(roles)
+            per_student = torch.zeros(len(outputs), device=score.device, dtype=score.dtype)
+        else:
+            kl = pairwise_kl(
+                [output.logits for output in outputs], self.temperature, self.detach_teacher
+            )
+            mask = _common_mask(outputs)
+            per_student = _reduce(kl, roles, mask)
+            total = total + self.weight_at(step) * per_student.sum()
+            kl = _at_roles(kl.detach(), roles, mask)
+            if mask is not None and roles.dim() == mask.dim() + 2:
+                roles = roles * mask
+        return Transfer(
+            total=torch.as_tensor(total),
+            task_loss=torch.stack([loss.detach() for loss in task_losses]),
+            transfer_loss=per_student.detach(),
+            roles=roles,
+            score=score,
+            kl=kl,
+            correct=_stack_correct(outputs),
+        )
+
+    def weight_at(self, step: int | None) -> float:
+        """Return the weight of the transfer after ``step`` optimizer steps."""
+        if step is None or step >= self.warmup_steps:
+            return self.weight
+        return self.weight * step / self.warmup_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the draws, for an exact resume."""
+        state = None if self._generator is None else self._generator.get_state()
+        return {"generator": state}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Take up the draws of ``random`` where ``state_dict`` left them."""
+        if state["generator"] is not None:
+            self._generator = torch.Generator(device=device)
+            self._generator.set_state(state["generator"])
+
+    def _generator_on(self, device: torch.device) -> torch.Generator | None:
+        if self.rule != "random":
+            return None
+        if self._generator is None:
+            self._generator = torch.Generator(device=device).manual_seed(self.seed)
+        return self._generator
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Score a peer by its largest softmax probability: needs no labels.
+
+    Args:
+        logits: [B, C, S*].
+
+    Returns:
+        [B, S*] in (0, 1], float32 or wider, no gradient.
+
+    Source: Roth et al., "Fantastic Gains and Where to Find Them", ICLR 2024.
+    """
+    logits = _wide(logits.detach())
+    return (logits.amax(dim=1) - logits.logsumexp(dim=1)).exp()
+
+
+def pairwise_kl(
+    logits: Sequence[Tensor], temperature: float = 1.0, detach_teacher: bool = True
+) -> Tensor:
+    """Compute KL(p_t || p_s) for every ordered pair, from N softmaxes.
+
+    Only the N log-probabilities are kept for the backward pass; no copy per pair is made.
+
+    Args:
+        logits: N tensors [B, C, S*] of one shape, in any floating dtype.
+        temperature: T; the KL is multiplied by T^2.
+        detach_teacher: No gradient reaches the teacher's logits.
+
+    Returns:
+        [N(t), N(s), B, S*] in nats, float32 or wider, zero diagonal. Differentiable once.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (temperature).
+    """
+    with torch.autocast(logits[0].device.type, enabled=False):
+        return _PairwiseKL.apply(temperature, detach_teacher, *logits)
+
+
+class _PairwiseKL(torch.autograd.Function):
+    """KL of all pairs; d KL(p_t||p_s) / d z_s = p_s - p_t, at temperature 1."""
+
+    @staticmethod
+    def forward(ctx: Any, temperature: float, detach_teacher: bool, *logits: Tensor) -> Tensor:
+        log_p = torch.stack([_wide(z) for z in logits])
+        if temperature != 1.0:
+            log_p /= temperature
+        log_p = torch.log_softmax(log_p, dim=2)
+        p = log_p.exp()
+        cross = torch.stack([(p * log_p[s]).sum(dim=2) for s in range(len(logits))], dim=1)
+        own = torch.stack([cross[t, t] for t in range(len(logits))])
+        kl = own.unsqueeze(1) - cross
+        ctx.save_for_backward(log_p, kl if not detach_teacher else None)
+        ctx.temperature = temperature
+        ctx.dtypes = [z.dtype for z in logits]
+        return kl * temperature**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        log_p, kl = ctx.saved_tensors
+        grad = (grad * ctx.temperature).unsqueeze(3)
+        p = log_p.exp()
+        grads: list[Tensor | None] = []
+        for i, dtype in enumerate(ctx.dtypes):
+            if not ctx.needs_input_grad[i + 2]:
+                grads.append(None)
+                continue
+            taught = grad[:, i]
+            grad_i = taught.sum(dim=0) * p[i] - (taught * p).sum(dim=0)
+            if kl is not None:
+                teaches = grad[i]
+                surprise = teaches.sum(dim=0) * log_p[i] - (teaches * log_p).sum(dim=0)
+                grad_i += p[i] * (surprise - (teaches * kl[i].unsqueeze(2)).sum(dim=0))
+            grads.append(grad_i.to(dtype))
+        return None, None, *grads
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_shapes(outputs: Sequence[PeerOutput], names: Sequence[str] | None) -> None:
+    names = names or [str(i) for i in range(len(outputs))]
+    if len(names) != len(outputs):
+        raise ValueError(f"{len(outputs)} outputs for {len(names)} peers: {', '.join(names)}")
+    for what in ("logits", "score"):
+        shapes = [tuple(getattr(output, what).shape) for output in outputs]
+        if len(set(shapes)) > 1:
+            told = ", ".join(
+                f"{name}: {list(shape)}" for name, shape in zip(names, shapes, strict=True)
+            )
+            raise ValueError(f"peers must give {what} of one shape, got {told}")
+
+
+def _common_mask(outputs: Sequence[PeerOutput]) -> Tensor | None:
+    masks = [output.mask for output in outputs if output.mask is not None]
+    return torch.stack(masks).all(dim=0) if masks else None
+
+
+def _reduce(kl: Tensor, roles: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over samples of the role-weighted KL, per student [N]."""
+    spatial = list(range(3, kl.dim()))
+    roles = roles.to(kl.dtype).view(*roles.shape, *[1] * (kl.dim() - roles.dim()))
+    weighted = (roles * kl).sum(dim=0)
+    if not spatial:
+        return weighted.mean(dim=1)
+    if mask is None:
+        return weighted.flatten(2).mean(dim=2).mean(dim=1)
+    valid = mask.flatten(1).sum(dim=1).clamp(min=1)
+    return ((weighted * mask).flatten(2).sum(dim=2) / valid).mean(dim=1)
+
+
+def _at_roles(kl: Tensor, roles: Tensor, mask: Tensor | None) -> Tensor:
+    """Bring the KL to the roles' shape: averaged over positions where roles are per sample."""
+    if kl.dim() == roles.dim():
+        return kl
+    if mask is None:
+        return kl.flatten(3).mean(dim=3)
+    valid = mask.flatten(1).sum(dim=1).clamp(min=1)
+    return (kl * mask).flatten(3).sum(dim=3) / valid
+
+
+def _stack_correct(outputs: Sequence[PeerOutput]) -> Tensor | None:
+    correct = [output.correct for output in outputs if output.correct is not None]
+    return torch.stack(correct) if len(correct) == len(outputs) else None

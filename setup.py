@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+CLASSIFICATION = [
+    "timm>=1.0.31,<1.1",
+    "torchvision>=0.20",
+    "fvcore>=0.1.5",
+    "pyyaml>=6,<7",
+    "tensorboard>=2.15,<3",
+]
+DEMO = [*CLASSIFICATION, "mlxtend>=0.23,<1", "scipy>=1.11,<2", "pillow>=10"]
+
+setup(
+    name="peer-transfer",
+    version="0.1.0",
+    description="Any N pretrained vision models, made better by teaching each other.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_namespace_packages(
+        include=["common*", "classification*", "segmentation*", "saliency*"]
+    ),
+    package_data={"classification": ["configs/**/*.yaml"]},
+    install_requires=[
+        "torch>=2.5",
+        "numpy>=1.26,<3",
+        "safetensors>=0.4.3,<1",
+        "matplotlib>=3.8,<4",
+    ],
+    extras_require={
+        "classification": CLASSIFICATION,
+        "segmentation": ["fvcore>=0.1.5", "opencv-python>=4.8,<5"],
+        "saliency": ["torchvision>=0.20", "opencv-python>=4.8,<5"],
+        "huggingface": ["transformers>=4.50,<6"],
+        "demo": DEMO,
+        "dev": [
+            *DEMO,
+            "transformers>=4.50,<6",
+            "pytest>=8",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-PyYAML",
+        ],
+    },
+)
