@@ -23,7 +23,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, broken, unsafe or of another model; says which and what to do."""
+    """A checkpoint that is missing, broken, unsafe or of another model; says what to do."""
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -114,8 +114,8 @@ def load_run(path: Path) -> dict[str, Any]:
 def read_file(path: Path | str) -> dict[str, Any]:
     """Read a ``.safetensors`` or a torch file without executing anything in it.
 
-    Torch files may hold tensors, plain containers and an ``argparse.Namespace`` (as MAE's and timm's
-    training checkpoints do); anything else is refused by its name.
+    Torch files may hold tensors, plain containers and an ``argparse.Namespace`` (as training
+    checkpoints of MAE and timm do); anything else is refused by its name.
 
     Returns:
         What the file holds, on the CPU.
@@ -154,8 +154,8 @@ def _unsafe(path: Path, message: str) -> str:
         reason = message.splitlines()[-1] if message else "not a torch file"
         return f"{path}: not a checkpoint that can be read safely ({reason})"
     return (
-        f"{path}: refused, it asks to run {found.group(1)!r}, and checkpoints never execute code here; "
-        "save its state_dict alone (torch.save(model.state_dict(), ...) or safetensors)"
+        f"{path}: refused, it asks to run {found.group(1)!r}, and checkpoints never execute code "
+        "here; save its state_dict alone (torch.save(model.state_dict(), ...) or safetensors)"
     )
 
 

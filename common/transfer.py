@@ -36,7 +36,7 @@ class PeerOutput:
 
 
 @dataclass
-class Transfer:
+class TransferResult:
     """The objective of one batch, and its parts.
 
     Attributes:
@@ -63,11 +63,13 @@ class KnowledgeTransfer:
     """For every sample, let the peers that do better teach the others.
 
     ``total = sum_i task_i + weight * mean_b sum_{t != s} R[t, s, b] * KL(p_t(b) || p_s(b))``, with
-    p = softmax(logits / T) over dim 1, and the KL times T^2, in float32 or wider. Where there are spatial axes it is averaged over the valid positions of each sample first.
+    p = softmax(logits / T) over dim 1, and the KL times T^2, in float32 or wider. Where there are
+    spatial axes it is averaged over the valid positions of each sample first.
 
     Gradient reaches every student's logits; with ``detach_teacher=False`` the teacher's too, which
     pulls it towards its students (as the published classification and saliency scripts do). A
-    frozen peer teaches, but learns nothing: its task loss and the KL towards it stay out of the total.
+    frozen peer teaches, but learns nothing: its task loss and the KL towards it stay out of the
+    total.
 
     Args:
         rule: See ``common.roles.assign_roles``.
@@ -121,7 +123,7 @@ class KnowledgeTransfer:
         self.seed = seed
         self._generator: torch.Generator | None = None
 
-    def __call__(self, outputs: Sequence[PeerOutput], step: int | None = None) -> Transfer:
+    def __call__(self, outputs: Sequence[PeerOutput], step: int | None = None) -> TransferResult:
         """Build the objective of one batch.
 
         Args:
@@ -158,7 +160,7 @@ class KnowledgeTransfer:
             kl = _at_roles(kl.detach(), roles, mask)
             if mask is not None and roles.dim() == mask.dim() + 2:
                 roles = roles * mask
-        return Transfer(
+        return TransferResult(
             total=torch.as_tensor(total),
             task_loss=torch.stack([loss.detach() for loss in task_losses]),
             transfer_loss=per_student.detach(),

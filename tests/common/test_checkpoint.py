@@ -40,7 +40,7 @@ def test_a_pickle_with_code_is_refused_by_name_and_runs_nothing(tmp_path, writer
         evil.write_bytes(pickle.dumps(Bomb(f"touch {proof}")))
     else:
         torch.save(content, evil, _use_new_zipfile_serialization=writer == "torch")
-    with pytest.raises(CheckpointError, match="evil.pth") as error:
+    with pytest.raises(CheckpointError, match=r"evil\.pth") as error:
         read_weights(evil)
     assert not proof.exists()
     assert writer == "pickle" or "posix.system" in str(error.value)
@@ -85,7 +85,7 @@ def test_a_checkpoint_of_another_model_is_named():
         "other.pth",
         "missing: bias",
         "left over: scale",
-        r"weight [3, 5] (model: [3, 2])",
+        "weight [3, 5] (model: [3, 2])",
     ):
         assert part in str(error.value)
 

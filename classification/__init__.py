@@ -1,0 +1,1 @@
+"""Knowledge transfer between image classifiers, on timm."""

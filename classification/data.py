@@ -1,0 +1,459 @@
+"""Images for N peers: decoded and augmented once, then seen by each peer in its own view."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup, create_dataset, create_transform, resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+
+from classification.options import OptionError
+from common.distributed import World
+
+
+@dataclass(frozen=True)
+class View:
+    """How a peer wants its images.
+
+    Attributes:
+        size: Channels, height, width.
+        mean: Per channel, of images in [0, 1].
+        std: Per channel.
+        interpolation: Of evaluation.
+        crop_pct: Of evaluation: crop size over resize size.
+        crop_mode: Of evaluation.
+    """
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """What decides the pixels before normalisation."""
+        return self.size, self.interpolation, self.crop_pct, self.crop_mode
+
+    def __str__(self) -> str:
+        numbers = "/".join(f"{x:g}" for x in self.mean), "/".join(f"{x:g}" for x in self.std)
+        return (
+            f"{self.size[1]}x{self.size[2]} {self.interpolation} crop {self.crop_pct:g} "
+            f"mean {numbers[0]} std {numbers[1]}"
+        )
+
+
+def view_of(module: nn.Module, options: argparse.Namespace) -> View:
+    """Resolve a peer's view from its pretrained config and its options, by timm's rules."""
+    config = resolve_data_config(vars(options), model=module)
+    channels = config["input_size"][0]
+    return View(
+        size=tuple(config["input_size"]),
+        mean=_per_channel(config["mean"], channels),
+        std=_per_channel(config["std"], channels),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) == channels:
+        return tuple(float(x) for x in values)
+    return (float(np.mean(values)),) * channels
+
+
+def common_view(views: Sequence[View]) -> View:
+    """Choose how images are decoded for training: the largest size, shared statistics if any."""
+    channels = {view.size[0] for view in views}
+    if len(channels) > 1:
+        raise OptionError(f"peers take images of {sorted(channels)} channels; set --in-chans")
+    first = views[0]
+    same = len({(view.mean, view.std) for view in views}) == 1
+    count = first.size[0]
+    return View(
+        size=(count, max(v.size[1] for v in views), max(v.size[2] for v in views)),
+        mean=first.mean if same else _per_channel(IMAGENET_DEFAULT_MEAN, count),
+        std=first.std if same else _per_channel(IMAGENET_DEFAULT_STD, count),
+        interpolation=first.interpolation,
+        crop_pct=first.crop_pct,
+        crop_mode=first.crop_mode,
+    )
+
+
+class ToView(nn.Module):
+    """Turn images of the common view into a peer's own, on their device.
+
+    Resizing is antialiased and bicubic; normalisation is one fused multiply-add, skipped where the
+    statistics agree.
+
+    Args:
+        common: What the loader gives.
+        own: What the peer wants.
+        channels_last: Memory format of the result.
+        dtype: Of the result.
+    """
+
+    def __init__(
+        self,
+        common: View,
+        own: View,
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        std, own_std = torch.tensor(common.std), torch.tensor(own.std)
+        scale = std / own_std
+        shift = (torch.tensor(common.mean) - torch.tensor(own.mean)) / own_std
+        self.same_statistics = common.mean == own.mean and common.std == own.std
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
+        self.size = own.size[1:]
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return [B, C, h, w] of the peer from [B, C, H, W] of the common view."""
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        if not self.same_statistics:
+            images = torch.addcmul(self.shift, images, self.scale)
+        return images.to(dtype=self.dtype, memory_format=self.format)
+
+
+class Draw(NamedTuple):
+    """One sample asked of the data: which image, and the seed of its augmentation."""
+
+    index: int
+    position: int
+    epoch: int
+
+
+class EpochSampler(Sampler[Draw]):
+    """Orders an epoch's samples; the order and seeds depend on seed and epoch alone.
+
+    Ranks take every ``world.size``-th sample of one common order, so that the union of what the
+    ranks see does not depend on their number. An epoch can begin in its middle without decoding
+    what came before.
+
+    Args:
+        order: Gives this rank's indices, and has ``set_epoch``.
+        world: Where this process stands.
+    """
+
+    def __init__(self, order: Any, world: World) -> None:
+        self.order = order
+        self.world = world
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int) -> None:
+        """Prepare an epoch, without this rank's first ``start`` samples."""
+        self.epoch, self.start = epoch, start
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Draw]:
+        for k, index in enumerate(self.order):
+            if k >= self.start:
+                yield Draw(int(index), k * self.world.size + self.world.rank, self.epoch)
+
+    def __len__(self) -> int:
+        return len(self.order) - self.start
+
+
+class SeededDataset(Dataset):
+    """Augments every sample from a seed of its own.
+
+    So a sample looks the same whatever the number of workers and ranks, and wherever a run was
+    interrupted. The process's own generators are left as they were.
+
+    Args:
+        dataset: Map-style.
+        seed: Of the run.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        words = np.random.SeedSequence((self.seed, draw.epoch, draw.position)).generate_state(3)
+        with _own_generators(int(words[0]), int(words[1]), int(words[2])):
+            return self.dataset[draw.index]
+
+
+@contextlib.contextmanager
+def _own_generators(for_python: int, for_numpy: int, for_torch: int) -> Iterator[None]:
+    keep = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(for_python)
+        np.random.seed(for_numpy)
+        torch.default_generator.manual_seed(for_torch)
+        yield
+    finally:
+        random.setstate(keep[0])
+        np.random.set_state(keep[1])
+        torch.set_rng_state(keep[2])
+
+
+def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> Dataset:
+    """Open the training or validation split through timm's readers.
+
+    Raises:
+        OptionError: A folder that is missing or holds no images.
+    """
+    local = not options.dataset or options.dataset.startswith(("torch/", "wds/"))
+    remote = "://" in str(options.data)
+    if local and not remote and not options.dataset_download and not Path(options.data).exists():
+        raise OptionError(f"{options.data}: no such data folder; give the path of your dataset")
+    mode = options.input_img_mode or ("RGB" if channels == 3 else "L")
+    try:
+        return create_dataset(
+            options.dataset,
+            root=options.data,
+            split=options.train_split if training else options.val_split,
+            is_training=training,
+            class_map=options.class_map,
+            download=options.dataset_download,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            repeats=options.epoch_repeats if training else 0,
+            input_img_mode=mode,
+            input_key=options.input_key,
+            target_key=options.target_key,
+            num_samples=options.train_num_samples if training else options.val_num_samples,
+            trust_remote_code=options.dataset_trust_remote_code,
+        )
+    except (RuntimeError, FileNotFoundError, ValueError, ImportError) as error:
+        split = options.train_split if training else options.val_split
+        raise OptionError(
+            f"{options.data}: cannot open split {split!r} of this dataset: {error}"
+        ) from error
+
+
+def classes_of(dataset: Dataset) -> dict[str, int] | None:
+    """Return class names to indices where the dataset tells them."""
+    return getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(
+        dataset, "class_to_idx", None
+    )
+
+
+class TrainLoader:
+    """Training batches of the common view, on the device.
+
+    Yields ``(images [B, C, H, W] float, target)``; the target is [B] int, or [B, classes] float
+    under mixup or cutmix. Order, augmentation and position restore exactly for map-style datasets;
+    streaming ones are read again up to the position.
+
+    Args:
+        dataset: From ``open_dataset``; its transform is set here.
+        view: The common view.
+        options: The run's.
+        world: Where this process stands.
+        num_classes: For mixup's soft targets.
+
+    Raises:
+        OptionError: Fewer samples than a batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        view: View,
+        options: argparse.Namespace,
+        world: World,
+        num_classes: int,
+    ) -> None:
+        self.options = options
+        self.batch_size = options.batch_size
+        self.streaming = isinstance(dataset, IterableDataset)
+        self.start = 0
+        self.epoch = 0
+        dataset.transform = _train_transform(view, options)
+        self.dataset = dataset
+        if self.streaming:
+            dataset.set_loader_cfg(num_workers=options.workers)
+            sampler, source = None, dataset
+            samples = len(dataset) // world.size
+        else:
+            sampler = EpochSampler(_order(dataset, options, world), world)
+            source, samples = SeededDataset(dataset, options.seed), len(sampler)
+        self.batches = samples // self.batch_size
+        if options.train_batches_per_epoch:
+            self.batches = min(self.batches, options.train_batches_per_epoch)
+        if self.batches == 0:
+            raise OptionError(
+                f"{samples} training samples for each of {world.size} processes do not fill one "
+                f"batch of {self.batch_size}; lower --batch-size"
+            )
+        self.sampler = sampler
+        self._generator = torch.Generator()
+        loader = DataLoader(
+            source,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=options.workers,
+            collate_fn=fast_collate,
+            pin_memory=options.pin_mem,
+            drop_last=True,
+            persistent_workers=options.workers > 0,
+            generator=self._generator,
+        )
+        self._prefetch = PrefetchLoader(
+            loader, mean=view.mean, std=view.std, channels=view.size[0], device=world.device
+        )
+        self._erase = (
+            RandomErasing(
+                options.reprob,
+                mode=options.remode,
+                max_count=options.recount,
+                device=world.device,
+            )
+            if options.reprob > 0 and not options.no_aug
+            else None
+        )
+        self.mixup = _mixup(options, num_classes)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Prepare an epoch, without its first ``start`` batches."""
+        self.epoch, self.start = epoch, start
+        self._generator.manual_seed(self.options.seed + epoch)
+        if self.streaming:
+            self.dataset.set_epoch(epoch)
+        else:
+            self.sampler.set_epoch(epoch, start * self.batch_size)
+        if self.mixup is not None and self.options.mixup_off_epoch:
+            self.mixup.mixup_enabled = epoch < self.options.mixup_off_epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        skip = self.start if self.streaming else 0
+        for k, (images, target) in enumerate(self._prefetch):
+            if k < skip:
+                continue
+            if self._erase is not None:
+                images = self._erase(images)
+            if self.mixup is not None:
+                images, target = self.mixup(images, target)
+            yield images, target
+            if self.start + k - skip + 1 >= self.batches:
+                return
+
+
+def _order(dataset: Dataset, options: argparse.Namespace, world: World) -> Any:
+    if options.aug_repeats:
+        return RepeatAugSampler(
+            dataset, num_replicas=world.size, rank=world.rank, num_repeats=options.aug_repeats
+        )
+    return DistributedSampler(
+        dataset, num_replicas=world.size, rank=world.rank, shuffle=True, seed=options.seed
+    )
+
+
+def _train_transform(view: View, options: argparse.Namespace) -> Any:
+    return create_transform(
+        view.size,
+        is_training=True,
+        no_aug=options.no_aug,
+        train_crop_mode=options.train_crop_mode,
+        scale=options.scale,
+        ratio=options.ratio,
+        hflip=options.hflip,
+        vflip=options.vflip,
+        color_jitter=options.color_jitter,
+        color_jitter_prob=options.color_jitter_prob,
+        grayscale_prob=options.grayscale_prob or 0.0,
+        gaussian_blur_prob=options.gaussian_blur_prob or 0.0,
+        auto_augment=options.aa,
+        interpolation=options.train_interpolation,
+        mean=view.mean,
+        std=view.std,
+        use_prefetcher=True,
+    )
+
+
+def _mixup(options: argparse.Namespace, num_classes: int) -> Mixup | None:
+    if not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax):
+        return None
+    return Mixup(
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        cutmix_minmax=options.cutmix_minmax,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
+        label_smoothing=options.smoothing,
+        num_classes=num_classes,
+    )
+
+
+class _Shard(Dataset):
+    """Every ``size``-th sample from ``rank`` on: no sample twice, none left out."""
+
+    def __init__(self, dataset: Dataset, rank: int, size: int) -> None:
+        self.dataset, self.rank, self.size = dataset, rank, size
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.size))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.rank + index * self.size]
+
+
+def eval_loader(
+    dataset: Dataset, view: View, options: argparse.Namespace, world: World
+) -> PrefetchLoader:
+    """Load this rank's validation samples in a view, in order, none dropped.
+
+    Args:
+        dataset: A dataset of its own: its transform is set here.
+        view: Whose geometry and statistics are used.
+        options: The run's.
+        world: Where this process stands.
+    """
+    dataset.transform = create_transform(
+        view.size,
+        is_training=False,
+        interpolation=view.interpolation,
+        mean=view.mean,
+        std=view.std,
+        crop_pct=view.crop_pct,
+        crop_mode=view.crop_mode,
+        use_prefetcher=True,
+    )
+    if isinstance(dataset, IterableDataset):
+        dataset.set_loader_cfg(num_workers=options.workers)
+        source = dataset
+    else:
+        source = _Shard(dataset, world.rank, world.size)
+    loader = DataLoader(
+        source,
+        batch_size=options.validation_batch_size or options.batch_size,
+        num_workers=options.workers,
+        collate_fn=fast_collate,
+        pin_memory=options.pin_mem,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return PrefetchLoader(
+        loader, mean=view.mean, std=view.std, channels=view.size[0], device=world.device
+    )

@@ -1,0 +1,176 @@
+"""Every peer on the validation set in its own view, and the group as an ensemble."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data.loader import PrefetchLoader
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from classification.data import ToView, View, eval_loader
+from common import distributed
+from common.distributed import World
+from common.peers import PeerGroup
+
+Watch = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass
+class Scores:
+    """What one pass over the data gives, for each of N peers.
+
+    Attributes:
+        correct: Top-1 right [N, n], bool.
+        correct5: Among the five best [N, n], bool.
+        loss: Cross entropy [N, n].
+        ensemble: Whether the mean of the peers' probabilities is right [n], bool.
+    """
+
+    correct: Tensor
+    correct5: Tensor
+    loss: Tensor
+    ensemble: Tensor
+
+    def metrics(self, names: Sequence[str], baseline: Tensor | None) -> dict[str, float]:
+        """Name the numbers: percentages, and counts of flips against a baseline's ``correct``."""
+        found: dict[str, float] = {}
+        for i, name in enumerate(names):
+            found[f"{name}/top1"] = 100 * self.correct[i].double().mean().item()
+            found[f"{name}/top5"] = 100 * self.correct5[i].double().mean().item()
+            found[f"{name}/loss"] = self.loss[i].double().mean().item()
+            if baseline is not None:
+                found[f"{name}/fixed"] = int((self.correct[i] & ~baseline[i]).sum())
+                found[f"{name}/broken"] = int((~self.correct[i] & baseline[i]).sum())
+        found["mean/top1"] = 100 * self.correct.double().mean().item()
+        found["ensemble/top1"] = 100 * self.ensemble.double().mean().item()
+        found["oracle/top1"] = 100 * self.correct.any(dim=0).double().mean().item()
+        return found
+
+
+class PeerEvaluator:
+    """Evaluates the group; peers with the same geometry share one decoding of the data.
+
+    Args:
+        open_split: Opens the validation dataset anew; called once a geometry.
+        views: Of the peers, in order.
+        options: The run's.
+        world: Where this process stands.
+        amp_dtype: Autocast the forwards to it.
+        channels_last: Of each peer.
+        dtypes: Of each peer's weights.
+        watch: Wraps the batches, for instance in a progress bar.
+    """
+
+    def __init__(
+        self,
+        open_split: Callable[[], Dataset],
+        views: Sequence[View],
+        options: argparse.Namespace,
+        world: World,
+        amp_dtype: torch.dtype | None = None,
+        channels_last: Sequence[bool] | None = None,
+        dtypes: Sequence[torch.dtype] | None = None,
+        watch: Watch = lambda batches, title: batches,
+    ) -> None:
+        self.world = world
+        self.amp_dtype = amp_dtype
+        self.watch = watch
+        self.baseline: Tensor | None = None
+        self.loaders: list[PrefetchLoader] = []
+        self.members: list[list[int]] = []
+        self.to_view: list[ToView] = []
+        geometries: dict[Any, int] = {}
+        for i, view in enumerate(views):
+            where = geometries.setdefault(view.geometry, len(geometries))
+            if where == len(self.loaders):
+                self.loaders.append(eval_loader(open_split(), view, options, world))
+                self.members.append([])
+            first = views[self.members[where][0]] if self.members[where] else view
+            self.members[where].append(i)
+            last = channels_last[i] if channels_last else False
+            dtype = dtypes[i] if dtypes else torch.float32
+            self.to_view.append(ToView(first, view, last, dtype).to(world.device))
+
+    def evaluate(self, peers: PeerGroup) -> dict[str, float]:
+        """Measure every peer (its averaged weights, if any); the first call is the baseline."""
+        scores = self.score([peer.best_module for peer in peers])
+        metrics = scores.metrics(peers.names, self.baseline)
+        if self.baseline is None:
+            self.baseline = scores.correct
+        return metrics
+
+    @torch.inference_mode()
+    def score(self, modules: Sequence[nn.Module]) -> Scores:
+        """Run the models over the whole split; every rank gets the result of all."""
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        parts: list[list[Tensor]] = [[] for _ in modules]
+        summed: list[Tensor] = []
+        labels: list[Tensor] = []
+        for number, (loader, members) in enumerate(zip(self.loaders, self.members, strict=True)):
+            for k, (images, target) in enumerate(self.watch(loader, "evaluating")):
+                together = None
+                for i in members:
+                    logits = self._forward(modules[i], self.to_view[i](images))
+                    parts[i].append(_judge(logits, target))
+                    p = logits.softmax(dim=1)
+                    together = p if together is None else together + p
+                together = together if len(self.loaders) == 1 else together.cpu()
+                if number == 0:
+                    summed.append(together)
+                    labels.append(target.to(together.device))
+                else:
+                    summed[k] += together
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+        right = [p.argmax(dim=1) == y for p, y in zip(summed, labels, strict=True)]
+        table = torch.stack([torch.cat(rows, dim=1).cpu() for rows in parts])
+        return self._gather(table, torch.cat(right).cpu())
+
+    def _forward(self, module: nn.Module, images: Tensor) -> Tensor:
+        device = self.world.device.type
+        with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            return module(images).float()
+
+    def _gather(self, table: Tensor, ensemble: Tensor) -> Scores:
+        """Put the ranks' samples back in the data's order."""
+        parts = distributed.gather_objects((table, ensemble))
+        count = sum(part[1].shape[0] for part in parts)
+        whole = table.new_empty(*table.shape[:2], count)
+        together = ensemble.new_empty(count)
+        interleaved = all(
+            part[1].shape[0] == len(range(rank, count, len(parts)))
+            for rank, part in enumerate(parts)
+        )
+        start = 0
+        for rank, (rows, right) in enumerate(parts):
+            mine = (
+                slice(rank, None, len(parts))
+                if interleaved
+                else slice(start, start + right.shape[0])
+            )
+            whole[:, :, mine], together[mine] = rows, right
+            start += right.shape[0]
+        return Scores(whole[:, 0] > 0, whole[:, 1] > 0, whole[:, 2], together)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the baseline, for flips after a resume."""
+        return {"baseline": self.baseline}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a baseline."""
+        self.baseline = state["baseline"]
+
+
+def _judge(logits: Tensor, target: Tensor) -> Tensor:
+    """Return top-1 right, top-5 right and cross entropy, [3, B] float32."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == target.unsqueeze(1)
+    loss = F.cross_entropy(logits, target, reduction="none")
+    return torch.stack([best[:, 0].float(), best.any(dim=1).float(), loss])

@@ -1,0 +1,578 @@
+"""The command line: timm's training arguments, for N peers."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.utils import ParseKwargs
+
+from common.peers import check_names
+from common.roles import RULES, check_rule
+from common.transfer import SCORES
+
+
+class OptionError(ValueError):
+    """An argument that cannot be used; says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class PeerSpec:
+    """One peer as asked for.
+
+    Attributes:
+        name: Unique.
+        model: What ``classification.models.create_classifier`` takes.
+        checkpoint: Local file or files, or None.
+        frozen: It teaches and does not learn.
+        published: Top-1 that its authors report, to compare the baseline with.
+        options: The run's options with this peer's own values in place.
+    """
+
+    name: str
+    model: str
+    checkpoint: str | list[str] | None
+    frozen: bool
+    published: float | None
+    options: argparse.Namespace
+
+
+# Options that a peer may set for itself, by the names of the command line.
+PEER_OPTIONS = (
+    "pretrained",
+    "gp",
+    "img_size",
+    "input_size",
+    "crop_pct",
+    "mean",
+    "std",
+    "interpolation",
+    "channels_last",
+    "grad_checkpointing",
+    "model_kwargs",
+    "head_init_scale",
+    "head_init_bias",
+    "torchcompile",
+    "torchcompile_mode",
+    "model_dtype",
+    "opt",
+    "opt_eps",
+    "opt_betas",
+    "momentum",
+    "weight_decay",
+    "clip_grad",
+    "clip_mode",
+    "layer_decay",
+    "layer_decay_min_scale",
+    "layer_decay_no_opt_scale",
+    "opt_kwargs",
+    "sched",
+    "lr",
+    "lr_base",
+    "lr_base_size",
+    "lr_base_scale",
+    "lr_noise",
+    "lr_noise_pct",
+    "lr_noise_std",
+    "lr_cycle_mul",
+    "lr_cycle_decay",
+    "lr_cycle_limit",
+    "lr_k_decay",
+    "warmup_lr",
+    "min_lr",
+    "decay_milestones",
+    "decay_epochs",
+    "warmup_epochs",
+    "patience_epochs",
+    "decay_rate",
+    "drop",
+    "drop_connect",
+    "drop_path",
+    "drop_block",
+    "bn_momentum",
+    "bn_eps",
+    "sync_bn",
+    "model_ema",
+    "model_ema_decay",
+    "model_ema_warmup",
+    "model_ema_force_cpu",
+    "trust_remote_code",
+]
+PEER_ALIASES = {"compile": "torchcompile", "ema": "model_ema", "kwargs": "model_kwargs"}
+PEER_OWN = ("name", "checkpoint", "frozen", "published")
+
+# timm's arguments that have no meaning here, and what to use instead.
+REJECTED = {
+    "--model": "give every model as --peer MODEL",
+    "--pretrained-path": "use --peer MODEL,checkpoint=FILE",
+    "--initial-checkpoint": "use --peer MODEL,checkpoint=FILE",
+    "--fuser": "TorchScript fusers do not apply to eager models; use compile=inductor on a peer",
+    "--torchscript": "TorchScript is deprecated; use compile=inductor on a peer",
+    "--no-prefetcher": "images are always normalised on the device, once for every view",
+    "--use-multi-epochs-loader": "workers always persist between epochs here",
+    "--worker-seeding": "every sample is seeded by itself, whatever the workers",
+    "--save-images": "write a few samples with torchvision instead; a run's images would be large",
+    "--tta": "timm's loader makes no test-time augmentations; there is nothing to reduce",
+    "--aug-splits": "an augmentation split has no per-sample score to choose the teacher by",
+    "--resplit": "it belongs to --aug-splits, which has no per-sample score",
+    "--split-bn": "it belongs to --aug-splits, which has no per-sample score",
+    "--jsd-loss": "a loss over augmentation splits has no per-sample score",
+    "--device-modules": "only devices that torch itself knows are supported",
+    "--synchronize-step": "steps are never synchronised; that is what makes them fast",
+    "--wandb-resume-id": "resume the run; its writers go on in the same folder",
+    "--naflex-loader": "peers need one common image; NaFlex batches have none",
+    "--naflex-train-seq-lens": "peers need one common image; NaFlex batches have none",
+    "--naflex-max-seq-len": "peers need one common image; NaFlex batches have none",
+    "--naflex-patch-sizes": "peers need one common image; NaFlex batches have none",
+    "--naflex-patch-size-probs": "peers need one common image; NaFlex batches have none",
+    "--naflex-loss-scale": "peers need one common image; NaFlex batches have none",
+    "--naflex-patchify-channels-first": "peers need one common image; NaFlex batches have none",
+    "--train-img-sizes": "every peer trains at its own size; set img_size on the peer",
+    "--train-batch-sizes": "every peer trains at its own size; set img_size on the peer",
+    "--train-size-probs": "every peer trains at its own size; set img_size on the peer",
+    "--train-size-schedule": "every peer trains at its own size; set img_size on the peer",
+    "--train-size-schedule-spread": "every peer trains at its own size; set img_size on the peer",
+    "--train-size-random-mix": "every peer trains at its own size; set img_size on the peer",
+    "--variable-batch-loss-scale": "batches have one size here",
+    "--kd-model-name": "give the teacher as --peer MODEL,frozen=true and --rule one_way:NAME",
+    "--kd-distill-type": "transfer is between logits",
+    "--kd-loss-type": "transfer uses the KL divergence",
+    "--distill-loss-weight": "use --transfer-weight",
+    "--task-loss-weight": "the task loss has weight 1; use --transfer-weight",
+    "--kd-temperature": "use --temperature",
+    "--kd-student-feature-dim": "transfer is between logits",
+    "--kd-teacher-feature-dim": "transfer is between logits",
+    "--kd-token-distill-type": "transfer is between logits",
+}
+
+
+class _Reject(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        option = rest[-1]
+        parser.error(f"{option} is timm's, but not taken here: {REJECTED[option]}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser; every option's dest is timm's."""
+    parser = argparse.ArgumentParser(
+        prog="classification/train.py",
+        description="Fine-tune N image classifiers that teach each other.",
+        allow_abbrev=False,
+    )
+    flag = {"action": "store_true", "default": False}
+    numbers = {"type": float, "nargs": "+", "default": None}
+    add = parser.add_argument
+    add("-c", "--config", default="", metavar="FILE", help="YAML of options; flags override it")
+
+    group = parser.add_argument_group("peers and transfer")
+    add = group.add_argument
+    add(
+        "--peer",
+        action="append",
+        dest="peers",
+        default=None,
+        metavar="MODEL[,key=value...]",
+        help="a timm model, dinov2_vits14_lc, mae_vit_base_ft or hf:ORG/NAME, with keys name, "
+        "checkpoint (several files: a+b), frozen, published, compile, and any option marked * "
+        "below; repeat for every peer",
+    )
+    add("--rule", default="best", help=f"who teaches whom: {', '.join(RULES)}, one_way:NAME")
+    add("--score", default="loss", choices=SCORES, help="what the rule compares")
+    add("--temperature", type=float, default=1.0)
+    add("--transfer-weight", type=float, default=1.0, help="lambda of the transfer loss")
+    add("--transfer-warmup-steps", type=int, default=0, help="optimizer steps to the full weight")
+    add(
+        "--detach-teacher",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="no gradient through the teacher (--no-detach-teacher: as in the paper's scripts)",
+    )
+    add("--margin", type=float, default=None, help="teach only where the score gap exceeds this")
+    add("--trust-remote-code", **flag, help="* run code from a Hugging Face model's repository")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("data", nargs="?", metavar="DIR", help="path to the dataset")
+    add("--data-dir", metavar="DIR")
+    add("--dataset", default="", metavar="NAME", help="torch/, hfds/, hfids/, wds/, tfds/ or ''")
+    add("--train-split", default="train")
+    add("--val-split", default="validation")
+    add("--train-num-samples", type=int)
+    add("--val-num-samples", type=int)
+    add("--dataset-download", **flag)
+    add("--class-map", default="", metavar="FILE")
+    add("--input-img-mode")
+    add("--input-key")
+    add("--target-key")
+    add("--dataset-trust-remote-code", **flag)
+
+    group = parser.add_argument_group("model (* a peer may set its own)")
+    add = group.add_argument
+    add(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="* hub weights (default: yes, unless the peer has a checkpoint)",
+    )
+    add("--num-classes", type=int, help="new heads for every peer, for your own classes")
+    add("--gp", metavar="POOL", help="* global pooling")
+    add("--img-size", type=int, help="*")
+    add("--in-chans", type=int)
+    add("--input-size", type=int, nargs=3, help="* channels height width")
+    add("--crop-pct", type=float, help="* of evaluation")
+    add("--mean", **numbers, help="*")
+    add("--std", **numbers, help="*")
+    add("--interpolation", default="", help="* of evaluation")
+    add("-b", "--batch-size", type=int, default=128, help="per process")
+    add("-vb", "--validation-batch-size", type=int)
+    add("--channels-last", **flag, help="*")
+    add("--grad-accum-steps", type=int, default=1)
+    add("--grad-checkpointing", **flag, help="*")
+    add("--fast-norm", **flag)
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="*")
+    add("--head-init-scale", type=float, help="*")
+    add("--head-init-bias", type=float, help="*")
+    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="*")
+    add("--torchcompile-mode", help="*")
+
+    group = parser.add_argument_group("device and distribution")
+    add = group.add_argument
+    add("--device", default="auto")
+    add("--amp", **flag)
+    add("--amp-dtype", default="float16", choices=("float16", "bfloat16"))
+    add("--model-dtype", choices=("float32", "bfloat16"), help="* weights of this type")
+    add("--no-ddp-bb", **flag, help="do not broadcast buffers at each forward")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add("--sync-bn", **flag, help="*")
+    add("--dist-bn", default="reduce", choices=("broadcast", "reduce", ""))
+
+    group = parser.add_argument_group("optimizer and schedule (* a peer may set its own)")
+    add = group.add_argument
+    add("--opt", default="sgd", help="*")
+    add("--opt-eps", type=float, help="*")
+    add("--opt-betas", **numbers, help="*")
+    add("--momentum", type=float, default=0.9, help="*")
+    add("--weight-decay", type=float, default=2e-5, help="*")
+    add("--clip-grad", type=float, help="* each peer by its own gradients")
+    add("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="*")
+    add("--layer-decay", type=float, help="*")
+    add("--layer-decay-min-scale", type=float, default=0, help="*")
+    add("--layer-decay-no-opt-scale", type=float, help="*")
+    add("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, help="*")
+    add("--sched", default="cosine", help="*")
+    add("--sched-on-updates", **flag)
+    add("--lr", type=float, help="* absolute; overrides --lr-base")
+    add("--lr-base", type=float, default=0.1, help="* lr = lr_base * global batch / lr_base_size")
+    add("--lr-base-size", type=int, default=256, help="*")
+    add("--lr-base-scale", default="", choices=("", "linear", "sqrt"), help="*")
+    add("--lr-noise", **numbers, help="*")
+    add("--lr-noise-pct", type=float, default=0.67, help="*")
+    add("--lr-noise-std", type=float, default=1.0, help="*")
+    add("--lr-cycle-mul", type=float, default=1.0, help="*")
+    add("--lr-cycle-decay", type=float, default=0.5, help="*")
+    add("--lr-cycle-limit", type=int, default=1, help="*")
+    add("--lr-k-decay", type=float, default=1.0, help="*")
+    add("--warmup-lr", type=float, default=1e-5, help="*")
+    add("--min-lr", type=float, default=0, help="*")
+    add("--epochs", type=int, default=300)
+    add("--epoch-repeats", type=float, default=0.0)
+    add("--start-epoch", type=int)
+    add("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="*")
+    add("--decay-epochs", type=float, default=90, help="*")
+    add("--warmup-epochs", type=int, default=5, help="*")
+    add("--warmup-prefix", **flag)
+    add("--cooldown-epochs", type=int, default=0)
+    add("--patience-epochs", type=int, default=10, help="*")
+    add("--decay-rate", "--dr", type=float, default=0.1, help="*")
+    add("--train-batches-per-epoch", "--train-steps-per-epoch", type=int)
+
+    group = parser.add_argument_group("augmentation and regularisation")
+    add = group.add_argument
+    add("--no-aug", **flag)
+    add("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"))
+    add("--scale", type=float, nargs="+", default=[0.08, 1.0])
+    add("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3])
+    add("--hflip", type=float, default=0.5)
+    add("--vflip", type=float, default=0.0)
+    add("--color-jitter", type=float, default=0.4)
+    add("--color-jitter-prob", type=float)
+    add("--grayscale-prob", type=float)
+    add("--gaussian-blur-prob", type=float)
+    add("--aa", metavar="POLICY")
+    add("--aug-repeats", type=float, default=0)
+    add("--bce-loss", **flag)
+    add("--bce-sum", **flag)
+    add("--bce-target-thresh", type=float)
+    add("--bce-pos-weight", type=float)
+    add("--reprob", type=float, default=0.0)
+    add("--remode", default="pixel")
+    add("--recount", type=int, default=1)
+    add("--mixup", type=float, default=0.0)
+    add("--cutmix", type=float, default=0.0)
+    add("--cutmix-minmax", **numbers)
+    add("--mixup-prob", type=float, default=1.0)
+    add("--mixup-switch-prob", type=float, default=0.5)
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    add("--mixup-off-epoch", type=int, default=0)
+    add("--smoothing", type=float, default=0.1)
+    add("--train-interpolation", default="random")
+    add("--drop", type=float, default=0.0, help="*")
+    add("--drop-connect", type=float, help="*")
+    add("--drop-path", type=float, help="*")
+    add("--drop-block", type=float, help="*")
+    add("--bn-momentum", type=float, help="*")
+    add("--bn-eps", type=float, help="*")
+    add("--model-ema", **flag, help="*")
+    add("--model-ema-force-cpu", **flag, help="*")
+    add("--model-ema-decay", type=float, default=0.9998, help="*")
+    add("--model-ema-warmup", **flag, help="*")
+
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--resume", default="", metavar="PATH", help="a run file, or a folder with run files")
+    add("--no-resume-opt", **flag)
+    add("--seed", type=int, default=42)
+    add("--log-interval", type=int, default=50)
+    add("--val-interval", type=int, default=1)
+    add("--recovery-interval", type=int, default=0, help="optimizer steps between run files")
+    add("--checkpoint-hist", type=int, default=10)
+    add("-j", "--workers", type=int, default=4)
+    add("--pin-mem", **flag)
+    add("--output", default="", metavar="DIR")
+    add("--experiment", default="", metavar="NAME")
+    add("--eval-metric", default="top1", choices=("top1", "top5", "loss"))
+    add("--log-wandb", **flag)
+    add("--wandb-project")
+    add("--wandb-tags", nargs="+", default=[])
+    for option in REJECTED:
+        parser.add_argument(option, nargs="*", action=_Reject, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[PeerSpec]]:
+    """Parse flags over a YAML file over the defaults.
+
+    Returns:
+        The run's options, and its peers as asked for.
+
+    Raises:
+        OptionError: A YAML or peer key that does not exist (lists near or all choices), a value of
+            the wrong kind, peers or a rule that do not fit.
+        SystemExit: As argparse does, for flags.
+    """
+    parser = build_parser()
+    known, _ = _config_parser().parse_known_args(arguments)
+    if known.config:
+        parser.set_defaults(**_read_config(parser, Path(known.config)))
+    options = parser.parse_args(arguments)
+    options.data = options.data or options.data_dir
+    _check_ranges(options)
+    if not options.peers:
+        raise OptionError("no peers: give --peer MODEL for every model, or a `peers:` list in YAML")
+    peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
+    names = [peer.name for peer in peers]
+    try:
+        check_names(names)
+        check_rule(options.rule, names)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    return options, peers
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", default="")
+    return parser
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    hidden = ("help", "config", "local_rank")
+    return {
+        action.dest: action
+        for action in parser._actions
+        if action.dest not in hidden and not isinstance(action, _Reject)
+    }
+
+
+def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise OptionError(f"{path}: no such config file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise OptionError(f"{path}: not plain YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise OptionError(f"{path}: expected `option: value` lines")
+    actions = _actions(parser)
+    values = {}
+    for key, value in content.items():
+        dest = str(key).replace("-", "_")
+        if "--" + str(key).replace("_", "-") in REJECTED:
+            reason = REJECTED["--" + str(key).replace("_", "-")]
+            raise OptionError(f"{path}: {key} is timm's, but not taken here: {reason}")
+        if dest not in actions:
+            raise OptionError(f"{path}: unknown option {key!r}{_near(dest, actions)}")
+        values[dest] = value if dest == "peers" else _coerce(actions[dest], value, str(path))
+    return values
+
+
+def _near(word: str, choices: Any) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, list(choices), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _coerce(action: argparse.Action, value: Any, where: str) -> Any:
+    """Turn a YAML or peer value into what the flag itself would give."""
+    if value is None:
+        return None
+    if isinstance(action, ParseKwargs):
+        if not isinstance(value, Mapping):
+            raise OptionError(f"{where}: {action.dest} is {value!r}; expected key: value pairs")
+        return dict(value)
+    if isinstance(action.const, bool) or isinstance(action, argparse.BooleanOptionalAction):
+        return _flag(value, f"{where}: {action.dest}")
+    if isinstance(value, (list, tuple)) != (action.nargs in ("+", 3)):
+        raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
+    if action.dest == "torchcompile" and (value is True or value == "true"):
+        return "inductor"
+    values = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        made = [action.type(item) if callable(action.type) else str(item) for item in values]
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"{where}: {action.dest} is {value!r}; expected {_kind(action)}"
+        ) from error
+    if action.choices is not None and any(item not in action.choices for item in made):
+        raise OptionError(
+            f"{where}: {action.dest} is {value!r}; choose from {', '.join(action.choices)}"
+        )
+    return made if isinstance(value, (list, tuple)) else made[0]
+
+
+def _kind(action: argparse.Action) -> str:
+    kind = getattr(action.type, "__name__", "str")
+    return f"a list of {kind}" if action.nargs in ("+", 3) else f"one {kind}"
+
+
+def _flag(value: Any, where: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in known:
+        raise OptionError(f"{where} is {value!r}; expected true or false")
+    return known[str(value).lower()]
+
+
+def _peer_mapping(asked: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``MODEL,key=value`` or a YAML entry into a mapping with ``model``."""
+    if isinstance(asked, Mapping):
+        if "model" not in asked:
+            raise OptionError(f"peer {dict(asked)!r}: it needs a `model:`")
+        return dict(asked)
+    model, *pairs = asked.split(",")
+    entry: dict[str, Any] = {"model": model.strip()}
+    if not entry["model"] or "=" in entry["model"]:
+        raise OptionError(f"peer {asked!r}: expected MODEL[,key=value...]")
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        key = key.strip()
+        if not sign:
+            raise OptionError(f"peer {asked!r}: {pair!r} is not key=value")
+        outer, dot, inner = key.partition(".")
+        if dot:
+            entry.setdefault(outer, {})[inner] = _literal(value)
+        else:
+            entry[key] = value
+    return entry
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _peer_spec(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, asked: str | Mapping[str, Any]
+) -> PeerSpec:
+    entry = _peer_mapping(asked)
+    where = f"peer {entry['model']!r}"
+    actions = _actions(parser)
+    own = argparse.Namespace(**vars(options))
+    for key in [key for key in entry if key not in ("model", *PEER_OWN)]:
+        dest = PEER_ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
+        if dest not in PEER_OPTIONS:
+            choices = [*PEER_OWN, *PEER_ALIASES, *PEER_OPTIONS]
+            raise OptionError(
+                f"{where}: unknown key {key!r}{_near(dest, choices)}; keys: {', '.join(choices)}"
+            )
+        action, value = actions[dest], entry[key]
+        if isinstance(value, str) and action.nargs in ("+", 3):
+            value = value.split("+")
+        value = _coerce(action, value, where)
+        if dest in ("model_kwargs", "opt_kwargs"):
+            value = {**getattr(options, dest), **(value or {})}
+        setattr(own, dest, value)
+    checkpoint = entry.get("checkpoint")
+    if isinstance(checkpoint, str) and "+" in checkpoint and not Path(checkpoint).exists():
+        checkpoint = checkpoint.split("+")
+    published = entry.get("published")
+    return PeerSpec(
+        name=str(entry.get("name", "")),
+        model=str(entry["model"]),
+        checkpoint=checkpoint,
+        frozen=_flag(entry.get("frozen", False), f"{where}: frozen"),
+        published=None if published is None else float(published),
+        options=own,
+    )
+
+
+def _name_peers(peers: list[PeerSpec]) -> list[PeerSpec]:
+    """Name unnamed peers after their model, with a number where it repeats."""
+    from dataclasses import replace
+
+    named: list[PeerSpec] = []
+    for peer in peers:
+        name = peer.name
+        if not name:
+            base = peer.model.removeprefix("hf:").rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+            taken = [other.name for other in named]
+            name, number = base, 1
+            while name in taken:
+                number += 1
+                name = f"{base}-{number}"
+        named.append(replace(peer, name=name))
+    return named
+
+
+def _check_ranges(options: argparse.Namespace) -> None:
+    at_least = {
+        "batch_size": 1,
+        "grad_accum_steps": 1,
+        "epochs": 1,
+        "log_interval": 1,
+        "val_interval": 1,
+        "checkpoint_hist": 1,
+        "recovery_interval": 0,
+        "workers": 0,
+        "transfer_warmup_steps": 0,
+    }
+    for name, least in at_least.items():
+        if getattr(options, name) < least:
+            raise OptionError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more"
+            )
+    if not options.data:
+        raise OptionError(
+            "no data: give the dataset's folder, for instance `train.py /data/imagenet`"
+        )
+    if (options.mixup > 0 or options.cutmix > 0) and options.batch_size % 2:
+        raise OptionError(f"mixup needs an even --batch-size, got {options.batch_size}")

@@ -1,0 +1,240 @@
+"""A timm model as a peer."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from classification.data import ToView, View, common_view, view_of
+from classification.losses import SampleLoss, hard, sample_loss
+from classification.models import ModelError, create_classifier
+from classification.options import OptionError, PeerSpec
+from common.distributed import World
+from common.peers import Peer
+from common.transfer import PeerOutput, confidence
+
+_logger = logging.getLogger(__name__)
+
+
+class ClassifierPeer(Peer):
+    """Sees the common images in its own view and gives class scores.
+
+    Args:
+        name: Unique.
+        module: Images [B, C, h, w] of its own view -> logits [B, classes].
+        to_view: From the common view to its own.
+        loss: Logits and target -> per-sample loss [B].
+        score: ``loss`` or ``confidence``.
+        **rest: See ``common.peers.Peer``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        to_view: Callable[[Tensor], Tensor],
+        loss: SampleLoss,
+        score: str = "loss",
+        **rest: Any,
+    ) -> None:
+        super().__init__(name, module, **rest)
+        self.to_view = to_view
+        self.loss = loss
+        self.score = score
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> PeerOutput:
+        """Run the model on a batch of the common view; loss and score in float32."""
+        images, target = batch
+        logits = self.model(self.to_view(images))
+        return classify(logits, target, self.loss, self.score)
+
+
+def classify(logits: Tensor, target: Tensor, loss: SampleLoss, score: str) -> PeerOutput:
+    """Turn logits and target into what the transfer needs.
+
+    Args:
+        logits: [B, C], any floating dtype.
+        target: [B] int, or [B, C] float.
+        loss: Per-sample loss [B].
+        score: ``loss``: minus the per-sample loss; ``confidence``: the largest probability.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        per_sample = loss(logits, target)
+        detached = logits.detach()
+        return PeerOutput(
+            task_loss=per_sample.mean(),
+            score=-per_sample.detach() if score == "loss" else confidence(detached),
+            logits=logits,
+            correct=detached.argmax(dim=1) == hard(target),
+        )
+
+
+def build_modules(
+    specs: Sequence[PeerSpec], run: argparse.Namespace
+) -> tuple[list[nn.Module], list[View]]:
+    """Create every peer's model and resolve its view.
+
+    Raises:
+        ModelError, CheckpointError: As ``create_classifier``.
+        OptionError: Class counts that differ (names both), or options that the model refuses.
+    """
+    modules = [_create(spec, run) for spec in specs]
+    counts = {spec.name: module.num_classes for spec, module in zip(specs, modules, strict=True)}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        raise OptionError(
+            f"peers must tell the same classes, got {told}; give checkpoints of the same classes, "
+            "or --num-classes for new heads"
+        )
+    views = [view_of(module, spec.options) for spec, module in zip(specs, modules, strict=True)]
+    return modules, views
+
+
+def _create(spec: PeerSpec, run: argparse.Namespace) -> nn.Module:
+    options = spec.options
+    wanted = {
+        "in_chans": options.in_chans or (options.input_size[0] if options.input_size else None),
+        "img_size": options.img_size or (options.input_size[1] if options.input_size else None),
+        "drop_rate": options.drop or None,
+        "drop_path_rate": options.drop_path,
+        "drop_block_rate": options.drop_block,
+        "global_pool": options.gp,
+        "bn_momentum": options.bn_momentum,
+        "bn_eps": options.bn_eps,
+    }
+    if options.drop_connect is not None and options.drop_path is None:
+        wanted["drop_path_rate"] = options.drop_connect
+    pretrained = options.pretrained
+    if pretrained is None:
+        pretrained = spec.checkpoint is None
+    try:
+        module = create_classifier(
+            spec.model,
+            spec.checkpoint,
+            pretrained=pretrained and spec.checkpoint is None,
+            num_classes=run.num_classes,
+            trust_remote_code=options.trust_remote_code,
+            **{key: value for key, value in wanted.items() if value is not None},
+            **options.model_kwargs,
+        )
+    except TypeError as error:
+        raise ModelError(f"peer {spec.name!r}: {spec.model} refuses an option: {error}") from error
+    if options.grad_checkpointing:
+        if not hasattr(module, "set_grad_checkpointing"):
+            raise OptionError(f"peer {spec.name!r}: {spec.model} has no gradient checkpointing")
+        module.set_grad_checkpointing(enable=True)
+    _scale_head(module, options)
+    return module
+
+
+def _scale_head(module: nn.Module, options: argparse.Namespace) -> None:
+    if options.head_init_scale is None and options.head_init_bias is None:
+        return
+    head = module.get_classifier()
+    with torch.no_grad():
+        if options.head_init_scale is not None:
+            head.weight.mul_(options.head_init_scale)
+            head.bias.mul_(options.head_init_scale)
+        if options.head_init_bias is not None:
+            nn.init.constant_(head.bias, options.head_init_bias)
+
+
+def build_peers(
+    specs: Sequence[PeerSpec],
+    modules: Sequence[nn.Module],
+    views: Sequence[View],
+    run: argparse.Namespace,
+    world: World,
+    updates_per_epoch: int,
+) -> tuple[list[ClassifierPeer], int]:
+    """Give every model its optimizer, schedule, average and view; move it to the device.
+
+    Returns:
+        The peers, and the number of epochs their schedules ask for (warm-up and cool-down
+        included).
+    """
+    common, loss = common_view(views), sample_loss(run)
+    peers, epochs = [], []
+    for spec, module, view in zip(specs, modules, views, strict=True):
+        options = spec.options
+        dtype = getattr(torch, options.model_dtype or "float32")
+        module.to(device=world.device, dtype=dtype)
+        if options.channels_last:
+            module.to(memory_format=torch.channels_last)
+        if options.sync_bn and world.size > 1:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        rest: dict[str, Any] = {"frozen": spec.frozen}
+        if not spec.frozen:
+            optimizer = _optimizer(spec, module, run, world)
+            schedule, wants = create_scheduler_v2(
+                optimizer,
+                **{**scheduler_kwargs(options), "num_epochs": run.epochs},
+                updates_per_epoch=updates_per_epoch,
+            )
+            if schedule is not None:
+                schedule.step(0)
+            epochs.append(wants)
+            rest |= {"optimizer": optimizer, "schedule": schedule, "clip": _clip(module, options)}
+            if options.model_ema:
+                rest["average"] = ModelEmaV3(
+                    module,
+                    decay=options.model_ema_decay,
+                    use_warmup=options.model_ema_warmup,
+                    device="cpu" if options.model_ema_force_cpu else None,
+                )
+        to_view = ToView(common, view, options.channels_last, dtype).to(world.device)
+        peer = ClassifierPeer(spec.name, module, to_view, loss, run.score, **rest)
+        if options.torchcompile:
+            peer.model = torch.compile(
+                module, backend=options.torchcompile, mode=options.torchcompile_mode
+            )
+        peer.distribute(world, broadcast_buffers=not run.no_ddp_bb)
+        peers.append(peer)
+    return peers, max(epochs, default=run.epochs)
+
+
+def _optimizer(
+    spec: PeerSpec, module: nn.Module, run: argparse.Namespace, world: World
+) -> torch.optim.Optimizer:
+    options = spec.options
+    if options.lr is None:
+        options.lr = scaled_lr(options, run.batch_size * world.size * run.grad_accum_steps)
+    kwargs = {**optimizer_kwargs(options), **options.opt_kwargs}
+    try:
+        optimizer = create_optimizer_v2(module, **kwargs)
+        if "fused" in optimizer.defaults and not {"fused", "foreach"} & set(kwargs):
+            optimizer = create_optimizer_v2(module, **kwargs, fused=True)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise OptionError(f"peer {spec.name!r}: optimizer {options.opt!r}: {error}") from error
+    return optimizer
+
+
+def scaled_lr(options: argparse.Namespace, global_batch: int) -> float:
+    """Scale the base learning rate with the global batch, by timm's rule.
+
+    Linear, or by the square root for adaptive optimizers, in units of ``lr_base_size``.
+    """
+    ratio = global_batch / options.lr_base_size
+    adaptive = any(word in options.opt.lower() for word in ("ada", "lamb"))
+    scale = options.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return options.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def _clip(module: nn.Module, options: argparse.Namespace) -> Callable[[], object] | None:
+    if options.clip_grad is None:
+        return None
+    parameters = list(model_parameters(module, exclude_head="agc" in options.clip_mode))
+    return functools.partial(
+        dispatch_clip_grad, parameters, value=options.clip_grad, mode=options.clip_mode
+    )

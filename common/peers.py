@@ -1,0 +1,219 @@
+"""Peers: models that learn together, each with its own optimizer, schedule and average."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from common.distributed import World
+from common.transfer import PeerOutput
+
+
+class Schedule(Protocol):
+    """A learning-rate schedule with timm's two hooks."""
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        """Act on a finished epoch."""
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        """Act on a finished optimizer step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved state."""
+
+
+class Average(Protocol):
+    """An average of a model's weights over steps (EMA)."""
+
+    module: nn.Module
+
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Move the average towards the model."""
+
+
+class Peer(ABC):
+    """One model of the group. A task says in ``forward`` how a batch becomes a ``PeerOutput``.
+
+    Args:
+        name: Unique in the group; used in files, metrics and errors.
+        module: The plain model: what is saved and exported.
+        frozen: It gives scores and logits, and learns nothing: no optimizer, evaluation mode.
+        optimizer: Over the module's parameters; None only for a frozen peer.
+        schedule: Of the learning rate.
+        average: EMA of the weights; what is evaluated and exported where there is one.
+        clip: Called with nothing before each optimizer step, on unscaled gradients.
+
+    Attributes:
+        model: What ``forward`` must call: the module, compiled or wrapped for data parallelism.
+
+    Raises:
+        ValueError: A peer that shall learn without an optimizer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        frozen: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: Schedule | None = None,
+        average: Average | None = None,
+        clip: Callable[[], object] | None = None,
+    ) -> None:
+        if not frozen and optimizer is None:
+            raise ValueError(f"peer {name!r} shall learn but has no optimizer")
+        self.name = name
+        self.module = module
+        self.model: nn.Module = module
+        self.frozen = frozen
+        self.optimizer = None if frozen else optimizer
+        self.schedule = None if frozen else schedule
+        self.average = None if frozen else average
+        self.clip = clip
+        if frozen:
+            module.requires_grad_(False)
+
+    @abstractmethod
+    def forward(self, batch: Any) -> PeerOutput:
+        """Run ``self.model`` on a batch; gradient reaches task_loss and logits."""
+
+    @property
+    def best_module(self) -> nn.Module:
+        """What is evaluated and exported: the average where there is one, else the module."""
+        return self.module if self.average is None else self.average.module
+
+    @property
+    def lr(self) -> float:
+        """The largest learning rate among the optimizer's groups; 0 for a frozen peer."""
+        if self.optimizer is None:
+            return 0.0
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def distribute(self, world: World, broadcast_buffers: bool = True) -> None:
+        """Wrap the model for data parallelism."""
+        if world.size == 1 or self.frozen:
+            return
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        self.model = DistributedDataParallel(
+            self.model, device_ids=ids, broadcast_buffers=broadcast_buffers
+        )
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Return a context in which gradients stay on this rank."""
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+    def train(self) -> None:
+        """Enter training mode; a frozen peer stays in evaluation mode."""
+        self.model.train(not self.frozen)
+
+    def update(self, scaler: GradScaler, step: int) -> None:
+        """Unscale, clip, make one optimizer step, clear the gradients, move the average.
+
+        Args:
+            scaler: Shared by the group; the caller updates it once after all peers.
+            step: Optimizer steps made so far.
+        """
+        if self.optimizer is None:
+            return
+        if self.clip is not None:
+            scaler.unscale_(self.optimizer)
+            self.clip()
+        scaler.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.module, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all an exact resume needs."""
+        return {
+            "module": self.module.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: bool = True) -> None:
+        """Take up a saved state.
+
+        Args:
+            state: From ``state_dict``.
+            optimizer: False leaves optimizer and schedule as they are.
+        """
+        self.module.load_state_dict(state["module"])
+        if self.average is not None:
+            average = state["average"]
+            self.average.module.load_state_dict(state["module"] if average is None else average)
+        if not optimizer:
+            return
+        if self.optimizer is not None and state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+
+class PeerGroup(Sequence[Peer]):
+    """The peers of one run, in order.
+
+    Raises:
+        ValueError: No peers, names that repeat or cannot be folder names, or only frozen peers.
+    """
+
+    def __init__(self, peers: Sequence[Peer]) -> None:
+        check_names([peer.name for peer in peers])
+        if all(peer.frozen for peer in peers):
+            raise ValueError("every peer is frozen; nothing would be trained")
+        self._peers = list(peers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._peers[index]
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._peers)
+
+    @property
+    def names(self) -> list[str]:
+        """The peers' names, in order."""
+        return [peer.name for peer in self._peers]
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the peers that learn nothing."""
+        return [peer.name for peer in self._peers if peer.frozen]
+
+
+RESERVED_NAMES = ("ensemble", "oracle", "mean", "transfer")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse peer names that repeat, are reserved, or cannot be folder and metric names.
+
+    Raises:
+        ValueError: Names the value.
+    """
+    if not names:
+        raise ValueError("no peers were given")
+    for name in names:
+        if not name or name != name.strip(". ") or any(sign in name for sign in "/\\:,="):
+            raise ValueError(
+                f"{name!r} cannot be a peer's name: it is used for folders and metrics"
+            )
+        if name in RESERVED_NAMES:
+            raise ValueError(f"{name!r} cannot be a peer's name: it is the name of a metric")
+        if list(names).count(name) > 1:
+            raise ValueError(f"two peers are named {name!r}; give one of them another name")

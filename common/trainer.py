@@ -1,0 +1,438 @@
+"""The training loop: epochs, evaluation, exports, exact resume."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from common import distributed
+from common.checkpoint import CheckpointError, save_run, save_weights
+from common.distributed import World
+from common.engine import Engine
+from common.ledger import Ledger, Lessons
+from common.peers import PeerGroup
+from common.transfer import KnowledgeTransfer
+
+_logger = logging.getLogger(__name__)
+
+Writer = Callable[[Mapping[str, float], int], None]
+
+
+class Loader(Protocol):
+    """Batches on the device, in an order that depends on nothing but seed and epoch."""
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Prepare an epoch's order, without its first ``start`` batches."""
+
+    def __len__(self) -> int:
+        """Return the batches of a whole epoch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches from ``start`` on."""
+
+
+class Evaluator(Protocol):
+    """Measures every peer on held-out data."""
+
+    def evaluate(self, peers: PeerGroup) -> dict[str, float]:
+        """Return ``PEER/METRIC`` and group metrics; equal on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+
+
+@dataclass
+class Plan:
+    """How long to train, and when to log, evaluate and save.
+
+    Attributes:
+        epochs: How many, in all.
+        accumulate: Batches a optimizer step.
+        log_every: Optimizer steps between log lines; the device is read only then.
+        evaluate_every: Epochs between evaluations; the last epoch is always evaluated.
+        save_every: Optimizer steps between run files inside an epoch; 0: only after each epoch.
+        keep: Run files kept.
+        metric: Which metric of a peer chooses its best weights.
+        lower_is_better: Of that metric.
+        export_suffix: Of the per-peer files.
+    """
+
+    epochs: int
+    accumulate: int = 1
+    log_every: int = 50
+    evaluate_every: int = 1
+    save_every: int = 0
+    keep: int = 3
+    metric: str = "top1"
+    lower_is_better: bool = False
+    export_suffix: str = ".safetensors"
+
+
+@dataclass
+class Best:
+    """A peer's best evaluation so far."""
+
+    value: float
+    epoch: int
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: Epochs finished.
+        batch: Batches finished in the running epoch.
+        updates: Optimizer steps made.
+        best: Of each peer.
+        history: One row an evaluation: ``epoch``, and the evaluation's metrics.
+        lessons: One row an epoch: ``epoch``, and the ledger's scalars.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    updates: int = 0
+    best: dict[str, Best] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    lessons: list[dict[str, float]] = field(default_factory=list)
+
+
+class NonFiniteError(FloatingPointError):
+    """A peer's loss is NaN or infinite."""
+
+
+class Trainer:
+    """Trains a group of peers, and can go on exactly where a killed run stopped.
+
+    Args:
+        peers: The group.
+        engine: Runs the steps.
+        transfer: The objective; its draws are saved.
+        loader: Training batches.
+        evaluator: Held-out measurement.
+        plan: When to do what.
+        folder: Output; run files in it, per-peer files in ``folder/PEER/``.
+        world: Where this process stands.
+        config: Plain settings, kept in the run file.
+        metadata: Of each peer's exported files.
+        writers: Called with scalars and the number of optimizer steps, on the main rank.
+        before_evaluation: Called before each evaluation, for instance to average BatchNorm buffers.
+        on_epoch: Called with the epoch before it starts.
+        watch: Wraps the loader's iterator, for instance in a progress bar.
+    """
+
+    def __init__(
+        self,
+        *,
+        peers: PeerGroup,
+        engine: Engine,
+        transfer: KnowledgeTransfer,
+        loader: Loader,
+        evaluator: Evaluator,
+        plan: Plan,
+        folder: Path,
+        world: World,
+        config: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Mapping[str, str]] | None = None,
+        writers: Iterable[Writer] = (),
+        before_evaluation: Callable[[], None] = lambda: None,
+        on_epoch: Callable[[int], None] = lambda epoch: None,
+        watch: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+    ) -> None:
+        self.peers = peers
+        self.engine = engine
+        self.transfer = transfer
+        self.loader = loader
+        self.evaluator = evaluator
+        self.plan = plan
+        self.folder = Path(folder)
+        self.world = world
+        self.config = dict(config or {})
+        self.metadata = dict(metadata or {})
+        self.writers = list(writers)
+        self.before_evaluation = before_evaluation
+        self.on_epoch = on_epoch
+        self.watch = watch
+        self.ledger = Ledger(peers.names, world.device)
+        self.progress = Progress()
+
+    def fit(self) -> Progress:
+        """Measure the start, train the epochs that are left, export each peer's last weights.
+
+        Raises:
+            NonFiniteError: A peer's loss is not finite; nothing of that epoch is saved.
+        """
+        if not self.progress.history:
+            self._evaluate(0)
+        while self.progress.epoch < self.plan.epochs:
+            self._train_epoch()
+            self._finish_epoch()
+        self._export("last", self.peers.names)
+        return self.progress
+
+    def _train_epoch(self) -> None:
+        epoch, batches = self.progress.epoch, len(self.loader)
+        self.on_epoch(epoch)
+        self.loader.set_epoch(epoch, self.progress.batch)
+        for peer in self.peers:
+            peer.train()
+        accumulate = min(self.plan.accumulate, batches)
+        last_whole = batches - batches % accumulate
+        clock, seen = time.perf_counter(), 0
+        for data in self.watch(self.loader):
+            done = self.progress.batch + 1
+            in_group = accumulate if done <= last_whole else batches - last_whole
+            update = done % accumulate == 0 or done == batches
+            result = self.engine.step(
+                data, step=self.progress.updates, share=1 / in_group, update=update
+            )
+            self.ledger.add(result)
+            seen += result.score.shape[1]
+            self.progress.batch = done
+            if not update:
+                continue
+            self.progress.updates += 1
+            for peer in self.peers:
+                if peer.schedule is not None:
+                    peer.schedule.step_update(num_updates=self.progress.updates)
+            if self.progress.updates % self.plan.log_every == 0:
+                self._log(self.ledger.read(), seen / (time.perf_counter() - clock))
+                clock, seen = time.perf_counter(), 0
+            if self.plan.save_every and self.progress.updates % self.plan.save_every == 0:
+                self.save()
+        if self.progress.batch != batches:
+            _logger.warning(
+                "epoch %d had %d batches, expected %d", epoch, self.progress.batch, batches
+            )
+
+    def _log(self, lessons: Lessons, rate: float) -> None:
+        self._refuse_non_finite(lessons)
+        if not self.world.is_main:
+            return
+        scalars = lessons.scalars()
+        for peer in self.peers:
+            scalars[f"{peer.name}/lr"] = peer.lr
+        rate *= self.world.size
+        scalars["transfer/weight"] = self.transfer.weight_at(self.progress.updates)
+        scalars["samples_per_second"] = rate
+        told = "  ".join(
+            f"{peer.name} loss {lessons.task_loss[peer.name]:.4f}"
+            f" kl {lessons.transfer_loss[peer.name]:.4f}"
+            f" teaches {100 * lessons.teaches[peer.name]:.0f}%"
+            for peer in self.peers
+        )
+        _logger.info(
+            "epoch %d [%d/%d]  %s  %.0f samples/s",
+            self.progress.epoch,
+            self.progress.batch,
+            len(self.loader),
+            told,
+            rate,
+        )
+        self._write(scalars)
+
+    def _refuse_non_finite(self, lessons: Lessons) -> None:
+        bad = {name: count for name, count in lessons.not_finite.items() if count}
+        if bad:
+            raise NonFiniteError(
+                f"the loss of {', '.join(bad)} was not finite in {max(bad.values())} batches up to "
+                f"step {self.progress.updates}; lower that peer's lr, clip its gradients, or train "
+                "in bfloat16; resume from the last run file"
+            )
+
+    def _finish_epoch(self) -> None:
+        lessons = self.ledger.read_epoch()
+        self._refuse_non_finite(lessons)
+        epoch = self.progress.epoch + 1
+        self.progress.lessons.append({"epoch": epoch, **lessons.scalars()})
+        if self.world.is_main:
+            name = lessons.collapsed()
+            if name and self.transfer.rule in ("best", "better", "better_sum"):
+                _logger.warning(
+                    "epoch %d: %s taught %.0f%% of the taught samples; the others have little to "
+                    "give it. A weaker transfer weight or a stronger second peer may help.",
+                    epoch,
+                    name,
+                    100 * lessons.teaches[name],
+                )
+        self.progress.epoch, self.progress.batch = epoch, 0
+        metrics: Mapping[str, float] = {}
+        if epoch % self.plan.evaluate_every == 0 or epoch == self.plan.epochs:
+            metrics = self._evaluate(epoch)
+        for peer in self.peers:
+            if peer.schedule is not None:
+                known = metrics or self.progress.history[-1]
+                peer.schedule.step(epoch, known.get(f"{peer.name}/{self.plan.metric}"))
+        self.save()
+
+    def _evaluate(self, epoch: int) -> Mapping[str, float]:
+        self.before_evaluation()
+        metrics = self.evaluator.evaluate(self.peers)
+        self.progress.history.append({"epoch": epoch, **metrics})
+        better = []
+        for peer in self.peers:
+            value = metrics[f"{peer.name}/{self.plan.metric}"]
+            best = self.progress.best.get(peer.name)
+            if best is None or self._beats(value, best.value):
+                self.progress.best[peer.name] = Best(value, epoch)
+                better.append(peer.name)
+        self._export("best", better)
+        if self.world.is_main:
+            for peer in self.peers:
+                best = self.progress.best[peer.name]
+                _logger.info(
+                    "epoch %d  %s  %s %.3f  (best %.3f at epoch %d)",
+                    epoch,
+                    peer.name,
+                    self.plan.metric,
+                    metrics[f"{peer.name}/{self.plan.metric}"],
+                    best.value,
+                    best.epoch,
+                )
+            self._write({f"eval/{name}": value for name, value in metrics.items()})
+            write_csv(self.folder / "summary.csv", self.progress.history)
+            write_csv(self.folder / "ledger.csv", self.progress.lessons)
+        return metrics
+
+    def _beats(self, value: float, best: float) -> bool:
+        if math.isnan(best):
+            return True
+        return value < best if self.plan.lower_is_better else value > best
+
+    def _export(self, which: str, names: Iterable[str]) -> None:
+        if not self.world.is_main:
+            return
+        for peer in self.peers:
+            if peer.name in names:
+                save_weights(
+                    self.folder / peer.name / f"{which}{self.plan.export_suffix}",
+                    peer.best_module.state_dict(),
+                    self.metadata.get(peer.name),
+                )
+
+    def _write(self, scalars: Mapping[str, float]) -> None:
+        for writer in self.writers:
+            writer(scalars, self.progress.updates)
+
+    def save(self) -> None:
+        """Write a run file from which ``resume`` goes on bit for bit (on the CPU)."""
+        ranks = distributed.gather_objects(
+            {
+                "rng": rng_state(self.world.device),
+                "ledger": self.ledger.state_dict(),
+                "transfer": self.transfer.state_dict(),
+            }
+        )
+        if self.world.is_main:
+            progress = self.progress
+            state = {
+                "peers": {peer.name: peer.state_dict() for peer in self.peers},
+                "scaler": self.engine.scaler.state_dict(),
+                "evaluator": self.evaluator.state_dict(),
+                "ranks": ranks,
+                "progress": {
+                    "epoch": progress.epoch,
+                    "batch": progress.batch,
+                    "updates": progress.updates,
+                    "best": {name: [b.value, b.epoch] for name, b in progress.best.items()},
+                    "history": progress.history,
+                    "lessons": progress.lessons,
+                },
+                "config": self.config,
+                "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            }
+            save_run(self.folder, state, progress.epoch, progress.batch, self.plan.keep)
+        distributed.barrier()
+
+    def resume(self, state: Mapping[str, Any], optimizer: bool = True) -> None:
+        """Go on from a run file's content.
+
+        Args:
+            state: From ``common.checkpoint.load_run``.
+            optimizer: False: take weights and position, but fresh optimizers and schedules.
+
+        Raises:
+            CheckpointError: The run had other peers.
+        """
+        if list(state["peers"]) != self.peers.names:
+            raise CheckpointError(
+                f"the run file holds the peers {', '.join(state['peers'])}; this run has "
+                f"{', '.join(self.peers.names)}; give the same --peer options in the same order"
+            )
+        for peer in self.peers:
+            peer.load_state_dict(state["peers"][peer.name], optimizer)
+        saved = state["progress"]
+        self.progress = Progress(
+            epoch=saved["epoch"],
+            batch=saved["batch"],
+            updates=saved["updates"],
+            best={name: Best(*best) for name, best in saved["best"].items()},
+            history=list(saved["history"]),
+            lessons=list(saved["lessons"]),
+        )
+        self.evaluator.load_state_dict(state["evaluator"])
+        if optimizer:
+            self.engine.scaler.load_state_dict(state["scaler"])
+        ranks = state["ranks"]
+        if len(ranks) != self.world.size:
+            _logger.warning(
+                "the run had %d processes, this one has %d: the run goes on, but not bit for bit",
+                len(ranks),
+                self.world.size,
+            )
+            return
+        mine = ranks[self.world.rank]
+        self.ledger.load_state_dict(mine["ledger"])
+        self.transfer.load_state_dict(mine["transfer"], self.world.device)
+        load_rng_state(mine["rng"], self.world.device)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Capture every generator a step may draw from, in plain containers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [
+            kind,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            position,
+            has_gauss,
+            float(cached),
+        ],
+        "python": random.getstate(),
+    }
+
+
+def load_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what ``rng_state`` captured."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write rows of scalars; the columns are the union of the rows' names, in order."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
