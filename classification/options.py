@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,68 +42,22 @@ class PeerSpec:
     published: float | None
     options: argparse.Namespace
 
+    def without_checkpoint(self) -> PeerSpec:
+        """Return the same peer, to be filled with a run file's weights."""
+        return replace(self, checkpoint=None)
+
 
 # Options that a peer may set for itself, by the names of the command line.
 PEER_OPTIONS = (
-    "pretrained",
-    "gp",
-    "img_size",
-    "input_size",
-    "crop_pct",
-    "mean",
-    "std",
-    "interpolation",
-    "channels_last",
-    "grad_checkpointing",
-    "model_kwargs",
-    "head_init_scale",
-    "head_init_bias",
-    "torchcompile",
-    "torchcompile_mode",
-    "model_dtype",
-    "opt",
-    "opt_eps",
-    "opt_betas",
-    "momentum",
-    "weight_decay",
-    "clip_grad",
-    "clip_mode",
-    "layer_decay",
-    "layer_decay_min_scale",
-    "layer_decay_no_opt_scale",
-    "opt_kwargs",
-    "sched",
-    "lr",
-    "lr_base",
-    "lr_base_size",
-    "lr_base_scale",
-    "lr_noise",
-    "lr_noise_pct",
-    "lr_noise_std",
-    "lr_cycle_mul",
-    "lr_cycle_decay",
-    "lr_cycle_limit",
-    "lr_k_decay",
-    "warmup_lr",
-    "min_lr",
-    "decay_milestones",
-    "decay_epochs",
-    "warmup_epochs",
-    "patience_epochs",
-    "decay_rate",
-    "drop",
-    "drop_connect",
-    "drop_path",
-    "drop_block",
-    "bn_momentum",
-    "bn_eps",
-    "sync_bn",
-    "model_ema",
-    "model_ema_decay",
-    "model_ema_warmup",
-    "model_ema_force_cpu",
-    "trust_remote_code",
-]
+    "pretrained gp img_size input_size crop_pct mean std interpolation channels_last "
+    "grad_checkpointing model_kwargs head_init_scale head_init_bias torchcompile torchcompile_mode "
+    "model_dtype opt opt_eps opt_betas momentum weight_decay clip_grad clip_mode layer_decay "
+    "layer_decay_min_scale layer_decay_no_opt_scale opt_kwargs sched lr lr_base lr_base_size "
+    "lr_base_scale lr_noise lr_noise_pct lr_noise_std lr_cycle_mul lr_cycle_decay lr_cycle_limit "
+    "lr_k_decay warmup_lr min_lr decay_milestones decay_epochs warmup_epochs patience_epochs "
+    "decay_rate drop drop_connect drop_path drop_block bn_momentum bn_eps sync_bn model_ema "
+    "model_ema_decay model_ema_warmup model_ema_force_cpu trust_remote_code"
+).split()
 PEER_ALIASES = {"compile": "torchcompile", "ema": "model_ema", "kwargs": "model_kwargs"}
 PEER_OWN = ("name", "checkpoint", "frozen", "published")
 
@@ -422,8 +377,6 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
 
 
 def _near(word: str, choices: Any) -> str:
-    import difflib
-
     near = difflib.get_close_matches(word, list(choices), n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
@@ -537,8 +490,6 @@ def _peer_spec(
 
 def _name_peers(peers: list[PeerSpec]) -> list[PeerSpec]:
     """Name unnamed peers after their model, with a number where it repeats."""
-    from dataclasses import replace
-
     named: list[PeerSpec] = []
     for peer in peers:
         name = peer.name

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +13,24 @@ import timm
 import torch
 from timm.utils import distribute_bn, random_seed
 from torch import nn
-from tqdm import tqdm
 
+from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator
 from classification.models import PUBLISHED_TOP1, ModelError
 from classification.options import OptionError, PeerSpec, parse
 from classification.peer import ClassifierPeer, build_modules, build_peers
 from common import distributed
-from common.checkpoint import CheckpointError, list_runs, load_run
+from common.checkpoint import CheckpointError, load_run
 from common.distributed import World
 from common.engine import JointEngine
 from common.peers import PeerGroup
-from common.report import write_run_report
-from common.trainer import NonFiniteError, Plan, Progress, Trainer, Writer
+from common.trainer import NonFiniteError, Plan, Progress, Trainer
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger("train")
 
 BASELINE_GAP = 0.5
-_FAULTS = (OptionError, ModelError, CheckpointError, NonFiniteError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         run(arguments)
-    except _FAULTS as error:
+    except (OptionError, ModelError, CheckpointError, NonFiniteError) as error:
         _logger.error("error: %s", error)
         return 1
     finally:
@@ -50,26 +46,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(arguments: Sequence[str] | None = None, watch: bool = True) -> Progress:
+def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     """Train as the arguments say.
 
     Args:
         arguments: As on the command line; None: ``sys.argv``.
-        watch: Show progress bars on a terminal.
+        bars: Show progress bars where the output is a terminal.
 
     Returns:
         Where the run ended: best values, history of evaluations, lessons of every epoch.
 
     Raises:
         OptionError, ModelError, CheckpointError: Bad input, before any training.
-        NonFiniteError, ValueError: A loss that is not finite.
+        NonFiniteError: A peer's loss is not finite.
     """
     options, specs = parse(arguments)
-    state = _resume_state(options)
+    state = _resumed_state(options, specs)
+    world = _start(options)
+    random_seed(options.seed, 0)
+    modules, views = build_modules(specs, options)
+    train_set = open_dataset(options, True, views[0].size[0])
+    _check_classes(train_set, modules[0].num_classes)
+    loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
+    rows = [outputs.describe(*peer) for peer in zip(specs, modules, views, strict=True)]
+    updates = -(-len(loader) // options.grad_accum_steps)
+    peers, epochs = build_peers(specs, modules, views, options, world, updates)
+    random_seed(options.seed, world.rank)
+    trainer = _trainer(options, specs, views, peers, loader, epochs, world, bars)
+    if world.is_main:
+        outputs.log_table(rows, peers)
+        outputs.write_arguments(trainer.folder, options, specs)
+    if state is not None:
+        trainer.resume(state, optimizer=not options.no_resume_opt)
+        _logger.info("resumed after epoch %d", trainer.progress.epoch)
+    elif options.start_epoch:
+        trainer.progress.epoch = options.start_epoch
+    progress = trainer.fit()
+    outputs.check_exports(trainer, specs, modules)
+    if world.is_main:
+        outputs.finish(trainer, options)
+    distributed.barrier()
+    return progress
+
+
+def _start(options: argparse.Namespace) -> World:
     try:
         world = distributed.start(options.device)
     except (ValueError, RuntimeError) as error:
-        raise OptionError(str(error)) from error
+        raise OptionError(f"--device {options.device}: {error}") from error
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     if world.device.type == "cuda":
@@ -77,69 +101,140 @@ def run(arguments: Sequence[str] | None = None, watch: bool = True) -> Progress:
         torch.backends.cudnn.benchmark = True
     if options.fast_norm:
         timm.layers.set_fast_norm()
-    random_seed(options.seed, 0)
-    modules, views = build_modules(specs, options)
-    _check_published_classes(specs, modules)
-    train_set = open_dataset(options, True, views[0].size[0])
-    _check_classes(train_set, modules[0].num_classes, specs)
-    loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
-    updates = -(-len(loader) // options.grad_accum_steps)
-    profile = [_describe(spec, m, v) for spec, m, v in zip(specs, modules, views, strict=True)]
-    peers, epochs = build_peers(specs, modules, views, options, world, updates)
+    return world
+
+
+def _resumed_state(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> dict[str, Any] | None:
+    """Read the run file to resume, and make the peers' own weights unnecessary."""
+    if not options.resume:
+        return None
+    state = load_run(Path(options.resume))
+    config = outputs.plain(options)
+    changed = [
+        f"{name}: {old!r} -> {config.get(name)!r}"
+        for name, old in state["config"].items()
+        if name not in outputs.FREE_TO_CHANGE and config.get(name) != old
+    ]
+    if changed:
+        _logger.warning("resuming with other options than the run had: %s", "; ".join(changed))
+    options.num_classes = state["config"]["resolved_num_classes"]
+    if not options.output and not options.experiment:
+        path = Path(options.resume)
+        options.output = str(path if path.is_dir() else path.parent)
+        options.in_place = True
+    for i, spec in enumerate(specs):
+        spec.options.pretrained = False
+        specs[i] = spec.without_checkpoint()
+    return state
+
+
+def _check_classes(dataset: Any, num_classes: int) -> None:
+    classes = classes_of(dataset)
+    if classes and len(classes) != num_classes:
+        raise OptionError(
+            f"the data has {len(classes)} classes, the peers tell {num_classes}; give "
+            f"--num-classes {len(classes)} for new heads, or the peers' own data"
+        )
+
+
+def _trainer(
+    options: argparse.Namespace,
+    specs: Sequence[PeerSpec],
+    views: Sequence[View],
+    peers: Sequence[ClassifierPeer],
+    loader: TrainLoader,
+    epochs: int,
+    world: World,
+    bars: bool,
+) -> Trainer:
     group = PeerGroup(peers)
+    modules = [peer.module for peer in peers]
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
+    transfer = KnowledgeTransfer(
+        options.rule,
+        options.temperature,
+        options.transfer_weight,
+        options.detach_teacher,
+        margin=options.margin,
+        warmup_steps=options.transfer_warmup_steps,
+        names=group.names,
+        frozen=group.frozen,
+        seed=options.seed + world.rank,
+    )
+    watch = outputs.progress_bars(bars and world.is_main)
     evaluator = PeerEvaluator(
         lambda: open_dataset(options, False, views[0].size[0]),
         views,
         options,
         world,
         amp_dtype,
-        [spec.options.channels_last for spec in specs],
-        [next(module.parameters()).dtype for module in modules],
-        watch=_bars(watch and world.is_main),
+        channels_last=[spec.options.channels_last for spec in specs],
+        dtypes=[next(module.parameters()).dtype for module in modules],
+        watch=watch,
     )
-    random_seed(options.seed, world.rank)
-    transfer = _transfer(options, group, world)
-    folder = _folder(options, specs)
-    if world.is_main:
-        _print_table(profile, peers)
-        _write_arguments(folder, options, specs)
-    trainer = Trainer(
+    folder = outputs.folder_of(options, specs)
+    return Trainer(
         peers=group,
         engine=JointEngine(group, transfer, world.device, amp_dtype),
         transfer=transfer,
         loader=loader,
         evaluator=evaluator,
-        plan=_plan(options, epochs),
+        plan=Plan(
+            epochs=epochs,
+            accumulate=options.grad_accum_steps,
+            log_every=options.log_interval,
+            evaluate_every=options.val_interval,
+            save_every=options.recovery_interval,
+            keep=options.checkpoint_hist,
+            metric=options.eval_metric,
+            lower_is_better=options.eval_metric == "loss",
+        ),
         folder=folder,
         world=world,
-        config=_plain(options),
+        config={**outputs.plain(options), "resolved_num_classes": modules[0].num_classes},
         metadata={
-            spec.name: _metadata(spec, module, view)
+            spec.name: outputs.metadata(spec, module, view)
             for spec, module, view in zip(specs, modules, views, strict=True)
         },
-        writers=_writers(options, folder, world),
-        before_evaluation=lambda: _average_buffers(peers, options, world),
-        watch=lambda batches: _bars(watch and world.is_main)(batches, "training"),
+        writers=outputs.writers(options, folder, world),
+        before_evaluation=lambda: _average_buffers(modules, options, world),
+        on_baseline=lambda metrics: _compare_with_published(specs, modules, metrics),
+        watch=lambda batches: watch(batches, "training"),
     )
-    if state is not None:
-        trainer.resume(state, optimizer=not options.no_resume_opt)
-        _logger.info("resumed at epoch %d", trainer.progress.epoch)
-    elif options.start_epoch:
-        trainer.progress.epoch = options.start_epoch
-    trainer.on_baseline = lambda metrics: _check_baseline(specs, metrics)
-    progress = trainer.fit()
-    if world.is_main:
-        _check_exports(trainer, specs, evaluator)
-        report = write_run_report(
-            folder / "report.html",
-            names=group.names,
-            history=progress.history,
-            lessons=progress.lessons,
-            metric=options.eval_metric,
-            settings=_settings(options),
+
+
+def _average_buffers(
+    modules: Sequence[nn.Module], options: argparse.Namespace, world: World
+) -> None:
+    """Give all ranks the same BatchNorm statistics, as timm's --dist-bn asks."""
+    if world.size > 1 and options.dist_bn:
+        for module in modules:
+            distribute_bn(module, world.size, options.dist_bn == "reduce")
+
+
+def _compare_with_published(
+    specs: Sequence[PeerSpec], modules: Sequence[nn.Module], metrics: Mapping[str, float]
+) -> None:
+    """Show each peer's start beside its published number; a gap tells of a wrong view or file."""
+    for spec, module in zip(specs, modules, strict=True):
+        published = spec.published
+        if published is None and module.num_classes == 1000 and not spec.options.num_classes:
+            published = PUBLISHED_TOP1.get(spec.model)
+        if published is None:
+            continue
+        measured = metrics[f"{spec.name}/top1"]
+        log = _logger.warning if abs(measured - published) > BASELINE_GAP else _logger.info
+        log(
+            "%s: baseline top-1 %.2f, published %.2f (%+.2f)%s",
+            spec.name,
+            measured,
+            published,
+            measured - published,
+            "; more than 0.5 points apart: check data, class order, img_size, interpolation, mean"
+            if abs(measured - published) > BASELINE_GAP
+            else "",
         )
-        _print_result(progress, group.names, options.eval_metric)
-        _logger.info("report: %s", report)
-    distributed.barrier()
-    return progress
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -126,11 +126,11 @@ class Trainer:
         plan: When to do what.
         folder: Output; run files in it, per-peer files in ``folder/PEER/``.
         world: Where this process stands.
-        config: Plain settings, kept in the run file.
+        config: Plain settings, kept in the run file; a resume under others is told.
         metadata: Of each peer's exported files.
         writers: Called with scalars and the number of optimizer steps, on the main rank.
         before_evaluation: Called before each evaluation, for instance to average BatchNorm buffers.
-        on_epoch: Called with the epoch before it starts.
+        on_baseline: Called with the metrics of the start, before any training.
         watch: Wraps the loader's iterator, for instance in a progress bar.
     """
 
@@ -149,7 +149,7 @@ class Trainer:
         metadata: Mapping[str, Mapping[str, str]] | None = None,
         writers: Iterable[Writer] = (),
         before_evaluation: Callable[[], None] = lambda: None,
-        on_epoch: Callable[[int], None] = lambda epoch: None,
+        on_baseline: Callable[[Mapping[str, float]], None] = lambda metrics: None,
         watch: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
     ) -> None:
         self.peers = peers
@@ -164,7 +164,7 @@ class Trainer:
         self.metadata = dict(metadata or {})
         self.writers = list(writers)
         self.before_evaluation = before_evaluation
-        self.on_epoch = on_epoch
+        self.on_baseline = on_baseline
         self.watch = watch
         self.ledger = Ledger(peers.names, world.device)
         self.progress = Progress()
@@ -176,7 +176,7 @@ class Trainer:
             NonFiniteError: A peer's loss is not finite; nothing of that epoch is saved.
         """
         if not self.progress.history:
-            self._evaluate(0)
+            self.on_baseline(self._evaluate(0))
         while self.progress.epoch < self.plan.epochs:
             self._train_epoch()
             self._finish_epoch()
@@ -185,7 +185,6 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         epoch, batches = self.progress.epoch, len(self.loader)
-        self.on_epoch(epoch)
         self.loader.set_epoch(epoch, self.progress.batch)
         for peer in self.peers:
             peer.train()
