@@ -351,7 +351,7 @@ class Trainer:
                     "lessons": progress.lessons,
                 },
                 "config": self.config,
-                "versions": {"torch": torch.__version__, "numpy": np.__version__},
+                "versions": {"torch": str(torch.__version__), "numpy": str(np.__version__)},
             }
             save_run(self.folder, state, progress.epoch, progress.batch, self.plan.keep)
         distributed.barrier()

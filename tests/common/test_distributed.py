@@ -1,0 +1,95 @@
+"""Two gloo processes equal one: losses, gradients, weights, ledger, resume."""
+
+import pytest
+import torch
+
+from common import distributed
+from common.checkpoint import load_run
+from common.engine import JointEngine
+from common.transfer import KnowledgeTransfer
+from tests.common.toy import HERE, ToyLoader, make_batch, make_peers, make_trainer
+from tests.launch import launch
+
+
+class ShardedLoader(ToyLoader):
+    """Rank r sees every size-th sample of the common batch."""
+
+    def __init__(self, world, batches=4, size=16):
+        super().__init__(batches, size)
+        self.world = world
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            part = slice(self.world.rank, None, self.world.size)
+            yield x[part], y[part]
+
+
+def steps(world, path, rule):
+    peers = make_peers(3, frozen=("p2",))
+    for peer in peers:
+        peer.distribute(world)
+    engine = JointEngine(
+        peers, KnowledgeTransfer(rule, names=peers.names, frozen=["p2"]), HERE.device
+    )
+    x, y = make_batch(16)
+    mine = x[world.rank :: world.size], y[world.rank :: world.size]
+    half = len(mine[0]) // 2
+    first = engine.step(tuple(t[:half] for t in mine), step=0, share=0.5, update=False)
+    second = engine.step(tuple(t[half:] for t in mine), step=0, share=0.5)
+    losses = torch.stack([first.total, second.total])
+    distributed.sum_over_ranks(losses)
+    for peer in peers[:2]:
+        peer.optimizer.zero_grad()
+    result = engine.transfer([peer.forward(mine) for peer in peers])
+    result.total.backward()
+    grads = [p.grad for peer in peers[:2] for p in peer.module.parameters()]
+    if world.is_main:
+        weights = [p.detach() for peer in peers for p in peer.module.parameters()]
+        torch.save({"loss": losses / world.size, "grads": grads, "weights": weights}, path)
+
+
+@pytest.mark.parametrize("rule", ["best", "mutual"])
+def test_two_processes_equal_one_in_loss_and_gradients(tmp_path, rule):
+    steps(HERE, tmp_path / "one.pt", rule)
+    launch(steps, 2, tmp_path / "two.pt", rule)
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
+    torch.testing.assert_close(one["loss"].sum(), two["loss"].sum())
+    assert any(g.abs().sum() > 0.01 for g in one["grads"])
+    torch.testing.assert_close(one["grads"], two["grads"])
+    torch.testing.assert_close(one["weights"], two["weights"])
+
+
+def train(world, folder, epochs, resume):
+    torch.manual_seed(world.rank)
+    peers = make_peers(3, dropout=0.3 if folder.name.startswith("dropout") else 0.0)
+    for peer in peers:
+        peer.distribute(world)
+    trainer = make_trainer(
+        folder, peers=peers, loader=ShardedLoader(world), world=world, epochs=epochs, save_every=2
+    )
+    if resume:
+        trainer.resume(load_run(resume))
+    trainer.fit()
+
+
+def test_a_run_of_two_processes_equals_a_run_of_one(tmp_path):
+    train(HERE, tmp_path / "one", 2, None)
+    launch(train, 2, tmp_path / "two", 2, None)
+    one, two = load_run(tmp_path / "one"), load_run(tmp_path / "two")
+    for name in one["peers"]:
+        torch.testing.assert_close(one["peers"][name]["module"], two["peers"][name]["module"])
+    assert one["progress"]["lessons"][0].keys() == two["progress"]["lessons"][0].keys()
+    for key, value in one["progress"]["lessons"][0].items():
+        assert two["progress"]["lessons"][0][key] == pytest.approx(value, rel=1e-4, abs=1e-6)
+    assert len(two["ranks"]) == 2
+
+
+def test_two_processes_resume_bit_for_bit(tmp_path):
+    launch(train, 2, tmp_path / "dropout", 2, None)
+    middle = tmp_path / "dropout" / "run-00001-00000002.pt"
+    assert middle.exists()
+    launch(train, 2, tmp_path / "dropout-again", 2, middle)
+    whole, again = load_run(tmp_path / "dropout"), load_run(tmp_path / "dropout-again")
+    for name in whole["peers"]:
+        for key, value in whole["peers"][name]["module"].items():
+            assert torch.equal(value, again["peers"][name]["module"][key])

@@ -1,0 +1,191 @@
+"""The trainer: exact resume from any point, exports, best weights, faults."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
+from common.trainer import NonFiniteError
+from tests.common.toy import ToyLoader, make_peers, make_trainer
+
+
+def final(trainer):
+    return {
+        "peers": {peer.name: peer.state_dict() for peer in trainer.peers},
+        "history": trainer.progress.history,
+        "lessons": trainer.progress.lessons,
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("rule", ["best", "random"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_resume_from_every_run_file_equals_the_uninterrupted_run(tmp_path, rule, accumulate):
+    torch.manual_seed(0)
+    whole = make_trainer(
+        tmp_path / "whole", rule=rule, save_every=1, keep=100, accumulate=accumulate
+    )
+    whole.fit()
+    expected = final(whole)
+    runs = list_runs(tmp_path / "whole")
+    assert len(runs) > 5
+    for run in runs:
+        torch.manual_seed(12345)
+        again = make_trainer(
+            tmp_path / "again",
+            peers=make_peers(3, seed=7, dropout=0.3),
+            rule=rule,
+            accumulate=accumulate,
+        )
+        again.resume(load_run(run))
+        again.fit()
+        assert_same(final(again), expected)
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from common.checkpoint import list_runs, load_run
+from tests.common.toy import ToyLoader, make_trainer
+torch.manual_seed(0)
+folder = Path(sys.argv[1])
+class Slow(ToyLoader):
+    def __iter__(self):
+        import time
+        for batch in super().__iter__():
+            time.sleep(float(sys.argv[2]))
+            yield batch
+trainer = make_trainer(folder, loader=Slow(), save_every=2, epochs=4)
+if list_runs(folder):
+    trainer.resume(load_run(folder))
+trainer.fit()
+"""
+
+
+def test_kill_9_then_resume_equals_the_uninterrupted_run(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+    def start(folder, delay):
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(delay)], env=env)
+
+    assert start(tmp_path / "whole", 0).wait() == 0
+    killed = start(tmp_path / "killed", 0.05)
+    deadline = time.monotonic() + 120
+    while len(list_runs(tmp_path / "killed")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.13)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "p0" / "last.safetensors").exists()
+    assert start(tmp_path / "killed", 0).wait() == 0
+    for name in ("p0", "p1", "p2"):
+        for which in ("best", "last"):
+            a = read_weights(tmp_path / "whole" / name / f"{which}.safetensors")
+            b = read_weights(tmp_path / "killed" / name / f"{which}.safetensors")
+            assert_same(a, b)
+    whole, killed = (load_run(tmp_path / which) for which in ("whole", "killed"))
+    assert_same(whole["peers"], killed["peers"])
+    assert_same(whole["progress"], killed["progress"])
+
+
+def test_best_weights_are_those_of_the_best_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=4)
+    values = iter([50.0, 60.0, 55.0, 60.0, 10.0])
+    snapshots = {}
+
+    def evaluate(peers):
+        value = next(values)
+        snapshots.setdefault(value, peers[0].module[0].weight.detach().clone())
+        return {f"{peer.name}/top1": value for peer in peers}
+
+    trainer.evaluator.evaluate = evaluate
+    progress = trainer.fit()
+    assert (progress.best["p0"].value, progress.best["p0"].epoch) == (60.0, 1)
+    best = read_weights(tmp_path / "p0" / "best.safetensors")["0.weight"]
+    assert torch.equal(best, snapshots[60.0])
+    last = read_weights(tmp_path / "p0" / "last.safetensors")["0.weight"]
+    assert torch.equal(last, snapshots[10.0])
+
+
+def test_lower_can_be_better_and_evaluations_can_be_rare(tmp_path):
+    trainer = make_trainer(
+        tmp_path, epochs=5, evaluate_every=2, lower_is_better=True, metric="loss"
+    )
+    values = iter([3.0, 2.0, 4.0, 1.0])
+    trainer.evaluator.evaluate = lambda peers: dict.fromkeys(
+        (f"{name}/loss" for name in peers.names), next(values)
+    )
+    progress = trainer.fit()
+    assert [row["epoch"] for row in progress.history] == [0, 2, 4, 5]
+    assert progress.best["p1"].value == 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
+    class Broken(ToyLoader):
+        def __iter__(self):
+            for x, y in super().__iter__():
+                yield x * float("nan") if self.epoch == 1 else x, y
+
+    trainer = make_trainer(tmp_path, loader=Broken())
+    with pytest.raises((NonFiniteError, ValueError), match="p0"):
+        trainer.fit()
+    assert [path.name for path in list_runs(tmp_path)] == ["run-00001-00000000.pt"]
+
+
+def test_the_ledger_finds_it_too_where_scores_are_not_checked(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.ledger._interval[-6:-3] = torch.tensor([0.0, 2.0, 0.0])
+    with pytest.raises(NonFiniteError, match=r"loss of p1 was not finite in 2 batches"):
+        trainer.fit()
+
+
+def test_other_peers_are_refused(tmp_path):
+    make_trainer(tmp_path, epochs=1).fit()
+    with pytest.raises(CheckpointError, match=r"holds the peers p0, p1, p2; this run has p0, p1"):
+        make_trainer(tmp_path, peers=make_peers(2)).resume(load_run(tmp_path))
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(tmp_path):
+    from timm.utils import ModelEmaV3
+
+    peers = make_peers(2)
+    for peer in peers:
+        peer.average = ModelEmaV3(peer.module, decay=0.9)
+    trainer = make_trainer(tmp_path, peers=peers, epochs=2)
+    trainer.fit()
+    exported = read_weights(tmp_path / "p0" / "last.safetensors")
+    assert torch.equal(exported["0.weight"], peers[0].average.module[0].weight)
+    assert not torch.equal(exported["0.weight"], peers[0].module[0].weight)
+    state = load_run(tmp_path)["peers"]["p0"]
+    assert torch.equal(state["average"]["0.weight"], exported["0.weight"])
+
+
+def test_writers_see_scalars_of_peers_and_pairs(tmp_path):
+    seen = {}
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.writers = [lambda scalars, step: seen.update(scalars)]
+    trainer.fit()
+    assert {"p0/lr", "p1/task_loss", "transfer/p0->p1/share", "eval/p2/top1"} <= seen.keys()
+    assert (tmp_path / "summary.csv").read_text().startswith("epoch,p0/top1,p1/top1,p2/top1")
+    assert "transfer/entropy" in (tmp_path / "ledger.csv").read_text()

@@ -1,0 +1,31 @@
+"""Small real data and models for the tests."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """sklearn's 8x8 digits as an image folder: 40 a class to train on, 20 to validate."""
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp("digits")
+    images, labels = load_digits(return_X_y=True)
+    for label in range(10):
+        chosen = images[labels == label].reshape(-1, 8, 8)
+        for split, part in (("train", chosen[:40]), ("validation", chosen[40:60])):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for i, image in enumerate(part):
+                pixels = np.uint8(np.clip(image * 16, 0, 255))
+                Image.fromarray(pixels).resize((32, 32), Image.BILINEAR).save(folder / f"{i}.png")
+    return root

@@ -1,0 +1,73 @@
+"""Who may know what: read from the imports of every file."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TASKS = ("classification", "segmentation", "saliency")
+COMMON_MAY = {"common", "torch", "numpy", "safetensors", "matplotlib", "scipy"}
+HOSTS = {
+    "classification": {"detectron2", "mask2former", "cv2"},
+    "segmentation": set(),
+    "saliency": {"detectron2", "mask2former", "timm"},
+}
+
+
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", files("common"), ids=lambda p: p.name)
+def test_common_knows_no_host_and_no_task(path):
+    others = imports(path) - COMMON_MAY - set(sys.stdlib_module_names)
+    assert not others, f"{path} imports {others}"
+
+
+@pytest.mark.parametrize("path", files("common"), ids=lambda p: p.name)
+def test_common_reads_no_argv_and_only_torchruns_environment(path):
+    text = path.read_text(encoding="utf-8")
+    assert "sys.argv" not in text
+    if path.name != "distributed.py":
+        assert "environ" not in text
+
+
+def test_only_transfer_has_the_formula():
+    for path in files("common"):
+        if path.name != "transfer.py":
+            assert "log_softmax" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_do_not_know_each_other(task):
+    others = set(TASKS) - {task} | HOSTS[task]
+    for path in files(task):
+        assert not imports(path) & others, f"{path} imports {imports(path) & others}"
+
+
+def test_nothing_unpickles_untrusted_bytes():
+    for folder in ("common", *TASKS):
+        for path in files(folder):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.Call):
+                    continue
+                name = ast.unparse(node.func)
+                assert name not in ("pickle.load", "pickle.loads", "yaml.load"), path
+                if name == "torch.load":
+                    assert "weights_only=True" in ast.unparse(node), path
+                if name == "np.load":
+                    assert "allow_pickle=True" not in ast.unparse(node), path
