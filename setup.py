@@ -9,7 +9,7 @@ CLASSIFICATION = [
     "pyyaml>=6,<7",
     "tensorboard>=2.15,<3",
 ]
-DEMO = [*CLASSIFICATION, "mlxtend>=0.23,<1", "scipy>=1.11,<2", "pillow>=10"]
+DEMO = [*CLASSIFICATION, "mlxtend>=0.23,<1", "pillow>=10"]
 
 setup(
     name="peer-transfer",
@@ -39,6 +39,8 @@ setup(
             *DEMO,
             "transformers>=4.50,<6",
             "pytest>=8",
+            "pytest-xdist>=3.5",
+            "scikit-learn>=1.4",
             "ruff>=0.9",
             "mypy>=1.14",
             "types-PyYAML",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,8 +241,8 @@ class _PairwiseKL(torch.autograd.Function):
         if temperature != 1.0:
             log_p /= temperature
         log_p = torch.log_softmax(log_p, dim=2)
-        p = log_p.exp()
-        cross = torch.stack([(p * log_p[s]).sum(dim=2) for s in range(len(logits))], dim=1)
+        with _full_precision(log_p.device):
+            cross = _dot_pairs(log_p.exp(), log_p)
         own = torch.stack([cross[t, t] for t in range(len(logits))])
         kl = own.unsqueeze(1) - cross
         ctx.save_for_backward(log_p, kl if not detach_teacher else None)
@@ -253,21 +254,57 @@ class _PairwiseKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         log_p, kl = ctx.saved_tensors
-        grad = (grad * ctx.temperature).unsqueeze(3)
+        grad = grad * ctx.temperature
         p = log_p.exp()
-        grads: list[Tensor | None] = []
-        for i, dtype in enumerate(ctx.dtypes):
-            if not ctx.needs_input_grad[i + 2]:
-                grads.append(None)
-                continue
-            taught = grad[:, i]
-            grad_i = taught.sum(dim=0) * p[i] - (taught * p).sum(dim=0)
+        with _full_precision(log_p.device):
+            # student s: sum_t grad[t, s] * (p_s - p_t)
+            grads = _mix(_minus_off_diagonal(grad.transpose(0, 1)), p)
             if kl is not None:
-                teaches = grad[i]
-                surprise = teaches.sum(dim=0) * log_p[i] - (teaches * log_p).sum(dim=0)
-                grad_i += p[i] * (surprise - (teaches * kl[i].unsqueeze(2)).sum(dim=0))
-            grads.append(grad_i.to(dtype))
-        return None, None, *grads
+                # teacher t: p_t * sum_s grad[t, s] * (log p_t - log p_s - KL_ts)
+                surprise = _mix(_minus_off_diagonal(grad), log_p)
+                grads += p * (surprise - (grad * kl).sum(dim=1).unsqueeze(2))
+        given = [
+            grads[i].to(dtype) if ctx.needs_input_grad[i + 2] else None
+            for i, dtype in enumerate(ctx.dtypes)
+        ]
+        return None, None, *given
+
+
+def _dot_pairs(p: Tensor, q: Tensor) -> Tensor:
+    """Return sum_c p[t] * q[s] [N(t), N(s), B, S*] of two [N, B, C, S*]."""
+    if p.dim() == 3:
+        return torch.einsum("tbc,sbc->tsb", p, q)
+    return torch.stack([(p * q[s]).sum(dim=2) for s in range(len(q))], dim=1)
+
+
+def _mix(weight: Tensor, p: Tensor) -> Tensor:
+    """Return sum_t weight[s, t] * p[t] [N(s), B, C, S*]; weight [N(s), N(t), B, S*]."""
+    if p.dim() == 3:
+        return torch.einsum("stb,tbc->sbc", weight, p)
+    return torch.stack([(weight[s].unsqueeze(2) * p).sum(dim=0) for s in range(len(p))])
+
+
+def _minus_off_diagonal(weight: Tensor) -> Tensor:
+    """Turn [N, N, ...] into its row sums on the diagonal, and minus its entries off it."""
+    rows = weight.sum(dim=1)
+    weight = -weight
+    for i in range(len(weight)):
+        weight[i, i] += rows[i]
+    return weight
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Keep TF32 out of the contraction: a KL is a small difference of large sums."""
+    if device.type != "cuda":
+        yield
+        return
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _wide(x: Tensor) -> Tensor:
