@@ -26,7 +26,7 @@ from tqdm import tqdm
 from classification.data import View
 from classification.models import create_classifier
 from classification.options import OptionError, PeerSpec
-from classification.peer import ClassifierPeer
+from classification.peer import ClassifierPeer, image_size
 from common.checkpoint import list_runs
 from common.distributed import World
 from common.trainer import Trainer, Writer
@@ -90,9 +90,8 @@ def metadata(spec: PeerSpec, module: nn.Module, view: View) -> dict[str, str]:
     """Describe an exported file, so that ``validate.py`` needs no other argument."""
     options = spec.options
     arguments = {**options.model_kwargs}
-    size = options.img_size or (options.input_size[1] if options.input_size else None)
     for name, value in (
-        ("img_size", size),
+        ("img_size", image_size(options) if getattr(module, "takes_img_size", True) else None),
         ("in_chans", options.in_chans or (options.input_size or [None])[0]),
         ("global_pool", options.gp),
     ):

@@ -105,7 +105,7 @@ def _create(spec: PeerSpec, run: argparse.Namespace) -> nn.Module:
     options = spec.options
     wanted = {
         "in_chans": options.in_chans or (options.input_size[0] if options.input_size else None),
-        "img_size": options.img_size or (options.input_size[1] if options.input_size else None),
+        "img_size": image_size(options),
         "drop_rate": options.drop or None,
         "drop_path_rate": options.drop_path,
         "drop_block_rate": options.drop_block,
@@ -124,7 +124,7 @@ def _create(spec: PeerSpec, run: argparse.Namespace) -> nn.Module:
             spec.checkpoint,
             pretrained=pretrained and spec.checkpoint is None,
             num_classes=run.num_classes,
-            trust_remote_code=options.trust_remote_code,
+            trust_remote_code=options.trust_remote_code and spec.model.startswith("hf:"),
             **{key: value for key, value in wanted.items() if value is not None},
             **options.model_kwargs,
         )
@@ -136,6 +136,14 @@ def _create(spec: PeerSpec, run: argparse.Namespace) -> nn.Module:
         module.set_grad_checkpointing(enable=True)
     _scale_head(module, options)
     return module
+
+
+def image_size(options: argparse.Namespace) -> int | tuple[int, int] | None:
+    """Return the image size asked for: one number, or height and width where they differ."""
+    if options.input_size:
+        _, height, width = options.input_size
+        return height if height == width else (height, width)
+    return options.img_size
 
 
 def _scale_head(module: nn.Module, options: argparse.Namespace) -> None:

@@ -130,6 +130,7 @@ def _build(name: str, img_size: int | tuple[int, int] | None = None, **options: 
             raise
         module = build_stock(name, name, **options)  # has no size of its own
         _refuse_fixed_size(module, name, img_size)
+        module.takes_img_size = False
     cfg = module.pretrained_cfg
     size = cfg["input_size"][1:] if img_size is None else _pair(img_size)
     if img_size is not None:
