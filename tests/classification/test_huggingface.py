@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import huggingface_hub
 import pytest
@@ -208,6 +209,12 @@ def test_sizes_channels_and_options_that_do_not_fit_are_named(tmp_path):
         create_classifier(f"hf:{tmp_path}/vit", nonsense=1)
     with pytest.raises(ModelError, match="no such folder"):
         create_classifier(f"hf:{tmp_path}/none")
+
+
+def test_a_missing_transformers_is_named_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModelError, match=r'pip install "peer-transfer\[huggingface\]"'):
+        create_classifier(f"hf:{tmp_path}")
 
 
 def test_without_the_hub_a_folder_is_asked_for_at_once(monkeypatch, tmp_path):

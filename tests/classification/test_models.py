@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from timm.models import register_model
 from torch import nn
 
 from classification.models import PUBLISHED_TOP1, ModelError, create_classifier, head_of
@@ -74,6 +75,46 @@ def test_the_gradient_reaches_every_parameter():
     module = create_classifier(TINY, num_classes=7)
     module(torch.randn(2, 3, 160, 160)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+@register_model
+def own_fixed_tiny(pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir, **options):
+    """A model as a user registers one: fixed size, no configured head."""
+
+    class Tiny(nn.Sequential):
+        def get_classifier(self):
+            return self[1]
+
+    if "img_size" in options:
+        raise TypeError("got an unexpected keyword argument 'img_size'")
+    classes = options.get("num_classes", 4)
+    module = Tiny(nn.Flatten(), nn.Linear(3 * 8 * 8, classes))
+    module.num_classes = classes
+    module.pretrained_cfg = {
+        "architecture": "own_fixed_tiny",
+        "input_size": (3, 8, 8),
+        "fixed_input_size": True,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+    }
+    return module
+
+
+def test_a_model_that_a_user_has_registered_needs_no_configured_head(tmp_path):
+    module = create_classifier("own_fixed_tiny")
+    assert head_of(module) == ("1.",)
+    file = write(tmp_path / "own.pth", module)
+    assert same_values(create_classifier("own_fixed_tiny", file), module)
+    assert create_classifier("own_fixed_tiny", file, num_classes=2).num_classes == 2
+    module[1] = nn.Identity()
+    with pytest.raises(ModelError, match="own_fixed_tiny: this model has no classifier"):
+        head_of(module)
+
+
+def test_a_size_is_refused_by_a_model_that_is_built_for_another():
+    assert create_classifier("own_fixed_tiny", img_size=8).num_classes == 4
+    with pytest.raises(ModelError, match="takes no img_size \\(16\\), only images of 8 x 8"):
+        create_classifier("own_fixed_tiny", img_size=16)
 
 
 @pytest.mark.parametrize("size", [96, (96, 128)])
@@ -143,6 +184,15 @@ def test_without_the_hub_its_cache_serves(offline):
     (repository / "refs" / "main").write_text(commit)
     module = create_classifier(TINY, pretrained=True, num_classes=5)
     assert module.num_classes == 5 and same_values(module, published, skip=head_of(module))
+
+
+def test_timms_own_prefixes_are_passed_on(offline):
+    with pytest.raises(ModelError, match=r"hub is not reachable.*local-dir:/path/to/folder"):
+        create_classifier("hf-hub:timm/test_vit.r160_in1k", pretrained=True)
+    published = create_classifier(TINY, num_classes=5)
+    timm.models.save_for_hf(published, offline / "folder", safe_serialization=True)
+    module = create_classifier(f"local-dir:{offline}/folder", pretrained=True)
+    assert module.num_classes == 5 and same_values(module, published)
 
 
 def test_a_model_without_published_weights_says_so(offline):
@@ -235,15 +285,6 @@ def test_a_file_with_code_is_refused_and_runs_nothing(tmp_path, name):
     with pytest.raises(CheckpointError, match=r"evil.pth: refused.*posix.system"):
         create_classifier(name, evil)
     assert not proof.exists()
-
-
-def test_a_model_that_a_user_has_registered_needs_no_configured_head():
-    module = create_classifier(TINY, num_classes=6)
-    module.pretrained_cfg = {}
-    assert head_of(module) == ("head.",)
-    module.head = nn.Identity()
-    with pytest.raises(ModelError, match="no classifier"):
-        head_of(module)
 
 
 def test_published_numbers_are_those_of_models_that_exist():
