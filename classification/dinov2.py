@@ -194,9 +194,9 @@ def _fit_position_table(weights: Weights, module: nn.Module, file: Path | str) -
         return weights
     if table.shape[1] != 1 + STORED_GRID**2:
         raise CheckpointError(
-            f"{file}: position table for {table.shape[1] - 1} patches, expected {grid[0]} x {grid[1]} "
-            f"(img_size {grid[0] * PATCH} x {grid[1] * PATCH}) or the published {STORED_GRID} x "
-            f"{STORED_GRID}; give the img_size that the checkpoint was trained at"
+            f"{file}: position table for {table.shape[1] - 1} patches, expected {grid[0]} x "
+            f"{grid[1]} (img_size {grid[0] * PATCH} x {grid[1] * PATCH}) or the published "
+            f"{STORED_GRID} x {STORED_GRID}; give the img_size that the checkpoint was trained at"
         )
     return {**weights, name: resample_position_table(table, grid)}
 

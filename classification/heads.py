@@ -35,9 +35,10 @@ def head_of(module: nn.Module) -> tuple[str, ...]:
     names = module.state_dict()
     head = tuple(p for p in _head_names(module) if any(name.startswith(p) for name in names))
     if not head:
+        name = module.pretrained_cfg.get("architecture", type(module).__name__)
         raise ModelError(
-            f"{module.pretrained_cfg.get('architecture')}: this model has no classifier; give num_classes for a "
-            "new one, or take a model that has one"
+            f"{name}: this model has no classifier; give num_classes for a new one, or take a "
+            "model that has one"
         )
     return head
 
@@ -99,7 +100,5 @@ def load_classifier(
     fresh = {name: x for name, x in module.state_dict().items() if name.startswith(head)}
     trunk = {name: x for name, x in weights.items() if not name.startswith(prefixes)}
     load_weights(module, {**trunk, **fresh}, source)
-    _logger.warning(
-        "%s: head for %s classes replaced by a new one for %d", source, found, num_classes
-    )
+    _logger.warning("%s: new head, %d classes; its own: %s", source, num_classes, found or "none")
     return module

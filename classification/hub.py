@@ -53,7 +53,7 @@ def fetch(url: str, name: str, files: str, md5: str = "") -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)
+            torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
             raise ModelError(
                 f"{name}: cannot fetch {url} ({error}); fetch it elsewhere and give "

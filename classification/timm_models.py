@@ -21,9 +21,11 @@ from torch import nn
 
 from classification.heads import ModelError, Weights, has_same_trunk, load_classifier
 from classification.hub import NETWORK_ERRORS, find_cached, is_hub_reachable
-from common.checkpoint import CheckpointError, load_weights, read_weights
+from common.checkpoint import read_weights
 
 _ELSEWHERE = ("hf-hub:", "local-dir:")  # names that timm resolves without its own list
+# What timm's filters do with files that they were not written for.
+_FOREIGN = (LookupError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError)
 
 
 def create_timm(
@@ -51,7 +53,9 @@ def create_timm(
         ModelError: An unknown name, options that do not fit, or weights that cannot be had.
         CheckpointError: A file that is missing, broken, unsafe or of another model.
     """
-    if not name.startswith(_ELSEWHERE):
+    if name.startswith("hf-hub:"):
+        _check_repository(name)
+    elif not name.startswith(_ELSEWHERE):
         _check_name(name, others)
     if checkpoint is not None:
         return load_classifier(
@@ -59,7 +63,7 @@ def create_timm(
             read_weights(checkpoint),
             checkpoint,
             num_classes,
-            lambda weights, module: _translate(weights, module, checkpoint),
+            _translate,
         )
     if pretrained:
         options |= _published(name)
@@ -82,6 +86,15 @@ def _check_name(name: str, others: Iterable[str]) -> None:
             f"its tags: {', '.join(t.split('.', 1)[1] for t in tags)}" if tags else "it has none"
         )
         raise ModelError(f"{name}: unknown pretrained tag {tag!r} of {architecture}; {known}")
+
+
+def _check_repository(name: str) -> None:
+    repository = name.removeprefix("hf-hub:").split("@")[0]
+    if not is_hub_reachable() and find_cached(repository, "config.json") is None:
+        raise ModelError(
+            f"{name}: the Hugging Face hub is not reachable and {repository} is not in its local "
+            "cache; fetch it elsewhere and give the folder: local-dir:/path/to/folder"
+        )
 
 
 def _tags(architecture: str) -> list[str]:
@@ -168,7 +181,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _translate(weights: Weights, module: nn.Module, source: Path | str) -> Weights:
+def _translate(weights: Weights, module: nn.Module) -> Weights:
     """Bring a file of another layout or image size to that of the model, by timm's own filter."""
     if has_same_trunk(module, weights):
         return weights
@@ -179,14 +192,5 @@ def _translate(weights: Weights, module: nn.Module, source: Path | str) -> Weigh
         return weights
     try:
         return translate(dict(weights), module)
-    except (
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        AssertionError,
-        RuntimeError,
-    ):
-        load_weights(module, weights, source)  # says what does not fit
-        raise CheckpointError(f"{source}: not a checkpoint of {architecture}") from None
+    except _FOREIGN:
+        return weights  # loading them says what does not fit
