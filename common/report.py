@@ -20,12 +20,19 @@ from matplotlib.ticker import MaxNLocator
 from common.checkpoint import atomic_write
 
 Row = Mapping[str, Any]
+Show = Callable[..., str]
 
 MISSING = "–"
 # Okabe and Ito: told apart with colour blindness too
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5539", "#6c757d")
 MARKERS = "osD^vP*X"
 WIDTH = 5.8
+RUN_CAUTION = (
+    "One run proves nothing about who should teach whom: part of any change comes from training "
+    "longer, part from chance. Evidence needs the control, which is the same run without transfer "
+    "(--rule none, same seed), and several seeds of both. Each best epoch was chosen on the same "
+    "data it is measured on, so its number is optimistic; the last epoch was not chosen."
+)
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -115,13 +122,19 @@ def write_run_report(
     show = _number_format(row.get(f"{name}/{metric}") for row in history for name in names)
     lead = _run_lead(outcomes, history, lessons, metric, lower_is_better, show)
     body = [
-        _section("In short", _tag("p", lead, class_="lead"), *_run_cautions(), *_paragraphs(notes)),
-        _section("Peers", _outcome_table(outcomes, metric, show), _items(_told(outcomes, show))),
+        _section(
+            "In short",
+            _tag("p", lead, class_="lead"),
+            _items(_told(outcomes, show)),
+            _tag("p", RUN_CAUTION, class_="caution"),
+            *_paragraphs(notes),
+        ),
+        _section("Peers", _outcome_table(outcomes, metric, show)),
         _section("Over the epochs", _figures(_run_figures(names, history, lessons, metric))),
         *_teaching(names, lessons),
         _section("Settings", _settings_table(settings)),
     ]
-    return _write_page(path, f"Peers taught together: {_listed(names)}", body)
+    return _write_page(path, f"Run report: {_listed(names)}", body)
 
 
 # ---------------------------------------------------------------- one run: numbers and words
@@ -179,7 +192,7 @@ def _run_lead(
     lessons: Sequence[Row],
     metric: str,
     lower_is_better: bool,
-    show: Callable[..., str],
+    show: Show,
 ) -> str:
     """Say the outcome in plain words, from the numbers alone."""
     names = _listed([outcome.name for outcome in outcomes])
@@ -197,7 +210,7 @@ def _run_lead(
     return " ".join(sentences)
 
 
-def _who_gained(outcomes: Sequence[_Outcome], show: Callable[..., str]) -> list[str]:
+def _who_gained(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
     groups = {
         "Better at the last epoch than at the start": [o for o in outcomes if o.gain > 0],
         "Worse": [o for o in outcomes if o.gain < 0],
@@ -210,9 +223,7 @@ def _who_gained(outcomes: Sequence[_Outcome], show: Callable[..., str]) -> list[
     ]
 
 
-def _strongest(
-    outcomes: Sequence[_Outcome], lower_is_better: bool, show: Callable[..., str]
-) -> list[str]:
+def _strongest(outcomes: Sequence[_Outcome], lower_is_better: bool, show: Show) -> list[str]:
     known = [o for o in outcomes if _finite(o.before) and _finite(o.last)]
     if len(outcomes) < 2 or not known:
         return []
@@ -235,7 +246,7 @@ def _group(
     history: Sequence[Row],
     metric: str,
     lower_is_better: bool,
-    show: Callable[..., str],
+    show: Show,
 ) -> list[str]:
     before, last = (_float(history[i].get(f"ensemble/{metric}")) for i in (0, -1))
     if len(outcomes) < 2 or not (_finite(before) and _finite(last)):
@@ -245,7 +256,9 @@ def _group(
     if not known:
         return [f"{told}."]
     strongest = min(known) if lower_is_better else max(known)
-    return [f"{told}, {show(last - strongest, sign=True)} against the strongest single peer."]
+    gain = (strongest - last) if lower_is_better else (last - strongest)
+    than = "better" if gain >= 0 else "worse"
+    return [f"{told}, {show(abs(gain))} {than} than the strongest single peer."]
 
 
 def _taught(lessons: Sequence[Row]) -> list[str]:
@@ -257,7 +270,7 @@ def _taught(lessons: Sequence[Row]) -> list[str]:
     return [f"Somebody taught on {_percent(float(np.mean(shares)))} of the samples seen."]
 
 
-def _told(outcomes: Sequence[_Outcome], show: Callable[..., str]) -> list[str]:
+def _told(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
     return [
         f"{o.name}: {show(o.before)} before, best {show(o.best)} (epoch {o.best_epoch}), last "
         f"{show(o.last)}."
@@ -265,21 +278,7 @@ def _told(outcomes: Sequence[_Outcome], show: Callable[..., str]) -> list[str]:
     ]
 
 
-def _run_cautions() -> list[Html]:
-    return [
-        _tag(
-            "p",
-            "One run proves nothing about who should teach whom: part of any change comes from "
-            "training longer, part from chance. What does is the same run without transfer "
-            "(--rule none, same seed), and several seeds of both. Each best epoch was chosen on "
-            "the same data it is measured on, so its number is optimistic; the last epoch was "
-            "not chosen.",
-            class_="caution",
-        )
-    ]
-
-
-def _outcome_table(outcomes: Sequence[_Outcome], metric: str, show: Callable[..., str]) -> Html:
+def _outcome_table(outcomes: Sequence[_Outcome], metric: str, show: Show) -> Html:
     flips = any(o.fixed is not None or o.broken is not None for o in outcomes)
     head = ["Peer", "Before", "Best", "At epoch", "Last", "Change"]
     rows = [
@@ -389,7 +388,7 @@ def _settings_table(settings: Mapping[str, Any]) -> Html:
 def _run_figures(
     names: Sequence[str], history: Sequence[Row], lessons: Sequence[Row], metric: str
 ) -> list[Html]:
-    figures = [_metric_figure(names, history, metric)]
+    figures = [_metric_figure(names, history, metric), _change_figure(names, history, metric)]
     for what, title in (("task_loss", "Task loss"), ("transfer_loss", "Transfer loss")):
         if any(_has(lessons, f"{name}/{what}") for name in names):
             figures.append(_loss_figure(names, lessons, what, title))
@@ -413,7 +412,26 @@ def _metric_figure(names: Sequence[str], history: Sequence[Row], metric: str) ->
     caption = f"{metric} after each epoch; epoch 0 is the start."
     if "oracle" in group:
         caption += " Oracle: right where at least one peer is right."
-    return _figure(_draw(paint, 3.6), f"{metric} of {_listed([*names, *group])}", caption)
+    return _figure(_draw(paint, 2.6), f"{metric} of {_listed([*names, *group])}", caption)
+
+
+def _change_figure(names: Sequence[str], history: Sequence[Row], metric: str) -> Html:
+    keys = [f"{name}/{metric}" for name in names]
+    start = {key: _float(history[0].get(key)) for key in keys}
+    rows = [
+        {"epoch": row["epoch"], **{key: _float(row.get(key)) - start[key] for key in keys}}
+        for row in history
+    ]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axhline(0, color="#8a919a", linewidth=1)
+        _lines(axes, names, rows, metric)
+        _epoch_axis(axes, f"change of {metric}")
+        _legend(figure, axes)
+
+    alt = f"Change of {metric} since the start of {_listed(names)}"
+    return _figure(_draw(paint, 2.6), alt, "The same as change since the start.")
 
 
 def _loss_figure(names: Sequence[str], lessons: Sequence[Row], what: str, title: str) -> Html:
@@ -425,7 +443,7 @@ def _loss_figure(names: Sequence[str], lessons: Sequence[Row], what: str, title:
         _legend(figure, axes)
 
     caption = f"{title}, mean over each epoch's training batches."
-    return _figure(_draw(paint, 3.2), f"{title} of {_listed(names)} per epoch", caption)
+    return _figure(_draw(paint, 2.6), f"{title} of {_listed(names)} per epoch", caption)
 
 
 def _teaching_over_time(names: Sequence[str], lessons: Sequence[Row]) -> list[Html]:
@@ -468,7 +486,7 @@ def _teaches_figure(epochs: Sequence[int], shares: Mapping[str, Sequence[float]]
     caption = "Who taught, as a share of the taught samples in each epoch."
     if whole.max() > 1.001:
         caption += " More than 1 in all: a sample can have several teachers."
-    return _figure(_draw(paint, 3.4), f"Share taught by {_listed(shares)} per epoch", caption)
+    return _figure(_draw(paint, 2.6), f"Share taught by {_listed(shares)} per epoch", caption)
 
 
 def _entropy_figure(epochs: Sequence[int], known: Mapping[str, Sequence[float]]) -> Html:
@@ -486,7 +504,7 @@ def _entropy_figure(epochs: Sequence[int], known: Mapping[str, Sequence[float]])
         "Share of samples on which somebody taught, and the entropy of who teaches: 1 where all "
         "teach equally often, 0 where one peer always does."
     )
-    return _figure(_draw(paint, 3.0), f"{_listed(known)} per epoch", caption)
+    return _figure(_draw(paint, 2.6), f"{_listed(known)} per epoch", caption)
 
 
 def _heat_map(names: Sequence[str], pairs: Sequence[_Lesson]) -> Html:
@@ -535,18 +553,23 @@ def _lines(axes: Axes, names: Sequence[str], rows: Sequence[Row], what: str) -> 
     for i, name in enumerate(names):
         values = _series(rows, f"{name}/{what}")
         label = _short(name, names)
-        axes.plot(_epochs(rows), values, f"-{_marker(i)}", color=_color(i), label=label)
+        marker = _marker(i) if len(rows) <= 40 else ""
+        axes.plot(_epochs(rows), values, f"-{marker}", color=_color(i), label=label)
 
 
 def _epoch_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    left, right = axes.get_xlim()
+    if right - left < 1:
+        axes.set_xlim(left - 0.5, right + 0.5)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels)) > 26 else 2 if max(map(len, labels)) > 14 else 4
+    columns = max(1, min(len(labels), 60 // (max(map(len, labels)) + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
@@ -596,7 +619,7 @@ def _number(value: Any, digits: int = 2, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def _number_format(values: Iterable[Any]) -> Callable[..., str]:
+def _number_format(values: Iterable[Any]) -> Show:
     """Choose the digits for a metric: two for percentages and the like, four for small ones."""
     largest = max((abs(value) for value in values if _finite(value)), default=0.0)
     digits = 2 if largest > 2 else 4

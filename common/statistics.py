@@ -1,13 +1,22 @@
-"""Intervals for paired differences: what several seeds show, and what they do not."""
+"""Paired comparisons over seeds: what they show, and what they do not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
+
+# fewer seeds than this show nothing, whatever their interval
+ENOUGH_SEEDS = 5
+TARGETS = ("mean", "strongest", "weakest", "ensemble")
+FLIPS = ("fixed", "broken")
+
+Result = Mapping[str, Any]
+Table = dict[str, dict[int, Result]]
 
 
 @dataclass(frozen=True)
@@ -58,3 +67,225 @@ def paired_interval(differences: Sequence[float], level: float = 0.95) -> Interv
     error = float(values.std(ddof=1)) / math.sqrt(count)
     reach = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
     return Interval(mean, mean - reach, mean + reach, count)
+
+
+def summarise(
+    results: Sequence[Result],
+    names: Sequence[str],
+    control: str,
+    *,
+    arms: Sequence[str] | None = None,
+    metric: str = "top1",
+    lower_is_better: bool = False,
+    chosen: str = "best",
+    chance: str = "random",
+    level: float = 0.95,
+) -> dict[str, Any]:
+    """Compare arms over seeds with a control that had the same seeds.
+
+    Args:
+        results: One an arm and seed: ``arm``, ``seed``, ``before`` and ``after`` (values by peer);
+            where there are such ``fixed`` and ``broken`` (counts by peer), ``ensemble_before``,
+            ``ensemble_after``, ``oracle_before``, ``oracle_after``, ``lessons`` (rows by epoch).
+        names: The peers'.
+        control: The arm that the others are compared with.
+        arms: Which, in order; None: as they come in the results.
+        metric: What the values are called.
+        lower_is_better: Of the metric. Gains are turned so that positive is better.
+        chosen: The arm that is compared with every other one, if it is there.
+        chance: The arm that differs from ``chosen`` only in drawing its teachers.
+        level: Of the intervals.
+
+    Returns:
+        Plain containers; None where a number is not known. ``arms`` has for each arm its ``peers``
+        (before, after, fixed, broken), ``before`` and ``after`` of the group, and ``lessons`` (mean
+        over seeds). ``gains`` and ``peer_gains`` are over the control, ``versus`` is ``chosen``
+        minus each other arm. The strongest and the weakest peer are those at the start of a seed.
+
+    Raises:
+        ValueError: No result; an arm, seed or peer that is missing, twice or not finite.
+    """
+    table = _by_arm_and_seed(results, names)
+    arms = list(table) if arms is None else list(arms)
+    for arm in [control, *arms]:
+        if arm not in table or arm not in arms:
+            raise ValueError(f"no results of arm {arm!r}; there are: {', '.join(table)}")
+    table = {arm: table[arm] for arm in arms}
+    ranked = _rank_at_start(table, names, lower_is_better)
+    peers = {arm: {seed: row["after"] for seed, row in table[arm].items()} for arm in arms}
+    group = {arm: _group_values(table[arm], ranked, "after") for arm in arms}
+    targets = _targets(names, group)
+    sign = -1 if lower_is_better else 1
+    others = [arm for arm in arms if arm != control]
+    rest = [arm for arm in arms if arm != chosen] if chosen in arms else []
+    return {
+        "names": list(names),
+        "metric": metric,
+        "lower_is_better": lower_is_better,
+        "control": control,
+        "chosen": chosen if chosen in arms else None,
+        "chance": chance if chance in arms else None,
+        "level": level,
+        "seeds": sorted(ranked),
+        "targets": targets,
+        "strongest": {str(seed): order[0] for seed, order in ranked.items()},
+        "weakest": {str(seed): order[-1] for seed, order in ranked.items()},
+        "arms": {arm: _describe_arm(table[arm], names, ranked) for arm in arms},
+        "gains": {
+            arm: _effects(group[arm], group[control], targets, sign, level) for arm in others
+        },
+        "peer_gains": {
+            arm: _effects(peers[arm], peers[control], names, sign, level) for arm in others
+        },
+        "versus": {arm: _effects(group[chosen], group[arm], targets, sign, level) for arm in rest},
+    }
+
+
+def _by_arm_and_seed(results: Sequence[Result], names: Sequence[str]) -> Table:
+    if not results or not names:
+        raise ValueError("nothing to compare: no results or no peers")
+    table: Table = {}
+    for row in results:
+        where = f"arm {row['arm']!r}, seed {row['seed']}"
+        seeds = table.setdefault(row["arm"], {})
+        if row["seed"] in seeds:
+            raise ValueError(f"{where}: two results; expected one an arm and seed")
+        for when in ("before", "after"):
+            for name in names:
+                value = row[when].get(name)
+                if value is None or not math.isfinite(value):
+                    raise ValueError(f"{where}: {when!r} of peer {name!r} is {value}, not a number")
+        seeds[row["seed"]] = row
+    return table
+
+
+def _rank_at_start(
+    table: Table, names: Sequence[str], lower_is_better: bool
+) -> dict[int, list[str]]:
+    """Order the peers from strongest to weakest in each seed, by their start's mean over arms."""
+    sign = 1 if lower_is_better else -1
+    ranked = {}
+    for seed in sorted({seed for rows in table.values() for seed in rows}):
+        rows = [seeds[seed] for seeds in table.values() if seed in seeds]
+        start = {name: float(np.mean([row["before"][name] for row in rows])) for name in names}
+        ranked[seed] = sorted(names, key=lambda name: sign * start[name])
+    return ranked
+
+
+def _group_values(
+    rows: Mapping[int, Result], ranked: Mapping[int, list[str]], when: str
+) -> dict[int, dict[str, Any]]:
+    return {
+        seed: {
+            "mean": float(np.mean([row[when][name] for name in ranked[seed]])),
+            "strongest": row[when][ranked[seed][0]],
+            "weakest": row[when][ranked[seed][-1]],
+            "ensemble": _known(row.get(f"ensemble_{when}")),
+            "oracle": _known(row.get(f"oracle_{when}")),
+        }
+        for seed, row in rows.items()
+    }
+
+
+def _targets(
+    names: Sequence[str], group: Mapping[str, Mapping[int, Mapping[str, Any]]]
+) -> list[str]:
+    """List what can be compared: one peer is its own mean, and not every task has an ensemble."""
+    if len(names) == 1:
+        return ["mean"]
+    rows = [row for by_seed in group.values() for row in by_seed.values()]
+    return [what for what in TARGETS if any(row[what] is not None for row in rows)]
+
+
+def _effects(
+    ours: Mapping[int, Mapping[str, Any]],
+    theirs: Mapping[int, Mapping[str, Any]],
+    targets: Sequence[str],
+    sign: int,
+    level: float,
+) -> dict[str, dict[str, Any] | None]:
+    return {what: _effect(ours, theirs, what, sign, level) for what in targets}
+
+
+def _effect(
+    ours: Mapping[int, Mapping[str, Any]],
+    theirs: Mapping[int, Mapping[str, Any]],
+    what: str,
+    sign: int,
+    level: float,
+) -> dict[str, Any] | None:
+    """Compare two arms over the seeds both have; None where there is no such seed."""
+    differences = [
+        sign * (ours[seed][what] - theirs[seed][what])
+        for seed in ours
+        if seed in theirs and None not in (ours[seed][what], theirs[seed][what])
+    ]
+    if not differences:
+        return None
+    interval = paired_interval(differences, level)
+    # seeds that all give the same difference are one run seen several times
+    differ = max(differences) - min(differences) > 1e-9 * max(1.0, abs(interval.mean))
+    return {
+        "mean": interval.mean,
+        "low": _known(interval.low),
+        "high": _known(interval.high),
+        "count": interval.count,
+        "shown": interval.excludes_zero and interval.count >= ENOUGH_SEEDS and differ,
+    }
+
+
+def _describe_arm(
+    rows: Mapping[int, Result], names: Sequence[str], ranked: Mapping[int, list[str]]
+) -> dict[str, Any]:
+    group = {when: _group_values(rows, ranked, when) for when in ("before", "after")}
+    return {
+        "seeds": len(rows),
+        **{
+            when: {
+                what: _spread([row[what] for row in group[when].values()])
+                for what in (*TARGETS, "oracle")
+            }
+            for when in group
+        },
+        "peers": {name: _describe_peer(list(rows.values()), name) for name in names},
+        "lessons": _mean_lessons([row.get("lessons") or () for row in rows.values()]),
+    }
+
+
+def _describe_peer(rows: Sequence[Result], name: str) -> dict[str, Any]:
+    return {
+        **{when: _spread([row[when][name] for row in rows]) for when in ("before", "after")},
+        **{what: _mean([row.get(what, {}).get(name) for row in rows]) for what in FLIPS},
+    }
+
+
+def _spread(values: Sequence[Any]) -> dict[str, float | None] | None:
+    """Return mean and standard deviation over seeds; None where nothing, or one seed, tells."""
+    known = [value for value in map(_known, values) if value is not None]
+    if not known:
+        return None
+    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return {"mean": float(np.mean(known)), "sd": deviation}
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [value for value in map(_known, values) if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _mean_lessons(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float | None]]:
+    """Average rows of the same epoch over the seeds, number by number."""
+    epochs: dict[int, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        for row in run:
+            epochs.setdefault(int(row["epoch"]), []).append(row)
+    return [{"epoch": epoch, **_mean_row(rows)} for epoch, rows in sorted(epochs.items())]
+
+
+def _mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    keys = dict.fromkeys(key for row in rows for key in row if key != "epoch")
+    return {key: _mean([row.get(key) for row in rows]) for key in keys}
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
