@@ -195,18 +195,25 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> Any:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Any]:
+        """Return a batch's samples; torch's loader asks for them at once."""
+        with _generators_kept():
+            return [self._sample(draw) for draw in draws]
+
+    def _sample(self, draw: Draw) -> Any:
         words = np.random.SeedSequence((self.seed, draw.epoch, draw.position)).generate_state(3)
-        with _own_generators(int(words[0]), int(words[1]), int(words[2])):
-            return self.dataset[draw.index]
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        torch.default_generator.manual_seed(int(words[2]))
+        return self.dataset[draw.index]
 
 
 @contextlib.contextmanager
-def _own_generators(for_python: int, for_numpy: int, for_torch: int) -> Iterator[None]:
+def _generators_kept() -> Iterator[None]:
     keep = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        random.seed(for_python)
-        np.random.seed(for_numpy)
-        torch.default_generator.manual_seed(for_torch)
         yield
     finally:
         random.setstate(keep[0])

@@ -64,8 +64,8 @@ PEER_OWN = ("name", "checkpoint", "frozen", "published")
 # timm's arguments that have no meaning here, and what to use instead.
 REJECTED = {
     "--model": "give every model as --peer MODEL",
-    "--pretrained-path": "use --peer MODEL,checkpoint=FILE",
-    "--initial-checkpoint": "use --peer MODEL,checkpoint=FILE",
+    "--pretrained-path": "give the file to its peer: --peer MODEL,checkpoint=FILE",
+    "--initial-checkpoint": "give the file to its peer: --peer MODEL,checkpoint=FILE",
     "--fuser": "TorchScript fusers do not apply to eager models; use compile=inductor on a peer",
     "--torchscript": "TorchScript is deprecated; use compile=inductor on a peer",
     "--no-prefetcher": "images are always normalised on the device, once for every view",
@@ -97,9 +97,9 @@ REJECTED = {
     "--kd-model-name": "give the teacher as --peer MODEL,frozen=true and --rule one_way:NAME",
     "--kd-distill-type": "transfer is between logits",
     "--kd-loss-type": "transfer uses the KL divergence",
-    "--distill-loss-weight": "use --transfer-weight",
+    "--distill-loss-weight": "weigh the transfer with --transfer-weight",
     "--task-loss-weight": "the task loss has weight 1; use --transfer-weight",
-    "--kd-temperature": "use --temperature",
+    "--kd-temperature": "the transfer's is --temperature, 1 by default",
     "--kd-student-feature-dim": "transfer is between logits",
     "--kd-teacher-feature-dim": "transfer is between logits",
     "--kd-token-distill-type": "transfer is between logits",

@@ -1,0 +1,136 @@
+"""The command line: timm's names, peers, YAML, and what is refused."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from classification.options import PEER_OPTIONS, REJECTED, OptionError, build_parser, parse
+
+TIMM = json.loads(Path(__file__).with_name("timm_arguments.json").read_text())
+
+
+def test_every_argument_of_timm_is_taken_or_refused_with_a_sentence():
+    options = build_parser()._option_string_actions
+    assert not set(TIMM) - set(options)
+    assert all(len(reason.split()) > 3 for reason in REJECTED.values())
+
+
+def test_defaults_are_timms():
+    options, _ = parse(["/data", "--peer", "resnet18", "--peer", "resnet34"])
+    differ = {}
+    for flag, default in TIMM.items():
+        dest = flag.lstrip("-").replace("-", "_")
+        if flag in REJECTED or dest in ("c", "config", "data_dir", "b", "vb", "j", "dr"):
+            continue
+        if hasattr(options, dest) and getattr(options, dest) != default:
+            differ[dest] = (getattr(options, dest), default)
+    # timm trains one model from scratch on CUDA; peers start from their weights, wherever they are
+    assert differ == {"pretrained": (None, False), "device": ("auto", "cuda")}
+
+
+def test_peer_options_are_options():
+    dests = {action.dest for action in build_parser()._actions}
+    assert set(PEER_OPTIONS) <= dests
+
+
+def test_peers_override_the_run():
+    options, peers = parse(
+        [
+            "/data",
+            "--peer",
+            "vit_base_patch16_224.augreg_in1k,lr=1e-3,mean=0.1+0.2+0.3,kwargs.depth=3,compile=true",
+            "--peer",
+            "vit_base_patch16_224,frozen=yes,checkpoint=a.pth+b.pth,published=81.1",
+            "--peer",
+            "hf:org/Some-Net,name=third,opt=lamb",
+            "--weight-decay",
+            "0.3",
+        ]
+    )
+    one, two, three = peers
+    assert [p.name for p in peers] == ["vit_base_patch16_224", "vit_base_patch16_224-2", "third"]
+    assert (one.options.lr, one.options.mean) == (1e-3, [0.1, 0.2, 0.3])
+    assert one.options.model_kwargs == {"depth": 3} and one.options.torchcompile == "inductor"
+    assert two.frozen and two.checkpoint == ["a.pth", "b.pth"] and two.published == 81.1
+    assert (two.options.lr, options.lr) == (None, None)
+    assert three.options.opt == "lamb" and three.options.weight_decay == 0.3
+
+
+def test_yaml_under_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "peers:\n- {model: resnet18, name: a, lr: 0.5, kwargs: {zero_init_last: false}}\n"
+        "- resnet34,name=b\nlr: 1e-3\nbatch-size: 7\namp: true\nscale: [0.5, 1.0]\n"
+    )
+    options, peers = parse(["/data", "-c", str(path), "--batch-size", "9"])
+    assert (options.lr, options.batch_size, options.amp, options.scale) == (1e-3, 9, True, [0.5, 1])
+    assert [(p.name, p.options.lr) for p in peers] == [("a", 0.5), ("b", 1e-3)]
+    assert peers[0].options.model_kwargs == {"zero_init_last": False}
+
+
+TWO = ["--peer", "resnet18", "--peer", "resnet34"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["/data"], "no peers"),
+        (TWO, "no data"),
+        (["/data", "--peer", "resnet18"], "'best' needs two peers or more"),
+        (["/data", *TWO, "--rule", "bst"], "unknown rule 'bst'; choose from best"),
+        (["/data", *TWO, "--rule", "one_way:resnet"], "peers: resnet18, resnet34"),
+        (["/data", "--peer", "resnet18,learning_rate=1", *TWO], "unknown key 'learning_rate'"),
+        (["/data", "--peer", "resnet18,lr=fast", *TWO], "lr is 'fast'; expected one float"),
+        (["/data", "--peer", "resnet18,frozen=maybe", *TWO], "frozen is 'maybe'; expected true"),
+        (["/data", "--peer", "resnet18,clip_mode=big", *TWO], "choose from norm, value, agc"),
+        (["/data", "--peer", "resnet18,lr", *TWO], "'lr' is not key=value"),
+        (["/data", "--peer", "resnet18,name=a/b", *TWO], "'a/b' cannot be a peer's name"),
+        (["/data", "--peer", "a,name=x", "--peer", "b,name=x"], "two peers are named 'x'"),
+        (["/data", *TWO, "--batch-size", "0"], "--batch-size is 0"),
+        (["/data", *TWO, "-b", "7", "--mixup", "0.2"], "mixup needs an even --batch-size, got 7"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, says):
+    with pytest.raises(OptionError) as error:
+        parse(arguments)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("learning_rate: 1", "unknown option 'learning_rate'"),
+        ("bathc_size: 1", "did you mean batch_size"),
+        ("lr: [1, 2]", "lr is [1, 2]; expected one float"),
+        ("scale: 1", "scale is 1; expected a list of float"),
+        ("amp: perhaps", "expected true or false"),
+        ("model: resnet18", "give every model as --peer"),
+        ("peers: [{name: a}]", "it needs a `model:`"),
+        ("- a", "expected `option: value` lines"),
+        ("x: !!python/object/apply:os.system ['true']", "not plain YAML"),
+    ],
+)
+def test_wrong_yaml_is_named(tmp_path, content, says):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(OptionError) as error:
+        parse(["/data", "-c", str(path), *([] if "peers" in content else TWO)])
+    assert says in str(error.value)
+
+
+def test_timms_arguments_without_meaning_here_say_why(capsys):
+    with pytest.raises(SystemExit):
+        parse(["/data", *TWO, "--jsd-loss"])
+    assert "no per-sample score" in capsys.readouterr().err
+
+
+def test_a_missing_config_is_named():
+    with pytest.raises(OptionError, match="no such config file"):
+        parse(["/data", "-c", "/nowhere.yaml", *TWO])
+
+
+def test_namespace_is_plain():
+    options, peers = parse(["/data", *TWO])
+    assert isinstance(options, argparse.Namespace) and len(peers) == 2
