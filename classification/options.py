@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
+from common.checkpoint import read_metadata
 from common.peers import check_names
 from common.roles import RULES, check_rule
 from common.transfer import SCORES
@@ -59,6 +61,7 @@ PEER_OPTIONS = (
     "model_ema_decay model_ema_warmup model_ema_force_cpu trust_remote_code"
 ).split()
 PEER_ALIASES = {"compile": "torchcompile", "ema": "model_ema", "kwargs": "model_kwargs"}
+EXPORT = ".safetensors"
 PEER_OWN = ("name", "checkpoint", "frozen", "published")
 
 # timm's arguments that have no meaning here, and what to use instead.
@@ -132,7 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="peers",
         default=None,
         metavar="MODEL[,key=value...]",
-        help="a timm model, dinov2_vits14_lc, mae_vit_base_ft or hf:ORG/NAME, with keys name, "
+        help="a timm model, dinov2_vits14_lc, mae_vit_base_ft, hf:ORG/NAME, or a file that a run "
+        "exported (NAME/best.safetensors), with keys name, "
         "checkpoint (several files: a+b), frozen, published, compile, and any option marked * "
         "below; repeat for every peer",
     )
@@ -305,7 +309,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb-project")
     add("--wandb-tags", nargs="+", default=[])
     for option in REJECTED:
-        parser.add_argument(option, nargs="*", action=_Reject, help=argparse.SUPPRESS)
+        parser.add_argument(
+            option, nargs="*", action=_Reject, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return parser
 
 
@@ -316,6 +322,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         The run's options, and its peers as asked for.
 
     Raises:
+        CheckpointError: A peer given as a file that is missing or broken.
         OptionError: A YAML or peer key that does not exist (lists near or all choices), a value of
             the wrong kind, peers or a rule that do not fit.
         SystemExit: As argparse does, for flags.
@@ -330,6 +337,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     if not options.peers:
         raise OptionError("no peers: give --peer MODEL for every model, or a `peers:` list in YAML")
     peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
+    peers = [_from_export(peer) for peer in peers]
     names = [peer.name for peer in peers]
     try:
         check_names(names)
@@ -488,6 +496,36 @@ def _peer_spec(
     )
 
 
+def _from_export(peer: PeerSpec) -> PeerSpec:
+    """Read model, view and options of a peer that is given as a file that a run exported."""
+    if not peer.model.endswith(EXPORT):
+        return peer
+    told = read_metadata(peer.model)
+    if "architecture" not in told:
+        raise OptionError(
+            f"{peer.model}: does not tell its architecture; give it as the checkpoint of a model: "
+            f"--peer MODEL,checkpoint={peer.model}"
+        )
+    arguments = json.loads(told["model_args"])
+    own = argparse.Namespace(**vars(peer.options))
+    given = {
+        "gp": arguments.pop("global_pool", None),
+        "mean": json.loads(told["mean"]),
+        "std": json.loads(told["std"]),
+        "interpolation": told["interpolation"],
+        "crop_pct": float(told["crop_pct"]),
+    }
+    for name, value in given.items():
+        if getattr(own, name) in (None, ""):
+            setattr(own, name, value)
+    if own.img_size is None and own.input_size is None:
+        own.input_size = json.loads(told["input_size"])
+    for name in ("img_size", "in_chans"):
+        arguments.pop(name, None)
+    own.model_kwargs = {**arguments, **own.model_kwargs}
+    return replace(peer, model=told["architecture"], checkpoint=peer.model, options=own)
+
+
 def _name_peers(peers: list[PeerSpec]) -> list[PeerSpec]:
     """Name unnamed peers after their model, with a number where it repeats."""
     named: list[PeerSpec] = []
@@ -495,6 +533,8 @@ def _name_peers(peers: list[PeerSpec]) -> list[PeerSpec]:
         name = peer.name
         if not name:
             base = peer.model.removeprefix("hf:").rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+            if peer.model.endswith(EXPORT):
+                base = Path(peer.model).resolve().parent.name
             taken = [other.name for other in named]
             name, number = base, 1
             while name in taken:

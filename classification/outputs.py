@@ -17,7 +17,6 @@ from typing import Any
 import timm
 import torch
 import yaml
-from common.report import write_run_report
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -29,6 +28,7 @@ from classification.options import OptionError, PeerSpec
 from classification.peer import ClassifierPeer, image_size
 from common.checkpoint import list_runs
 from common.distributed import World
+from common.report import write_run_report
 from common.trainer import Trainer, Writer
 
 _logger = logging.getLogger("train")

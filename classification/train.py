@@ -62,11 +62,11 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     """
     options, specs = parse(arguments)
     state = _resumed_state(options, specs)
-    world = _start(options)
+    world = start(options)
     random_seed(options.seed, 0)
     modules, views = build_modules(specs, options)
     train_set = open_dataset(options, True, views[0].size[0])
-    _check_classes(train_set, modules[0].num_classes)
+    check_classes(train_set, modules[0].num_classes)
     loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
     rows = [outputs.describe(*peer) for peer in zip(specs, modules, views, strict=True)]
     updates = -(-len(loader) // options.grad_accum_steps)
@@ -77,7 +77,9 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         outputs.log_table(rows, peers)
         outputs.write_arguments(trainer.folder, options, specs)
     if state is not None:
-        trainer.resume(state, optimizer=not options.no_resume_opt)
+        path = Path(options.resume)
+        source = path if path.is_dir() else path.parent
+        trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
     elif options.start_epoch:
         trainer.progress.epoch = options.start_epoch
@@ -89,7 +91,12 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     return progress
 
 
-def _start(options: argparse.Namespace) -> World:
+def start(options: argparse.Namespace) -> World:
+    """Join the other processes and set the device up.
+
+    Raises:
+        OptionError: A device that is not there.
+    """
     try:
         world = distributed.start(options.device)
     except (ValueError, RuntimeError) as error:
@@ -128,7 +135,12 @@ def _resumed_state(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> di
     return state
 
 
-def _check_classes(dataset: Any, num_classes: int) -> None:
+def check_classes(dataset: Any, num_classes: int) -> None:
+    """Refuse data of other classes than the peers tell.
+
+    Raises:
+        OptionError: Names both counts.
+    """
     classes = classes_of(dataset)
     if classes and len(classes) != num_classes:
         raise OptionError(

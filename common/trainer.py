@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.checkpoint import CheckpointError, save_run, save_weights
+from common.checkpoint import CheckpointError, atomic_write, save_run, save_weights
 from common.distributed import World
 from common.engine import Engine
 from common.ledger import Ledger, Lessons
@@ -356,11 +358,14 @@ class Trainer:
             save_run(self.folder, state, progress.epoch, progress.batch, self.plan.keep)
         distributed.barrier()
 
-    def resume(self, state: Mapping[str, Any], optimizer: bool = True) -> None:
+    def resume(
+        self, state: Mapping[str, Any], optimizer: bool = True, source: Path | None = None
+    ) -> None:
         """Go on from a run file's content.
 
         Args:
             state: From ``common.checkpoint.load_run``.
+            source: The folder of that run; the best weights so far are taken over from it.
             optimizer: False: take weights and position, but fresh optimizers and schedules.
 
         Raises:
@@ -382,6 +387,7 @@ class Trainer:
             history=list(saved["history"]),
             lessons=list(saved["lessons"]),
         )
+        self._take_over_best(source or self.folder)
         self.evaluator.load_state_dict(state["evaluator"])
         if optimizer:
             self.engine.scaler.load_state_dict(state["scaler"])
@@ -397,6 +403,18 @@ class Trainer:
         self.ledger.load_state_dict(mine["ledger"])
         self.transfer.load_state_dict(mine["transfer"], self.world.device)
         load_rng_state(mine["rng"], self.world.device)
+
+    def _take_over_best(self, source: Path) -> None:
+        """Copy best files from another folder; where one is gone, the best is measured anew."""
+        for name in list(self.progress.best):
+            inner = Path(name) / f"best{self.plan.export_suffix}"
+            found, mine = Path(source) / inner, self.folder / inner
+            if not found.is_file():
+                _logger.warning("%s is gone; the best of %s is measured anew", found, name)
+                del self.progress.best[name]
+            elif self.world.is_main and found != mine:
+                atomic_write(mine, functools.partial(shutil.copyfile, found))
+        distributed.barrier()
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -120,9 +120,7 @@ def test_samples_do_not_depend_on_workers_or_on_who_draws_beside_them(digits):
 
 def test_two_ranks_see_what_one_sees(digits):
     one = epoch_of(loader_of(digits))
-    halves = [
-        epoch_of(loader_of(digits, "-b", "25", world=World(r, 2, r, CPU))) for r in range(2)
-    ]
+    halves = [epoch_of(loader_of(digits, "-b", "25", world=World(r, 2, r, CPU))) for r in range(2)]
     for k, (images, target) in enumerate(one):
         together = torch.empty_like(images)
         together[0::2], together[1::2] = halves[0][k][0], halves[1][k][0]
@@ -162,7 +160,9 @@ def test_validation_shards_hold_every_sample_once(digits):
     assert len(target) == 200 and [len(y) for _, y in whole] == [64, 64, 64, 8]
     shards = []
     for r in range(3):
-        shard = eval_loader(open_dataset(options, False, 3), INCEPTION, options, World(r, 3, r, CPU))
+        shard = eval_loader(
+            open_dataset(options, False, 3), INCEPTION, options, World(r, 3, r, CPU)
+        )
         shards.append(torch.cat([y for _, y in shard]))
     assert [len(s) for s in shards] == [67, 67, 66]
     assert torch.equal(shards[1], target[1::3])

@@ -58,7 +58,7 @@ def test_resume_from_every_run_file_equals_the_uninterrupted_run(tmp_path, rule,
             rule=rule,
             accumulate=accumulate,
         )
-        again.resume(load_run(run))
+        again.resume(load_run(run), source=tmp_path / "whole")
         again.fit()
         assert_same(final(again), expected)
 

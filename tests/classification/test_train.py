@@ -1,0 +1,237 @@
+"""train.py from the command line: real images, every N, resume, exports, wrong input."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from classification.options import OptionError
+from classification.train import main, run
+from classification.validate import validate
+from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
+from tests.launch import launch
+
+ROOT = Path(__file__).parents[2]
+
+
+def vit(name, **more):
+    sizes = "kwargs.patch_size=8,kwargs.embed_dim=24,kwargs.depth=2,kwargs.num_heads=2"
+    extra = "".join(f",{key}={value}" for key, value in {"img_size": 32, **more}.items())
+    return f"vit_tiny_patch16_224,name={name},{sizes}{extra}"
+
+
+def arguments_of(data, output, *more, peers=2, epochs=2):
+    shapes = [vit("a"), vit("b", img_size=24, mean="0.4+0.4+0.4", lr="2e-3")]
+    shapes += [vit(f"c{i}", drop_path=0.2) for i in range(peers - 2)]
+    asked = [item for shape in shapes[:peers] for item in ("--peer", shape)]
+    fixed = (
+        "--no-pretrained --num-classes 10 --opt adamw --lr 1e-3 --warmup-epochs 0 -b 40 -j 0 "
+        "--scale 0.8 1 --hflip 0 --log-interval 5 --experiment run --device cpu"
+    ).split()
+    return [str(data), *asked, *fixed, "--epochs", str(epochs), "--output", str(output), *more]
+
+
+def weights_of(folder, name, which="last"):
+    return read_weights(folder / "run" / name / f"{which}.safetensors")
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+@pytest.mark.parametrize("peers", [2, 3, 4, 5])
+def test_n_peers_learn_and_leave_files_that_stock_timm_loads(digits, tmp_path, peers, caplog):
+    caplog.set_level("INFO")
+    progress = run(arguments_of(digits, tmp_path, peers=peers, epochs=3), bars=False)
+    names = ["a", "b", "c0", "c1", "c2"][:peers]
+    last = progress.history[-1]
+    assert [row["epoch"] for row in progress.history] == [0, 1, 2, 3]
+    assert all(last[f"{name}/loss"] < progress.history[0][f"{name}/loss"] for name in names)
+    kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
+    for name in names:
+        best = tmp_path / "run" / name / "best.safetensors"
+        size = 24 if name == "b" else 32
+        module = timm.create_model(
+            "vit_tiny_patch16_224", checkpoint_path=str(best), img_size=size, **kwargs
+        )
+        module.load_state_dict(read_weights(best), strict=True)
+        assert f"{name}: best.safetensors reloaded" in caplog.text
+    told = validate([str(digits), "-j", "0", "-b", "64", "--peer", str(best)])
+    assert told[f"{name}/top1"] == pytest.approx(progress.best[name].value, abs=1e-9)
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert all(name in report for name in names)
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    assert float(rows[-1]["a/top1"]) == last["a/top1"]
+    assert {"fixed", "broken"} <= {key.split("/")[-1] for key in rows[-1]}
+    assert re.search(r"a +vit_tiny_patch16_224 +0\.\d+ M +0\.\d+ +10 +32x32", caplog.text)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--mixup 0.2 --reprob 0.2 --rule random --model-ema --grad-accum-steps 2".split(),
+        "--sched-on-updates --clip-grad 1 --rule mutual --aa rand-m3".split(),
+    ],
+    ids=["mixup-ema-random", "updates-clip-mutual"],
+)  # fmt: skip
+def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(digits, tmp_path, more):
+    whole = arguments_of(
+        digits, tmp_path / "whole", *more, "--recovery-interval", "2", "--checkpoint-hist", "99",
+        peers=3,
+    )  # fmt: skip
+    expected = run(whole, bars=False)
+    runs = list_runs(tmp_path / "whole" / "run")
+    middle = next(path for path in runs if "00001-" in path.name and "-00000000" not in path.name)
+    again = arguments_of(
+        digits, tmp_path / "again", *more, "--resume", str(middle), "--recovery-interval", "2",
+        peers=3,
+    )  # fmt: skip
+    got = run(again, bars=False)
+    assert got.history == expected.history and got.lessons == expected.lessons
+    for name in ("a", "b", "c0"):
+        assert_equal_weights(
+            weights_of(tmp_path / "whole", name), weights_of(tmp_path / "again", name)
+        )
+
+
+def test_kill_9_in_a_step_then_resume_equals_the_uninterrupted_run(digits, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def start(arguments):
+        return subprocess.Popen(
+            [sys.executable, ROOT / "classification" / "train.py", *arguments],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
+
+    more = ("--recovery-interval", "3", "-j", "1")
+    assert start(arguments_of(digits, tmp_path / "whole", *more)).wait() == 0
+    killed = start(arguments_of(digits, tmp_path / "killed", *more, epochs=2))
+    folder, deadline = tmp_path / "killed" / "run", time.monotonic() + 240
+    while not list_runs(folder) and time.monotonic() < deadline and killed.poll() is None:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (folder / "a" / "last.safetensors").exists()
+    resumed = arguments_of(digits, tmp_path / "killed", *more, "--resume", str(folder))
+    assert start(resumed).wait() == 0
+    for name in ("a", "b"):
+        assert_equal_weights(
+            weights_of(tmp_path / "whole", name), weights_of(tmp_path / "killed", name)
+        )
+    one, two = (load_run(tmp_path / which / "run") for which in ("whole", "killed"))
+    assert one["progress"] == two["progress"]
+
+
+def ranked(world, arguments):
+    run(arguments, bars=False)
+
+
+def test_two_processes_equal_one(digits, tmp_path):
+    one = arguments_of(digits, tmp_path / "one", epochs=1)
+    two = arguments_of(digits, tmp_path / "two", "-b", "20", epochs=1)
+    run(one, bars=False)
+    launch(ranked, 2, two)
+    for name in ("a", "b"):
+        torch.testing.assert_close(
+            weights_of(tmp_path / "one", name), weights_of(tmp_path / "two", name),
+            rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+    history = [load_run(tmp_path / w / "run")["progress"]["history"] for w in ("one", "two")]
+    assert history[0][0] == pytest.approx(history[1][0])
+
+
+def test_exports_start_a_new_run_with_a_frozen_copy(digits, tmp_path):
+    run(arguments_of(digits, tmp_path, epochs=1), bars=False)
+    file = tmp_path / "run" / "a" / "best.safetensors"
+    rest = arguments_of(digits, tmp_path, "--experiment", "next", "--score", "confidence", epochs=1)
+    rest = [x for x in rest if not x.startswith("vit_tiny") and x != "--peer"]
+    rest = [*rest, "--peer", str(file), "--peer", f"{file},name=old,frozen=true"]
+    progress = run(rest, bars=False)
+    assert progress.history[0]["a/top1"] == progress.history[0]["old/top1"]
+    assert progress.history[-1]["old/loss"] == progress.history[0]["old/loss"]
+    old = read_weights(tmp_path / "next" / "old" / "last.safetensors")
+    assert_equal_weights(old, read_weights(file))
+    assert progress.lessons[0]["transfer/a->old/share"] == 0
+
+
+def test_the_written_arguments_repeat_the_run(digits, tmp_path):
+    first = run(arguments_of(digits, tmp_path / "one", epochs=1), bars=False)
+    config = tmp_path / "one" / "run" / "args.yaml"
+    content = yaml.safe_load(config.read_text())
+    assert content["rule"] == "best" and len(content["peers"]) == 2
+    again = run(
+        ["-c", str(config), "--output", str(tmp_path / "two"), "--experiment", "run"], bars=False
+    )
+    assert again.history == first.history
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--peer", "resnet1800"), "unknown model"),
+        (("--peer", "resnet18,checkpoint=/nowhere.pth"), "no such file"),
+        (("--num-classes", "7"), "the data has 10 classes, the peers tell 7"),
+        (("--device", "cuda"), "--device cuda"),
+        (("--opt", "adumw"), "adumw"),
+        (("--resume", "/nowhere"), "no such file"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_before_any_work(digits, tmp_path, caplog, more, says):
+    assert main(arguments_of(digits, tmp_path, *more)) == 1
+    assert says in caplog.text and "Traceback" not in caplog.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_counts_that_differ_name_both(digits, tmp_path):
+    ten = timm.create_model("test_vit", num_classes=10)
+    torch.save(ten.state_dict(), tmp_path / "ten.pth")
+    asked = ["--peer", f"test_vit,checkpoint={tmp_path}/ten.pth", "--peer", "test_vit2,name=other"]
+    with pytest.raises(OptionError, match=r"test_vit: 10, other: 1000; give checkpoints"):
+        run([str(digits), *asked, "--no-pretrained", "--output", str(tmp_path)], bars=False)
+
+
+def test_a_malicious_checkpoint_is_refused_and_runs_nothing(digits, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "evil.pth")
+    asked = ["--peer", f"test_vit,checkpoint={tmp_path}/evil.pth"]
+    with pytest.raises(CheckpointError, match=r"evil\.pth: refused, it asks to run 'posix.system'"):
+        run(arguments_of(digits, tmp_path, *asked), bars=False)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_older_runs_folder_is_not_overwritten(digits, tmp_path):
+    run(arguments_of(digits, tmp_path, epochs=1), bars=False)
+    with pytest.raises(OptionError, match="holds the run files of an earlier run; give --resume"):
+        run(arguments_of(digits, tmp_path, epochs=1), bars=False)
+
+
+def test_a_published_number_far_from_the_baseline_warns(digits, tmp_path, caplog):
+    asked = arguments_of(digits, tmp_path, epochs=1)
+    asked[2] += ",published=88.8"
+    run(asked, bars=False)
+    assert re.search(r"a: baseline top-1 [\d.]+, published 88\.80 .*more than 0\.5", caplog.text)
+
+
+def test_metadata_of_an_export_rebuilds_it(digits, tmp_path):
+    from common.checkpoint import read_metadata
+
+    run(arguments_of(digits, tmp_path, epochs=1), bars=False)
+    told = read_metadata(tmp_path / "run" / "b" / "best.safetensors")
+    assert told["architecture"] == "vit_tiny_patch16_224" and told["num_classes"] == "10"
+    assert json.loads(told["mean"]) == [0.4, 0.4, 0.4]
+    assert json.loads(told["input_size"]) == [3, 24, 24]
