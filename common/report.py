@@ -82,11 +82,13 @@ p, li { max-width: 46rem; }
 .caution { background: var(--card); border-left: 4px solid #e69f00; padding: .6rem .9rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding-bottom: .4rem; max-width: 46rem; }
+caption { text-align: left; color: var(--soft); padding-bottom: .4rem;
+  max-width: min(46rem, 92vw); }
 th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 td { white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th:first-child { text-align: left; padding-left: 0; }
+th.label { text-align: left; }
+th:first-child { padding-left: 0; }
 tbody th { font-weight: 600; }
 table.words td, table.words th { text-align: left; white-space: normal; vertical-align: top; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
@@ -463,8 +465,8 @@ def _loss_figure(names: Sequence[str], lessons: Sequence[Row], what: str, title:
 
 def _teaching_over_time(names: Sequence[str], lessons: Sequence[Row]) -> list[Html]:
     figures = []
-    shares = {name: _series(lessons, f"{name}/teaches") for name in names}
-    if any(_finite(share) and share > 0 for column in shares.values() for share in column):
+    if _anybody_taught(names, lessons):
+        shares = {name: _series(lessons, f"{name}/teaches") for name in names}
         figures.append(_teaches_figure(_epochs(lessons), shares))
     keys = {"transfer/taught": "samples taught", "transfer/entropy": "entropy of who teaches"}
     known = {title: _series(lessons, key) for key, title in keys.items() if _has(lessons, key)}
@@ -499,7 +501,7 @@ def _teaches_figure(epochs: Sequence[int], shares: Mapping[str, Sequence[float]]
         _legend(figure, axes)
 
     caption = "Who taught, as a share of the taught samples in each epoch."
-    if whole.max() > 1.001:
+    if whole.max() > 1.02:
         caption += " More than 1 in all: a sample can have several teachers."
     return _figure(_draw(paint, 2.6), f"Share taught by {_listed(shares)} per epoch", caption)
 
@@ -622,10 +624,11 @@ def comparison_text(summary: Mapping[str, Any]) -> str:
         Lines of plain text, no trailing newline.
     """
     head, rows = _gains_cells(summary)
-    lines = [f"{summary['metric']}: {_gains_caption(summary)}", "", *_aligned([head, *rows]), ""]
+    caption = f"{summary['metric']}. {_gains_caption(summary)}"
+    lines = [*textwrap.wrap(caption, LINE), "", *_aligned([head, *rows]), ""]
     for sentence in comparison_sentences(summary):
         lines += textwrap.wrap(sentence, LINE, initial_indent="- ", subsequent_indent="  ")
-    return "\n".join(textwrap.wrap(lines[0], LINE) + lines[1:])
+    return "\n".join(lines)
 
 
 def comparison_sentences(summary: Mapping[str, Any]) -> list[str]:
@@ -645,6 +648,7 @@ def comparison_sentences(summary: Mapping[str, Any]) -> list[str]:
             for arm, effects in summary["gains"].items()
         ),
         *_choice_of_teacher(summary),
+        *_same_in_all_seeds(summary),
         *_number_of_comparisons(summary),
     ]
 
@@ -706,6 +710,22 @@ def _choice_of_teacher(summary: Mapping[str, Any]) -> list[str]:
     return [f"{told} So this data does not show that the choice of teacher matters."]
 
 
+def _same_in_all_seeds(summary: Mapping[str, Any]) -> list[str]:
+    """Explain why an interval without width is not called shown."""
+    arms = [
+        arm
+        for arm, effects in [*summary["gains"].items(), *summary["versus"].items()]
+        if any(e and e["count"] > 1 and e["mean"] and not e["varies"] for e in effects.values())
+    ]
+    if not arms:
+        return []
+    return [
+        f"Every seed gave the same difference in a comparison of {_listed(dict.fromkeys(arms))}: "
+        "such seeds are one run seen several times, and it is not called shown; check that the "
+        "seed reaches the data and the training."
+    ]
+
+
 def _number_of_comparisons(summary: Mapping[str, Any]) -> list[str]:
     """Count the intervals given; those of ``versus`` over the control are the gains again."""
     again = {arm for arm in summary["versus"] if arm == summary["control"]}
@@ -759,7 +779,7 @@ def _comparison_words(summary: Mapping[str, Any]) -> list[Html]:
     lead = (
         f"{_listed(summary['names'])}: {len(summary['arms'])} ways to train from the same start "
         f"({_listed(summary['arms'])}), over {seeds} seed{'s' * (seeds != 1)}. An effect is called "
-        "shown only where its interval excludes zero."
+        f"shown only where its interval excludes zero and at least {ENOUGH_SEEDS} seeds tell."
     )
     caution = [_tag("p", sentence, class_="caution") for sentence in few]
     return [_tag("p", lead, class_="lead"), *caution, _items(sentences)]
@@ -792,7 +812,7 @@ def _gains_table(summary: Mapping[str, Any]) -> Html:
 def _gains_caption(summary: Mapping[str, Any]) -> str:
     turned = "; positive is better" if summary["lower_is_better"] else ""
     return (
-        f"gain over the control with the same seed{turned}, mean over seeds and "
+        f"Gain over the control with the same seed{turned}, mean over seeds and "
         f"{100 * summary['level']:g} % interval (Student's t). The control's row has its values "
         "after training. Strongest and weakest are meant as at the start of each seed."
     )
@@ -849,13 +869,13 @@ def _peers_table(summary: Mapping[str, Any]) -> Html:
         "Oracle: right where at least one peer is right."
     )
     head = ["Arm", "Peer", "Before", "After", "Gain over control", "Fixed", "Broken"]
-    return _table(caption, head, rows)
+    return _table(caption, head, rows, labels=2)
 
 
 def _comparison_teaching(summary: Mapping[str, Any]) -> list[Html]:
     names = summary["names"]
     lessons = {arm: values["lessons"] for arm, values in summary["arms"].items()}
-    lessons = {arm: rows for arm, rows in lessons.items() if any(_series_sum(rows, names))}
+    lessons = {arm: rows for arm, rows in lessons.items() if _anybody_taught(names, rows)}
     if not lessons:
         return []
     parts = []
@@ -868,8 +888,9 @@ def _comparison_teaching(summary: Mapping[str, Any]) -> list[Html]:
     return [_section("Who taught whom", *parts, _teaching_table(names, lessons))]
 
 
-def _series_sum(rows: Sequence[Row], names: Sequence[str]) -> list[float]:
-    return [float(np.nansum(_series(rows, f"{name}/teaches"))) for name in names]
+def _anybody_taught(names: Sequence[str], lessons: Sequence[Row]) -> bool:
+    shares = [share for name in names for share in _series(lessons, f"{name}/teaches")]
+    return any(_finite(share) and share > 0 for share in shares)
 
 
 def _teaching_table(names: Sequence[str], lessons: Mapping[str, Sequence[Row]]) -> Html:
@@ -891,7 +912,7 @@ def _teaching_table(names: Sequence[str], lessons: Mapping[str, Sequence[Row]]) 
         "Of all samples, how many a teacher taught a student, mean over seeds. Gap: the teacher's "
         "score minus the student's. Last column: of the samples taught."
     )
-    return _table(caption, [*head, "Teacher right, student wrong"], rows)
+    return _table(caption, [*head, "Teacher right, student wrong"], rows, labels=2)
 
 
 # ---------------------------------------------------------------- arms over seeds: figures
@@ -1104,7 +1125,7 @@ def _number(value: Any, digits: int = 2, sign: bool = False) -> str:
 def _number_format(values: Iterable[Any]) -> Show:
     """Choose the digits for a metric: two for percentages and the like, four for small ones."""
     largest = max((abs(value) for value in values if _finite(value)), default=0.0)
-    digits = 2 if largest > 2 else 4
+    digits = 2 if largest > 10 else 4
 
     def show(value: Any, sign: bool = False) -> str:
         return _number(value, digits, sign)
@@ -1173,14 +1194,15 @@ def _items(sentences: Iterable[str]) -> Html:
 
 
 def _table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[object]], words: bool = False
+    caption: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    labels: int = 1,
+    words: bool = False,
 ) -> Html:
-    """Lay out a table whose first column names the rows; ``words``: cells hold text."""
-    top = _tag("tr", *(_tag("th", cell, scope="col") for cell in head))
-    body = [
-        _tag("tr", _tag("th", row[0], scope="row"), *(_tag("td", cell) for cell in row[1:]))
-        for row in rows
-    ]
+    """Lay out a table whose first ``labels`` columns name the rows; ``words``: cells hold text."""
+    top = _tag("tr", *(_column_head(i, cell, labels) for i, cell in enumerate(head)))
+    body = [_tag("tr", *(_cell(i, c, labels) for i, c in enumerate(row))) for row in rows]
     table = _tag(
         "table",
         _tag("caption", caption),
@@ -1189,6 +1211,16 @@ def _table(
         class_="words" if words else "numbers",
     )
     return _tag("div", table, class_="scroll")
+
+
+def _column_head(i: int, cell: object, labels: int) -> Html:
+    return _tag("th", cell, scope="col", class_="label" if i < labels else "value")
+
+
+def _cell(i: int, cell: object, labels: int) -> Html:
+    if i < labels:
+        return _tag("th", cell, scope="row", class_="label")
+    return _tag("td", cell)
 
 
 def _figure(image: bytes, alt: str, caption: str, kind: str = "svg+xml") -> Html:
