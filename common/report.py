@@ -51,6 +51,7 @@ RUN_CAUTION = (
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10,
+    "figure.constrained_layout.hspace": 0.08,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#8a919a",
@@ -81,7 +82,8 @@ p, li { max-width: 46rem; }
 .lead { font-size: 1.06rem; }
 .caution { background: var(--card); border-left: 4px solid #e69f00; padding: .6rem .9rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; min-width: min(24rem, 100%);
+  font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem;
   max-width: min(46rem, 92vw); }
 th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
@@ -223,7 +225,8 @@ def _run_lead(
     sentences += _who_gained(outcomes, show)
     sentences += _strongest(outcomes, lower_is_better, show)
     sentences += _group(outcomes, history, metric, lower_is_better, show)
-    sentences += _taught(lessons)
+    if len(outcomes) > 1:
+        sentences += _taught(lessons)
     return " ".join(sentences)
 
 
@@ -414,6 +417,7 @@ def _run_figures(
 
 def _metric_figure(names: Sequence[str], history: Sequence[Row], metric: str) -> Html:
     group = [who for who in ("ensemble", "oracle") if _has(history, f"{who}/{metric}")]
+    group = group if len(names) > 1 else []
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -456,7 +460,8 @@ def _loss_figure(names: Sequence[str], lessons: Sequence[Row], what: str, title:
         axes = figure.subplots()
         _lines(axes, names, lessons, what)
         _epoch_axis(axes, title)
-        axes.set_ylim(bottom=0)
+        if axes.dataLim.y0 >= 0:
+            axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1e-6))
         _legend(figure, axes)
 
     caption = f"{title}, mean over each epoch's training batches."
@@ -850,26 +855,40 @@ def _versus_section(summary: Mapping[str, Any]) -> list[Html]:
 
 
 def _peers_table(summary: Mapping[str, Any]) -> Html:
-    show = _summary_format(summary)
+    flips = _has_flips(summary)
     rows: list[list[object]] = []
     for arm, values in summary["arms"].items():
-        gains = summary["peer_gains"].get(arm, {})
-        for name, peer in values["peers"].items():
-            spreads = [_spread(peer[when], show) for when in ("before", "after")]
-            flips = [_number(peer[what], 1) for what in FLIPS]
-            rows.append([arm, name, *spreads, _interval(gains.get(name), summary), *flips])
-        for group in ("ensemble", "oracle"):
-            if values["after"][group] is not None:
-                spreads = [_spread(values[when][group], show) for when in ("before", "after")]
-                gain = summary["gains"].get(arm, {}).get(group)
-                rows.append([arm, group, *spreads, _interval(gain, summary), MISSING, MISSING])
+        gains = summary["peer_gains"].get(arm, {}), summary["gains"].get(arm, {})
+        groups = {
+            group: {when: values[when][group] for when in ("before", "after")}
+            for group in ("ensemble", "oracle")
+            if values["after"][group] is not None and len(summary["names"]) > 1
+        }
+        for found, gain in zip((values["peers"], groups), gains, strict=True):
+            rows += [_peer_row(arm, who, found[who], gain.get(who), summary) for who in found]
     caption = (
         f"{summary['metric']}, mean ± standard deviation over seeds; gain over the control with "
-        "the same seed; fixed and broken: samples that turned right, and wrong, mean over seeds. "
-        "Oracle: right where at least one peer is right."
+        "the same seed. Oracle, where given: right where at least one peer is right."
     )
-    head = ["Arm", "Peer", "Before", "After", "Gain over control", "Fixed", "Broken"]
-    return _table(caption, head, rows, labels=2)
+    head = ["Arm", "Peer", "Before", "After", "Gain over control"]
+    if flips:
+        head += ["Fixed", "Broken"]
+        caption += " Fixed and broken: samples that turned right, and wrong, mean over seeds."
+    return _table(caption, head, [row[: len(head)] for row in rows], labels=2)
+
+
+def _peer_row(
+    arm: str, who: str, values: Row, gain: Row | None, summary: Mapping[str, Any]
+) -> list[object]:
+    show = _summary_format(summary)
+    spreads = [_spread(values[when], show) for when in ("before", "after")]
+    flips = [_number(values.get(what), 1) for what in FLIPS]
+    return [arm, who, *spreads, _interval(gain, summary), *flips]
+
+
+def _has_flips(summary: Mapping[str, Any]) -> bool:
+    peers = [peer for arm in summary["arms"].values() for peer in arm["peers"].values()]
+    return any(peer[what] is not None for peer in peers for what in FLIPS)
 
 
 def _comparison_teaching(summary: Mapping[str, Any]) -> list[Html]:
@@ -994,7 +1013,7 @@ def _slope(axes: Axes, y: int, peer: Row) -> None:
 def _flips_figure(summary: Mapping[str, Any]) -> list[Html]:
     names, arms = summary["names"], list(summary["arms"])
     peers = {arm: summary["arms"][arm]["peers"] for arm in arms}
-    if not any(peers[arm][name]["fixed"] is not None for arm in arms for name in names):
+    if not _has_flips(summary):
         return []
 
     def paint(figure: Figure) -> None:
@@ -1030,6 +1049,8 @@ def _panels(figure: Figure, count: int, sharex: bool = False, sharey: bool = Fal
     )
     for axes in grid.flat[count:]:
         axes.set_visible(False)
+    for axes in grid.flat[:count][-columns:]:
+        axes.tick_params(labelbottom=True)
     return list(grid.flat)
 
 
