@@ -224,13 +224,14 @@ def _effect(
         return None
     interval = paired_interval(differences, level)
     # seeds that all give the same difference are one run seen several times
-    differ = max(differences) - min(differences) > 1e-9 * max(1.0, abs(interval.mean))
+    varies = max(differences) - min(differences) > 1e-9 * max(1.0, abs(interval.mean))
     return {
         "mean": interval.mean,
         "low": _known(interval.low),
         "high": _known(interval.high),
         "count": interval.count,
-        "shown": interval.excludes_zero and interval.count >= ENOUGH_SEEDS and differ,
+        "varies": varies,
+        "shown": interval.excludes_zero and interval.count >= ENOUGH_SEEDS and varies,
     }
 
 
