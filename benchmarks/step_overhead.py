@@ -1,0 +1,87 @@
+"""What teaching costs: the joint step against the sum of the peers' own CE-only steps.
+
+    python benchmarks/step_overhead.py [--batch 8 --repeats 9 --peers NAME NAME ...]
+
+Both sides do the same work per peer: own view, forward, cross entropy, backward, fused AdamW step.
+The joint step adds roles, KL and the ledger. Timed in turns within one run; expected: at most 1.05.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import timm
+import torch
+import torch.nn.functional as F
+from measure import alternate, machine
+from timm.optim import create_optimizer_v2
+
+from classification.data import ToView, view_of
+from classification.options import parse
+from classification.peer import ClassifierPeer
+from common.engine import JointEngine
+from common.ledger import Ledger
+from common.peers import PeerGroup
+from common.transfer import KnowledgeTransfer
+
+PEERS = ("pit_xs_224", "coat_lite_mini", "resmlp_12_224", "vit_tiny_patch16_224")
+
+
+def make_peer(name: str, number: int) -> ClassifierPeer:
+    torch.manual_seed(number)
+    module = timm.create_model(name)
+    optimizer = create_optimizer_v2(module, "adamw", lr=1e-6, weight_decay=1e-5, fused=True)
+    options = parse(["/data", "--peer", "a", "--peer", "b"])[0]
+    view = view_of(module, options)
+    to_view = ToView(view_of(timm.create_model(PEERS[0]), options), view)
+    return ClassifierPeer(
+        name,
+        module,
+        to_view,
+        lambda logits, target: F.cross_entropy(logits, target, reduction="none"),
+        optimizer=optimizer,
+    )
+
+
+def alone(peer: ClassifierPeer, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Make one CE-only step, as a plain training script does."""
+    images, target = batch
+    F.cross_entropy(peer.model(peer.to_view(images)), target).backward()
+    peer.optimizer.step()
+    peer.optimizer.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--peers", nargs="+", default=PEERS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    batch = torch.randn(args.batch, 3, 224, 224), torch.randint(1000, (args.batch,))
+    print(f"joint step over the sum of CE-only steps, batch {args.batch}; {machine()}")
+    print(f"{'N':>2} {'sum of CE-only':>15} {'joint':>10} {'ratio':>7}   peers")
+    for count in range(2, len(args.peers) + 1):
+        names = list(args.peers[:count])
+        peers = PeerGroup([make_peer(name, i) for i, name in enumerate(names)])
+        for peer in peers:
+            peer.train()
+        engine = JointEngine(
+            peers, KnowledgeTransfer("best", names=peers.names), torch.device("cpu")
+        )
+        ledger = Ledger(peers.names)
+        runs = {
+            name: lambda peer=peer: alone(peer, batch)
+            for name, peer in zip(names, peers, strict=True)
+        }
+        runs["joint"] = lambda engine=engine, ledger=ledger: ledger.add(engine.step(batch, step=0))
+        seconds = alternate(runs, args.repeats)
+        total = sum(seconds[name] for name in names)
+        print(
+            f"{count:2} {1e3 * total:12.1f} ms {1e3 * seconds['joint']:7.1f} ms "
+            f"{seconds['joint'] / total:7.3f}   {', '.join(names)}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Classifier peers: losses, scores, optimizers, learning rates."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+from classification.losses import sample_loss
+from classification.options import OptionError, parse
+from classification.peer import build_modules, build_peers, classify, scaled_lr
+from common.distributed import World
+from common.transfer import confidence
+
+HERE = World(0, 1, 0, torch.device("cpu"))
+TINY = "test_vit,img_size=32"
+
+
+def options_of(*more):
+    return parse(["/data", "--peer", "a", "--peer", "b", *more])[0]
+
+
+def peers_of(*more, first=TINY, second="test_convnext,img_size=32"):
+    run, specs = parse(
+        ["/data", "--peer", first, "--peer", second, "--no-pretrained", "--num-classes", "5", *more]
+    )
+    modules, views = build_modules(specs, run)
+    return build_peers(specs, modules, views, run, HERE, 10)[0]
+
+
+LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+HARD = torch.tensor([0, 4, 2, 2, 1, 3])
+SOFT = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)).softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("more", "target", "theirs"),
+    [
+        (["--smoothing", "0.1"], HARD, LabelSmoothingCrossEntropy(0.1)),
+        (["--mixup", "0.1"], SOFT, SoftTargetCrossEntropy()),
+        (["--bce-loss", "--smoothing", "0.1"], HARD, BinaryCrossEntropy(0.1)),
+        (
+            ["--bce-loss", "--bce-sum", "--bce-target-thresh", "0.2", "--cutmix", "1"],
+            SOFT,
+            BinaryCrossEntropy(0.0, target_threshold=0.2, sum_classes=True),
+        ),
+    ],
+    ids=["smoothing", "mixup", "bce", "bce-sum-threshold"],
+)
+def test_the_mean_of_the_sample_losses_is_timms_loss(more, target, theirs):
+    loss = sample_loss(options_of(*more))(LOGITS, target)
+    assert loss.shape == (6,)
+    torch.testing.assert_close(loss.mean(), theirs(LOGITS, target))
+
+
+def test_scores():
+    loss = sample_loss(options_of("--smoothing", "0"))
+    output = classify(LOGITS, HARD, loss, "loss")
+    torch.testing.assert_close(output.score, -F.cross_entropy(LOGITS, HARD, reduction="none"))
+    torch.testing.assert_close(classify(LOGITS, HARD, loss, "confidence").score, confidence(LOGITS))
+    assert output.correct.tolist() == (LOGITS.argmax(1) == HARD).tolist()
+    soft = classify(LOGITS, F.one_hot(HARD, 5).float() * 0.9 + 0.02, loss, "loss")
+    assert torch.equal(soft.correct, output.correct)
+    half = classify(LOGITS.half(), HARD, loss, "loss")
+    assert half.logits.dtype == half.score.dtype == torch.float32
+
+
+def test_each_peer_has_its_own_optimizer_rate_and_schedule():
+    a, b = peers_of(
+        "--opt", "adamw", "--lr", "1e-3", "--warmup-epochs", "0",
+        first=TINY + ",name=a", second=TINY + ",name=b,opt=sgd,lr=0.5,weight_decay=0,sched=none",
+    )  # fmt: skip
+    assert isinstance(a.optimizer, torch.optim.AdamW) and isinstance(b.optimizer, torch.optim.SGD)
+    assert (a.lr, b.lr) == (1e-3, 0.5)
+    assert a.schedule is not None and b.schedule is None
+    assert a.optimizer.defaults["fused"]
+    decays = {group["weight_decay"] for group in a.optimizer.param_groups}
+    assert decays == {0.0, 2e-5}
+
+
+def test_warm_up_starts_at_the_warm_up_rate():
+    (a, _) = peers_of("--opt", "adamw", "--lr", "1e-3", "--warmup-lr", "1e-6")
+    assert a.lr == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], 0.1 * 512 / 256),
+        (["--opt", "adamw"], 0.1 * math.sqrt(2)),
+        (["--opt", "adamw", "--lr-base-scale", "linear", "--lr-base", "0.01"], 0.02),
+        (["--opt", "lamb", "--lr-base-size", "128"], 0.1 * 2),
+    ],
+)
+def test_learning_rates_scale_with_the_batch_as_in_timm(more, expected):
+    assert scaled_lr(options_of(*more), 512) == pytest.approx(expected)
+
+
+def test_unscaled_rates_follow_the_global_batch():
+    (a, _) = peers_of("-b", "64", "--grad-accum-steps", "4", "--warmup-epochs", "0")
+    assert a.lr == pytest.approx(0.1)
+
+
+def test_clipping_and_average_and_frozen():
+    a, b = peers_of(
+        "--clip-grad", "0.1", "--clip-mode", "agc", "--model-ema",
+        second="test_convnext,img_size=32,frozen=true",
+    )  # fmt: skip
+    assert a.clip is not None and a.average is not None
+    assert b.optimizer is None and b.average is None and b.clip is None
+    assert not any(p.requires_grad for p in b.module.parameters())
+    assert a.best_module is a.average.module
+
+
+def test_model_dtype_and_memory_format_and_checkpointing():
+    a, b = peers_of(
+        first=TINY + ",model_dtype=bfloat16,grad_checkpointing=true",
+        second="test_convnext,img_size=32,channels_last=true",
+    )
+    batch = (torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
+    output = a.forward(batch)
+    assert output.logits.dtype == torch.float32
+    assert next(a.module.parameters()).dtype == torch.bfloat16 and a.module.grad_checkpointing
+    weight = b.module.stages[1].downsample[1].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    output.task_loss.backward()
+
+
+def test_head_initialisation():
+    a, b = peers_of("--head-init-scale", "0.0", "--head-init-bias", "-3")
+    assert not a.module.head.weight.any() and (b.module.head.fc.bias == -3).all()
+
+
+def test_wrong_options_of_a_model_or_optimizer_are_named():
+    with pytest.raises(OptionError, match="optimizer 'adumw'"):
+        peers_of("--opt", "adumw")
+    with pytest.raises(OptionError, match="optimizer 'sgd'"):
+        peers_of("--opt-kwargs", "nonsense=1")
