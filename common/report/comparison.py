@@ -1,0 +1,368 @@
+"""The report of several arms over several seeds."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.report.comparison_figures import before_after_figure, flips_figure, forest
+from common.report.effects import (
+    SHORT_TARGETS,
+    TARGET_NAMES,
+    has_flips,
+    interval_text,
+    spread_text,
+    summary_format,
+)
+from common.report.lessons import anybody_taught, heat_map, pair_lessons, teaching_over_time
+from common.report.numbers import MISSING, Row, aligned, as_float, as_percent, listed, number
+from common.report.page import (
+    Html,
+    bullets,
+    data_table,
+    figure_grid,
+    figure_tag,
+    paragraphs,
+    section,
+    settings_table,
+    tag,
+    write_page,
+)
+from common.report.plots import LINE
+from common.statistics import ENOUGH_SEEDS, FLIPS, summarise
+
+
+def write_comparison(
+    path: Path | str,
+    *,
+    title: str,
+    names: Sequence[str],
+    arms: Sequence[str],
+    results: Sequence[Row],
+    control: str,
+    metric: str = "top1",
+    lower_is_better: bool = False,
+    descriptions: Mapping[str, str],
+    settings: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    data_examples: tuple[bytes, str] | None = None,
+) -> Path:
+    """Write the comparison of several arms, each over several seeds.
+
+    Args:
+        path: The HTML file; written whole or not at all.
+        title: Of the page.
+        names: The peers'.
+        arms: In the order they shall have.
+        results: One an arm and seed, as ``common.statistics.summarise`` takes them.
+        control: The arm that the others are compared with.
+        metric: What the values are called.
+        lower_is_better: Of the metric.
+        descriptions: A sentence for an arm.
+        settings: Plain values, shown as they are.
+        notes: Sentences to add.
+        data_examples: A PNG and its caption.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        ValueError: As ``common.statistics.summarise``.
+    """
+    summary = summarise(
+        results, names, control, arms=arms, metric=metric, lower_is_better=lower_is_better
+    )
+    body = [
+        section("In short", *_comparison_words(summary), *paragraphs(notes)),
+        section("What was compared", _arms_table(summary, descriptions), *_examples(data_examples)),
+        section("Gains over the control", _gains_table(summary), figure_grid(forest(summary))),
+        *_versus_section(summary),
+        section(
+            "Before and after",
+            _peers_table(summary),
+            figure_grid([before_after_figure(summary), *flips_figure(summary)]),
+        ),
+        *_comparison_teaching(summary),
+        section("Settings", settings_table(settings)),
+    ]
+    return write_page(path, title, body)
+
+
+def comparison_text(summary: Mapping[str, Any]) -> str:
+    """Lay out a summary for a terminal: the table of gains, then what it shows in plain words.
+
+    Args:
+        summary: From ``common.statistics.summarise``.
+
+    Returns:
+        Lines of plain text, no trailing newline.
+    """
+    head, rows = _gains_cells(summary)
+    caption = f"{summary['metric']}. {_gains_caption(summary)}"
+    lines = [*textwrap.wrap(caption, LINE), "", *aligned([head, *rows]), ""]
+    for sentence in comparison_sentences(summary):
+        lines += textwrap.wrap(sentence, LINE, initial_indent="- ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def comparison_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """Say what a summary shows and what it does not; every claim comes from an interval.
+
+    Args:
+        summary: From ``common.statistics.summarise``.
+
+    Returns:
+        Sentences, the most important caution first.
+    """
+    return [
+        *_few_seeds(summary),
+        _control_sentence(summary),
+        *(
+            f"{arm} against the control {summary['control']}: {_verdict(effects, summary)}."
+            for arm, effects in summary["gains"].items()
+        ),
+        *_choice_of_teacher(summary),
+        *_same_in_all_seeds(summary),
+        *_number_of_comparisons(summary),
+    ]
+
+
+def _few_seeds(summary: Mapping[str, Any]) -> list[str]:
+    count = len(summary["seeds"])
+    if count >= ENOUGH_SEEDS:
+        return []
+    proves = f"{count} seeds prove nothing"
+    if count == 1:
+        proves = "1 seed proves nothing, and gives no interval"
+    return [
+        f"{proves}: this is a demonstration. The numbers are given, but none of them counts as "
+        f"shown; take at least {ENOUGH_SEEDS} seeds to learn more."
+    ]
+
+
+def _control_sentence(summary: Mapping[str, Any]) -> str:
+    show, control = summary_format(summary), summary["control"]
+    arm = summary["arms"][control]
+    before, after = (show(arm[when]["mean"]["mean"]) for when in ("before", "after"))
+    return (
+        f"The control {control} took {TARGET_NAMES['mean']} from {before} to {after} "
+        f"{summary['metric']}; gains count only what an arm reached beyond the control with the "
+        "same seed."
+    )
+
+
+def _verdict(effects: Mapping[str, Row | None], summary: Mapping[str, Any]) -> str:
+    """Sort effects into shown to be better, shown to be worse, and not shown."""
+    groups: dict[str, list[str]] = {
+        "shown to be better for": [],
+        "shown to be worse for": [],
+        "not shown to differ for": [],
+    }
+    better, worse, open_ = groups.values()
+    for what, effect in effects.items():
+        if effect is None:
+            continue
+        group = open_ if not effect["shown"] else better if effect["mean"] > 0 else worse
+        group.append(f"{TARGET_NAMES[what]} ({interval_text(effect, summary)})")
+    told = [f"{verdict} {listed(found)}" for verdict, found in groups.items() if found]
+    return "; ".join(told) or "no seed in common, so no comparison"
+
+
+def _choice_of_teacher(summary: Mapping[str, Any]) -> list[str]:
+    """Say whether the rule's choice of teacher did better than drawing one."""
+    chosen, chance = summary["chosen"], summary["chance"]
+    if chosen is None or chance is None:
+        return []
+    effects = summary["versus"][chance]
+    told = f"{chosen} against {chance}: {_verdict(effects, summary)}."
+    shown = [TARGET_NAMES[what] for what, effect in effects.items() if effect and effect["shown"]]
+    if shown:
+        return [f"{told} So on this data the choice of teacher matters for {listed(shown)}."]
+    return [f"{told} So this data does not show that the choice of teacher matters."]
+
+
+def _same_in_all_seeds(summary: Mapping[str, Any]) -> list[str]:
+    """Explain why an interval without width is not called shown."""
+    arms = [
+        arm
+        for arm, effects in [*summary["gains"].items(), *summary["versus"].items()]
+        if any(e and e["count"] > 1 and e["mean"] and not e["varies"] for e in effects.values())
+    ]
+    if not arms:
+        return []
+    return [
+        f"Every seed gave the same difference in a comparison of {listed(dict.fromkeys(arms))}: "
+        "such seeds are one run seen several times, and it is not called shown; check that the "
+        "seed reaches the data and the training."
+    ]
+
+
+def _number_of_comparisons(summary: Mapping[str, Any]) -> list[str]:
+    """Count the intervals given; those of ``versus`` over the control are the gains again."""
+    again = {arm for arm in summary["versus"] if arm == summary["control"]}
+    groups = [
+        *summary["gains"].values(),
+        *summary["peer_gains"].values(),
+        *(effects for arm, effects in summary["versus"].items() if arm not in again),
+    ]
+    count = sum(
+        effect is not None and effect["low"] is not None
+        for effects in groups
+        for effect in effects.values()
+    )
+    if not count:
+        return []
+    return [
+        f"{count} comparisons were made without correction for their number. With "
+        f"{100 * summary['level']:g} % intervals, about {count * (1 - summary['level']):.1f} of "
+        "them would exclude zero by chance if no arm differed from another."
+    ]
+
+
+def _comparison_words(summary: Mapping[str, Any]) -> list[Html]:
+    few = _few_seeds(summary)
+    sentences = comparison_sentences(summary)[len(few) :]
+    seeds = len(summary["seeds"])
+    lead = (
+        f"{listed(summary['names'])}: {len(summary['arms'])} ways to train from the same start "
+        f"({listed(summary['arms'])}), over {seeds} seed{'s' * (seeds != 1)}. An effect is called "
+        f"shown only where its interval excludes zero and at least {ENOUGH_SEEDS} seeds tell."
+    )
+    caution = [tag("p", sentence, class_="caution") for sentence in few]
+    return [tag("p", lead, class_="lead"), *caution, bullets(sentences)]
+
+
+def _arms_table(summary: Mapping[str, Any], descriptions: Mapping[str, str]) -> Html:
+    rows = [
+        [
+            f"{arm} (control)" if arm == summary["control"] else arm,
+            descriptions.get(arm, MISSING),
+            values["seeds"],
+        ]
+        for arm, values in summary["arms"].items()
+    ]
+    return data_table("The arms.", ["Arm", "What it does", "Seeds"], rows, words=True)
+
+
+def _examples(data_examples: tuple[bytes, str] | None) -> list[Html]:
+    if data_examples is None:
+        return []
+    image, caption = data_examples
+    return [figure_tag(image, caption, caption, kind="png")]
+
+
+def _gains_table(summary: Mapping[str, Any]) -> Html:
+    head, rows = _gains_cells(summary)
+    return data_table(_gains_caption(summary), head, rows)
+
+
+def _gains_caption(summary: Mapping[str, Any]) -> str:
+    turned = "; positive is better" if summary["lower_is_better"] else ""
+    return (
+        f"Gain over the control with the same seed{turned}, mean over seeds and "
+        f"{100 * summary['level']:g} % interval (Student's t). The control's row has its values "
+        "after training. Strongest and weakest are meant as at the start of each seed."
+    )
+
+
+def _gains_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    show, targets = summary_format(summary), summary["targets"]
+    rows = []
+    for arm, values in summary["arms"].items():
+        if arm == summary["control"]:
+            cells = [spread_text(values["after"][what], show) for what in targets]
+            rows.append([f"{arm} (control)", *cells])
+        else:
+            effects = summary["gains"][arm]
+            rows.append([arm, *(interval_text(effects[what], summary) for what in targets)])
+    return ["Arm", *(SHORT_TARGETS[what] for what in targets)], rows
+
+
+def _versus_section(summary: Mapping[str, Any]) -> list[Html]:
+    chosen = summary["chosen"]
+    if chosen is None or not summary["versus"]:
+        return []
+    targets = [what for what in summary["targets"] if what != "weakest"]
+    rows = [
+        [f"{chosen} minus {arm}", *(interval_text(effects[what], summary) for what in targets)]
+        for arm, effects in summary["versus"].items()
+    ]
+    caption = (
+        f"{summary['metric']} of {chosen} minus that of each other arm with the same seed"
+        f"{'; positive is better' if summary['lower_is_better'] else ''}, mean over seeds and "
+        f"{100 * summary['level']:g} % interval."
+    )
+    head = ["Difference", *(SHORT_TARGETS[what] for what in targets)]
+    return [section(f"{chosen} against the other arms", data_table(caption, head, rows))]
+
+
+def _peers_table(summary: Mapping[str, Any]) -> Html:
+    flips = has_flips(summary)
+    rows: list[list[object]] = []
+    for arm, values in summary["arms"].items():
+        gains = summary["peer_gains"].get(arm, {}), summary["gains"].get(arm, {})
+        groups = {
+            group: {when: values[when][group] for when in ("before", "after")}
+            for group in ("ensemble", "oracle")
+            if values["after"][group] is not None and len(summary["names"]) > 1
+        }
+        for found, gain in zip((values["peers"], groups), gains, strict=True):
+            rows += [_peer_row(arm, who, found[who], gain.get(who), summary) for who in found]
+    caption = (
+        f"{summary['metric']}, mean ± standard deviation over seeds; gain over the control with "
+        "the same seed. Oracle, where given: right where at least one peer is right."
+    )
+    head = ["Arm", "Peer", "Before", "After", "Gain over control"]
+    if flips:
+        head += ["Fixed", "Broken"]
+        caption += " Fixed and broken: samples that turned right, and wrong, mean over seeds."
+    return data_table(caption, head, [row[: len(head)] for row in rows], labels=2)
+
+
+def _peer_row(
+    arm: str, who: str, values: Row, gain: Row | None, summary: Mapping[str, Any]
+) -> list[object]:
+    show = summary_format(summary)
+    spreads = [spread_text(values[when], show) for when in ("before", "after")]
+    flips = [number(values.get(what), 1) for what in FLIPS]
+    return [arm, who, *spreads, interval_text(gain, summary), *flips]
+
+
+def _comparison_teaching(summary: Mapping[str, Any]) -> list[Html]:
+    names = summary["names"]
+    lessons = {arm: values["lessons"] for arm, values in summary["arms"].items()}
+    lessons = {arm: rows for arm, rows in lessons.items() if anybody_taught(names, rows)}
+    if not lessons:
+        return []
+    parts = []
+    if summary["chosen"] in lessons:
+        rows = lessons[summary["chosen"]]
+        parts.append(tag("p", f"The figures are of the arm {summary['chosen']}, mean over seeds."))
+        pairs = pair_lessons(names, rows)
+        heat = [heat_map(names, pairs)] if pairs else []
+        parts.append(figure_grid([*heat, *teaching_over_time(names, rows)]))
+    return [section("Who taught whom", *parts, _teaching_table(names, lessons))]
+
+
+def _teaching_table(names: Sequence[str], lessons: Mapping[str, Sequence[Row]]) -> Html:
+    rows = [
+        [
+            arm,
+            f"{pair.teacher} → {pair.student}",
+            as_percent(as_float(found[0].get(f"transfer/{pair.teacher}->{pair.student}/share"))),
+            as_percent(as_float(found[-1].get(f"transfer/{pair.teacher}->{pair.student}/share"))),
+            as_percent(pair.share),
+            number(pair.gap, 3),
+            as_percent(pair.teacher_right),
+        ]
+        for arm, found in lessons.items()
+        for pair in pair_lessons(names, found)
+    ]
+    head = ["Arm", "Teacher to student", "First epoch", "Last epoch", "All epochs", "Gap"]
+    caption = (
+        "Of all samples, how many a teacher taught a student, mean over seeds. Gap: the teacher's "
+        "score minus the student's. Last column: of the samples taught."
+    )
+    return data_table(caption, [*head, "Teacher right, student wrong"], rows, labels=2)

@@ -1,0 +1,50 @@
+"""Effects of arms over seeds, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.report.numbers import MISSING, Row, Show, number_format
+from common.statistics import FLIPS
+
+TARGET_NAMES = {
+    "mean": "the mean of the peers",
+    "strongest": "the strongest peer",
+    "weakest": "the weakest peer",
+    "ensemble": "the ensemble",
+}
+
+
+SHORT_TARGETS = {
+    "mean": "mean of peers",
+    "strongest": "strongest peer",
+    "weakest": "weakest peer",
+    "ensemble": "ensemble",
+}
+
+
+def interval_text(effect: Row | None, summary: Mapping[str, Any]) -> str:
+    if effect is None:
+        return MISSING
+    show = summary_format(summary)
+    mean = show(effect["mean"], sign=True)
+    if effect["low"] is None:
+        return mean
+    return f"{mean} [{show(effect['low'], sign=True)}, {show(effect['high'], sign=True)}]"
+
+
+def summary_format(summary: Mapping[str, Any]) -> Show:
+    arms = summary["arms"].values()
+    return number_format(arm[when]["mean"]["mean"] for arm in arms for when in ("before", "after"))
+
+
+def spread_text(spread: Row | None, show: Show) -> str:
+    if spread is None:
+        return MISSING
+    return show(spread["mean"]) + ("" if spread["sd"] is None else f" ± {show(spread['sd'])}")
+
+
+def has_flips(summary: Mapping[str, Any]) -> bool:
+    peers = [peer for arm in summary["arms"].values() for peer in arm["peers"].values()]
+    return any(peer[what] is not None for peer in peers for what in FLIPS)

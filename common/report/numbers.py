@@ -1,0 +1,79 @@
+"""Rows of scalars, and numbers as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+Show = Callable[..., str]
+
+
+MISSING = "–"
+
+
+def epochs_of(rows: Sequence[Row]) -> list[int]:
+    return [int(row["epoch"]) for row in rows]
+
+
+def series_of(rows: Sequence[Row], key: str) -> list[float]:
+    return [as_float(row.get(key)) for row in rows]
+
+
+def has_values(rows: Sequence[Row], key: str) -> bool:
+    return any(is_finite(row.get(key)) for row in rows)
+
+
+def as_float(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def is_finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 2, sign: bool = False) -> str:
+    if not is_finite(value):
+        return MISSING
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def number_format(values: Iterable[Any]) -> Show:
+    """Choose the digits for a metric: two for percentages and the like, four for small ones."""
+    largest = max((abs(value) for value in values if is_finite(value)), default=0.0)
+    digits = 2 if largest > 10 else 4
+
+    def show(value: Any, sign: bool = False) -> str:
+        return number(value, digits, sign)
+
+    return show
+
+
+def as_percent(value: Any) -> str:
+    return f"{100 * value:.1f} %" if is_finite(value) else MISSING
+
+
+def as_count(value: Any) -> str:
+    return f"{value:.0f}" if is_finite(value) else MISSING
+
+
+def as_setting(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return MISSING if value is None else str(value)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Set cells in columns for a fixed-width font, the first to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
+
+def listed(words: Iterable[str]) -> str:
+    words = list(words)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,322 @@
+"""The report of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.report.lessons import teaching_section
+from common.report.numbers import (
+    Row,
+    Show,
+    as_count,
+    as_float,
+    as_percent,
+    epochs_of,
+    has_values,
+    is_finite,
+    listed,
+    number_format,
+    series_of,
+)
+from common.report.page import (
+    Html,
+    bullets,
+    data_table,
+    figure_grid,
+    figure_tag,
+    paragraphs,
+    section,
+    settings_table,
+    tag,
+    write_page,
+)
+from common.report.plots import draw, draw_legend, draw_lines, epoch_axis
+
+RUN_CAUTION = (
+    "One run proves nothing about who should teach whom: part of any change comes from training "
+    "longer, part from chance. Evidence needs the control, which is the same run without transfer "
+    "(--rule none, same seed), and several seeds of both. Each best epoch was chosen on the same "
+    "data it is measured on, so its number is optimistic; the last epoch was not chosen."
+)
+
+
+def write_run_report(
+    path: Path | str,
+    *,
+    names: Sequence[str],
+    history: Sequence[Row],
+    lessons: Sequence[Row],
+    metric: str,
+    settings: Mapping[str, Any],
+    lower_is_better: bool = False,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write the report of one run.
+
+    Args:
+        path: The HTML file; written whole or not at all.
+        names: The peers'.
+        history: One row an evaluation, the first of them the start (``Progress.history``):
+            ``epoch`` and ``PEER/METRIC``; other metrics are shown where they are there.
+        lessons: One row an epoch (``Progress.lessons``); may be empty.
+        metric: Which metric of a peer counts.
+        settings: Plain values, shown as they are.
+        lower_is_better: Of the metric.
+        notes: Sentences to add.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        ValueError: No peer, no evaluation, or a peer without the metric.
+    """
+    outcomes = _outcomes(names, history, metric, lower_is_better)
+    show = number_format(row.get(f"{name}/{metric}") for row in history for name in names)
+    lead = _run_lead(outcomes, history, lessons, metric, lower_is_better, show)
+    body = [
+        section(
+            "In short",
+            tag("p", lead, class_="lead"),
+            bullets(_told(outcomes, show)),
+            tag("p", RUN_CAUTION, class_="caution"),
+            *paragraphs(notes),
+        ),
+        section("Peers", _outcome_table(outcomes, metric, show)),
+        section("Over the epochs", figure_grid(_run_figures(names, history, lessons, metric))),
+        *teaching_section(names, lessons),
+        section("Settings", settings_table(settings)),
+    ]
+    return write_page(path, f"Run report: {listed(names)}", body)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A peer's way through a run; ``gain`` is the last minus the start, positive for better."""
+
+    name: str
+    before: float
+    best: float
+    best_epoch: int
+    last: float
+    change: float
+    gain: float
+    fixed: int | None
+    broken: int | None
+
+
+def _outcomes(
+    names: Sequence[str], history: Sequence[Row], metric: str, lower_is_better: bool
+) -> list[_Outcome]:
+    if not names:
+        raise ValueError("names is empty; a report needs at least one peer")
+    if not history:
+        raise ValueError("history is empty; a report needs at least the evaluation of the start")
+    return [_outcome(name, history, metric, lower_is_better) for name in names]
+
+
+def _outcome(name: str, history: Sequence[Row], metric: str, lower_is_better: bool) -> _Outcome:
+    key = f"{name}/{metric}"
+    rows = [row for row in history if is_finite(row.get(key))]
+    if not rows:
+        raise ValueError(f"history has no finite {key!r}; it has {listed(sorted(history[0]))}")
+    sign = -1 if lower_is_better else 1
+    best = max(rows, key=lambda row: sign * row[key])
+    before, last = as_float(history[0].get(key)), as_float(history[-1].get(key))
+    return _Outcome(
+        name=name,
+        before=before,
+        best=float(best[key]),
+        best_epoch=int(best["epoch"]),
+        last=last,
+        change=last - before,
+        gain=sign * (last - before),
+        fixed=history[-1].get(f"{name}/fixed"),
+        broken=history[-1].get(f"{name}/broken"),
+    )
+
+
+def _run_lead(
+    outcomes: Sequence[_Outcome],
+    history: Sequence[Row],
+    lessons: Sequence[Row],
+    metric: str,
+    lower_is_better: bool,
+    show: Show,
+) -> str:
+    """Say the outcome in plain words, from the numbers alone."""
+    names = listed([outcome.name for outcome in outcomes])
+    direction = "lower" if lower_is_better else "higher"
+    epochs = int(history[-1]["epoch"])
+    together = "were trained together" if len(outcomes) > 1 else "was trained alone"
+    length = f"for {epochs} epoch{'s' * (epochs != 1)}"
+    sentences = [f"{names} {together} {length}; measured by {metric} ({direction} is better)."]
+    if len(history) == 1:
+        return f"{sentences[0]} Only the start was measured."
+    sentences += _who_gained(outcomes, show)
+    sentences += _strongest(outcomes, lower_is_better, show)
+    sentences += _group(outcomes, history, metric, lower_is_better, show)
+    if len(outcomes) > 1:
+        sentences += _taught(lessons)
+    return " ".join(sentences)
+
+
+def _who_gained(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
+    groups = {
+        "Better at the last epoch than at the start": [o for o in outcomes if o.gain > 0],
+        "Worse": [o for o in outcomes if o.gain < 0],
+        "Unchanged": [o for o in outcomes if o.gain == 0],
+    }
+    return [
+        f"{title}: {listed([f'{o.name} ({show(o.change, sign=True)})' for o in group])}."
+        for title, group in groups.items()
+        if group
+    ]
+
+
+def _strongest(outcomes: Sequence[_Outcome], lower_is_better: bool, show: Show) -> list[str]:
+    known = [o for o in outcomes if is_finite(o.before) and is_finite(o.last)]
+    if len(outcomes) < 2 or not known:
+        return []
+    sign = -1 if lower_is_better else 1
+    first = max(known, key=lambda o: sign * o.before)
+    last = max(known, key=lambda o: sign * o.last)
+    if first is last:
+        return [
+            f"The strongest peer was and is {last.name}, {show(first.before)} before and "
+            f"{show(last.last)} now."
+        ]
+    return [
+        f"The strongest peer was {first.name} with {show(first.before)} and is {last.name} with "
+        f"{show(last.last)}."
+    ]
+
+
+def _group(
+    outcomes: Sequence[_Outcome],
+    history: Sequence[Row],
+    metric: str,
+    lower_is_better: bool,
+    show: Show,
+) -> list[str]:
+    before, last = (as_float(history[i].get(f"ensemble/{metric}")) for i in (0, -1))
+    if len(outcomes) < 2 or not (is_finite(before) and is_finite(last)):
+        return []
+    told = f"The ensemble of all peers went from {show(before)} to {show(last)}"
+    known = [o.last for o in outcomes if is_finite(o.last)]
+    if not known:
+        return [f"{told}."]
+    strongest = min(known) if lower_is_better else max(known)
+    gain = (strongest - last) if lower_is_better else (last - strongest)
+    than = "better" if gain >= 0 else "worse"
+    return [f"{told}, {show(abs(gain))} {than} than the strongest single peer."]
+
+
+def _taught(lessons: Sequence[Row]) -> list[str]:
+    shares = [share for share in series_of(lessons, "transfer/taught") if is_finite(share)]
+    if not shares:
+        return []
+    if not any(shares):
+        return ["Nobody taught anybody in this run."]
+    return [f"Somebody taught on {as_percent(float(np.mean(shares)))} of the samples seen."]
+
+
+def _told(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
+    return [
+        f"{o.name}: {show(o.before)} before, best {show(o.best)} (epoch {o.best_epoch}), last "
+        f"{show(o.last)}."
+        for o in outcomes
+    ]
+
+
+def _outcome_table(outcomes: Sequence[_Outcome], metric: str, show: Show) -> Html:
+    flips = any(o.fixed is not None or o.broken is not None for o in outcomes)
+    head = ["Peer", "Before", "Best", "At epoch", "Last", "Change"]
+    rows = [
+        [
+            o.name,
+            show(o.before),
+            show(o.best),
+            o.best_epoch,
+            show(o.last),
+            show(o.change, sign=True),
+        ]
+        + ([as_count(o.fixed), as_count(o.broken)] if flips else [])
+        for o in outcomes
+    ]
+    caption = f"{metric} of every peer. Change: last minus before."
+    if flips:
+        head += ["Fixed", "Broken"]
+        caption += (
+            " Fixed and broken: samples that were wrong before and right at the last epoch, and "
+            "the other way round."
+        )
+    return data_table(caption, head, rows)
+
+
+def _run_figures(
+    names: Sequence[str], history: Sequence[Row], lessons: Sequence[Row], metric: str
+) -> list[Html]:
+    figures = [_metric_figure(names, history, metric), _change_figure(names, history, metric)]
+    for what, title in (("task_loss", "Task loss"), ("transfer_loss", "Transfer loss")):
+        if any(has_values(lessons, f"{name}/{what}") for name in names):
+            figures.append(_loss_figure(names, lessons, what, title))
+    return figures
+
+
+def _metric_figure(names: Sequence[str], history: Sequence[Row], metric: str) -> Html:
+    group = [who for who in ("ensemble", "oracle") if has_values(history, f"{who}/{metric}")]
+    group = group if len(names) > 1 else []
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        draw_lines(axes, names, history, metric)
+        for who, style in zip(("ensemble", "oracle"), ("-", "--"), strict=True):
+            if who in group:
+                values = series_of(history, f"{who}/{metric}")
+                color = "#222222" if who == "ensemble" else "#8a919a"
+                axes.plot(epochs_of(history), values, style, color=color, label=who)
+        epoch_axis(axes, metric)
+        draw_legend(figure, axes)
+
+    caption = f"{metric} after each epoch; epoch 0 is the start."
+    if "oracle" in group:
+        caption += " Oracle: right where at least one peer is right."
+    return figure_tag(draw(paint, 2.6), f"{metric} of {listed([*names, *group])}", caption)
+
+
+def _change_figure(names: Sequence[str], history: Sequence[Row], metric: str) -> Html:
+    keys = [f"{name}/{metric}" for name in names]
+    start = {key: as_float(history[0].get(key)) for key in keys}
+    rows = [
+        {"epoch": row["epoch"], **{key: as_float(row.get(key)) - start[key] for key in keys}}
+        for row in history
+    ]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axhline(0, color="#8a919a", linewidth=1)
+        draw_lines(axes, names, rows, metric)
+        epoch_axis(axes, f"change of {metric}")
+        draw_legend(figure, axes)
+
+    alt = f"Change of {metric} since the start of {listed(names)}"
+    return figure_tag(draw(paint, 2.6), alt, "The same as change since the start.")
+
+
+def _loss_figure(names: Sequence[str], lessons: Sequence[Row], what: str, title: str) -> Html:
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        draw_lines(axes, names, lessons, what)
+        epoch_axis(axes, title)
+        if axes.dataLim.y0 >= 0:
+            axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1e-6))
+        draw_legend(figure, axes)
+
+    caption = f"{title}, mean over each epoch's training batches."
+    return figure_tag(draw(paint, 2.6), f"{title} of {listed(names)} per epoch", caption)
