@@ -4,7 +4,7 @@
 
 Both sides do the same work per peer: own view, forward, cross entropy, backward, fused AdamW step.
 The joint step adds roles, KL and the ledger. Timed in turns within one run; expected: at most 1.05.
-glibc gives freed memory back to the system after a step and faults it in again at the next, the more
+glibc returns freed memory to the system after a step and faults it in again at the next, the more
 the more activations live at once; the script starts itself again with that switched off for both
 sides, as a GPU's caching allocator has it.
 """

@@ -17,6 +17,7 @@ from common.report.plots import COLORS, draw, short_name
 
 
 def forest(summary: Mapping[str, Any]) -> list[Html]:
+    """Draw the gain of every arm over the control with its interval; filled where shown."""
     arms, targets = list(summary["gains"]), summary["targets"]
     if not arms:
         return []
@@ -54,6 +55,7 @@ def _whisker(axes: Axes, y: int, effect: Row | None) -> None:
 
 
 def before_after_figure(summary: Mapping[str, Any]) -> Html:
+    """Draw each peer before and after, a panel for every arm."""
     names, arms = summary["names"], list(summary["arms"])
 
     def paint(figure: Figure) -> None:
@@ -90,6 +92,7 @@ def _slope(axes: Axes, y: int, peer: Row) -> None:
 
 
 def flips_figure(summary: Mapping[str, Any]) -> list[Html]:
+    """Draw how many samples each arm fixed and broke."""
     names, arms = summary["names"], list(summary["arms"])
     peers = {arm: summary["arms"][arm]["peers"] for arm in arms}
     if not has_flips(summary):

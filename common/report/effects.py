@@ -25,6 +25,7 @@ SHORT_TARGETS = {
 
 
 def interval_text(effect: Row | None, summary: Mapping[str, Any]) -> str:
+    """Write an effect as ``mean [low, high]``; a dash where there is none."""
     if effect is None:
         return MISSING
     show = summary_format(summary)
@@ -35,16 +36,19 @@ def interval_text(effect: Row | None, summary: Mapping[str, Any]) -> str:
 
 
 def summary_format(summary: Mapping[str, Any]) -> Show:
+    """Choose one number of decimals for all values of a summary."""
     arms = summary["arms"].values()
     return number_format(arm[when]["mean"]["mean"] for arm in arms for when in ("before", "after"))
 
 
 def spread_text(spread: Row | None, show: Show) -> str:
+    """Write ``mean ± standard deviation``."""
     if spread is None:
         return MISSING
     return show(spread["mean"]) + ("" if spread["sd"] is None else f" ± {show(spread['sd'])}")
 
 
 def has_flips(summary: Mapping[str, Any]) -> bool:
+    """Whether any arm tells of fixed and broken samples."""
     peers = [peer for arm in summary["arms"].values() for peer in arm["peers"].values()]
     return any(peer[what] is not None for peer in peers for what in FLIPS)

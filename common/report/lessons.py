@@ -37,6 +37,7 @@ class _Lesson:
 
 
 def pair_lessons(names: Sequence[str], lessons: Sequence[Row]) -> list[_Lesson]:
+    """Gather each ordered pair over all epochs, weighted by what was taught."""
     return [
         _pair_lesson(teacher, student, lessons)
         for teacher in names
@@ -67,6 +68,7 @@ def _pair_lesson(teacher: str, student: str, lessons: Sequence[Row]) -> _Lesson:
 
 
 def teaching_section(names: Sequence[str], lessons: Sequence[Row]) -> list[Html]:
+    """Show who taught whom; nothing where nobody did."""
     pairs = pair_lessons(names, lessons)
     if not pairs:
         return []
@@ -98,6 +100,7 @@ def _pair_table(pairs: Sequence[_Lesson]) -> Html:
 
 
 def teaching_over_time(names: Sequence[str], lessons: Sequence[Row]) -> list[Html]:
+    """Draw who taught over the epochs, and how evenly."""
     figures = []
     if anybody_taught(names, lessons):
         shares = {name: series_of(lessons, f"{name}/teaches") for name in names}
@@ -161,6 +164,7 @@ def _entropy_figure(epochs: Sequence[int], known: Mapping[str, Sequence[float]])
 
 
 def heat_map(names: Sequence[str], pairs: Sequence[_Lesson]) -> Html:
+    """Draw the share of samples each peer taught each other."""
     shares = np.full((len(names), len(names)), np.nan)
     for pair in pairs:
         shares[names.index(pair.teacher), names.index(pair.student)] = pair.share
@@ -190,5 +194,6 @@ def heat_map(names: Sequence[str], pairs: Sequence[_Lesson]) -> Html:
 
 
 def anybody_taught(names: Sequence[str], lessons: Sequence[Row]) -> bool:
+    """Whether any lesson was given."""
     shares = [share for name in names for share in series_of(lessons, f"{name}/teaches")]
     return any(is_finite(share) and share > 0 for share in shares)

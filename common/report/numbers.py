@@ -16,26 +16,32 @@ MISSING = "–"
 
 
 def epochs_of(rows: Sequence[Row]) -> list[int]:
+    """Return the epochs of the rows."""
     return [int(row["epoch"]) for row in rows]
 
 
 def series_of(rows: Sequence[Row], key: str) -> list[float]:
+    """Return one column as floats, NaN where it is missing."""
     return [as_float(row.get(key)) for row in rows]
 
 
 def has_values(rows: Sequence[Row], key: str) -> bool:
+    """Whether a column has a finite value."""
     return any(is_finite(row.get(key)) for row in rows)
 
 
 def as_float(value: Any) -> float:
+    """Return a float, NaN for what is none."""
     return math.nan if value is None else float(value)
 
 
 def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return value is not None and math.isfinite(value)
 
 
 def number(value: Any, digits: int = 2, sign: bool = False) -> str:
+    """Write a number; a dash where it is missing."""
     if not is_finite(value):
         return MISSING
     return f"{value:{'+' if sign else ''}.{digits}f}"
@@ -53,14 +59,17 @@ def number_format(values: Iterable[Any]) -> Show:
 
 
 def as_percent(value: Any) -> str:
+    """Write a share as a percentage."""
     return f"{100 * value:.1f} %" if is_finite(value) else MISSING
 
 
 def as_count(value: Any) -> str:
+    """Write a count, with a decimal where it is a mean."""
     return f"{value:.0f}" if is_finite(value) else MISSING
 
 
 def as_setting(value: Any) -> str:
+    """Write a plain setting."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return MISSING if value is None else str(value)
@@ -75,5 +84,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def listed(words: Iterable[str]) -> str:
+    """Join words with commas and a last ``and``."""
     words = list(words)
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

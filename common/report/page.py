@@ -53,6 +53,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 
 
 def settings_table(settings: Mapping[str, Any]) -> Html:
+    """Show plain settings."""
     rows = [[name, as_setting(value)] for name, value in settings.items()]
     return data_table("As the run was started.", ["Setting", "Value"], rows, words=True)
 
@@ -76,14 +77,17 @@ def _inside(children: Iterable[object]) -> str:
 
 
 def section(title: str, *parts: Html) -> Html:
+    """Make a headed section."""
     return tag("section", tag("h2", title), *parts)
 
 
 def paragraphs(sentences: Iterable[str]) -> list[Html]:
+    """Make a paragraph of each sentence."""
     return [tag("p", sentence) for sentence in sentences]
 
 
 def bullets(sentences: Iterable[str]) -> Html:
+    """Make a list of the sentences."""
     return tag("ul", *(tag("li", sentence) for sentence in sentences))
 
 
@@ -118,16 +122,19 @@ def _cell(i: int, cell: object, labels: int) -> Html:
 
 
 def figure_tag(image: bytes, alt: str, caption: str, kind: str = "svg+xml") -> Html:
+    """Embed an image with its alternative text and caption."""
     source = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
     picture = Html(f'<img src="{source}" alt="{html.escape(alt)}">')
     return tag("figure", picture, tag("figcaption", caption))
 
 
 def figure_grid(figures: Iterable[Html]) -> Html:
+    """Lay figures out side by side where there is room."""
     return tag("div", *figures, class_="figures")
 
 
 def write_page(path: Path | str, title: str, body: Iterable[Html]) -> Path:
+    """Write one self-contained HTML document, atomically."""
     head = tag(
         "head",
         Html('<meta charset="utf-8">'),

@@ -58,6 +58,7 @@ def draw(paint: Callable[[Figure], None], height: float, width: float = WIDTH) -
 
 
 def draw_lines(axes: Axes, names: Sequence[str], rows: Sequence[Row], what: str) -> None:
+    """Draw one metric of every peer over the epochs."""
     for i, name in enumerate(names):
         values = series_of(rows, f"{name}/{what}")
         label = short_name(name, names)
@@ -66,6 +67,7 @@ def draw_lines(axes: Axes, names: Sequence[str], rows: Sequence[Row], what: str)
 
 
 def epoch_axis(axes: Axes, label: str) -> None:
+    """Label an axis of whole epochs."""
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -75,6 +77,7 @@ def epoch_axis(axes: Axes, label: str) -> None:
 
 
 def draw_legend(figure: Figure, axes: Axes) -> None:
+    """Put the legend beside the plot."""
     handles, labels = axes.get_legend_handles_labels()
     columns = max(1, min(len(labels), 60 // (max(map(len, labels)) + 6)))
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
@@ -82,6 +85,7 @@ def draw_legend(figure: Figure, axes: Axes) -> None:
 
 
 def color_of(i: int) -> str:
+    """Return the colour of the i-th peer."""
     return COLORS[i % len(COLORS)]
 
 
