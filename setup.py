@@ -41,6 +41,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "scikit-learn>=1.4",
+            "webdataset>=1,<2",
             "ruff>=0.9",
             "mypy>=1.14",
             "types-PyYAML",

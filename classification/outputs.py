@@ -45,6 +45,12 @@ FREE_TO_CHANGE = frozenset(
 EXPORT_TOLERANCE = 0.05
 
 
+def start_logging() -> None:
+    """Log plain lines to stderr; of timm's own only warnings."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+
+
 def plain(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options as plain containers, as they go into a run file."""
     return json.loads(json.dumps(vars(options), default=str))

@@ -35,7 +35,7 @@ BASELINE_GAP = 0.5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    outputs.start_logging()
     try:
         run(arguments)
     except (OptionError, ModelError, CheckpointError, NonFiniteError) as error:

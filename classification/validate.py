@@ -28,7 +28,7 @@ _logger = logging.getLogger("validate")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    outputs.start_logging()
     try:
         validate(arguments)
     except (OptionError, ModelError, CheckpointError) as error:

@@ -1,6 +1,9 @@
 """Views, seeded samples, order, positions."""
 
+import io
+import json
 import random
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -187,3 +190,51 @@ def test_steps_an_epoch_can_be_limited(digits):
 def test_views_are_modules_without_saved_state():
     assert isinstance(ToView(INCEPTION, IMAGENET), nn.Module)
     assert not ToView(INCEPTION, IMAGENET).state_dict()
+
+
+def write_shards(digits, root, shards=2):
+    """Write the digits as webdataset shards with timm's index."""
+    info = {}
+    for split in ("train", "validation"):
+        files = sorted((digits / split).rglob("*.png"), key=lambda path: path.name)
+        names = [f"{split}-{k:04d}.tar" for k in range(shards)]
+        for k, name in enumerate(names):
+            with tarfile.open(root / name, "w") as tar:
+                for i, path in enumerate(files[k::shards]):
+                    for suffix, data in (
+                        ("png", path.read_bytes()),
+                        ("cls", path.parent.name.encode()),
+                    ):
+                        member = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+        lengths = [len(files[k::shards]) for k in range(shards)]
+        info[split] = {
+            "name": split,
+            "num_samples": len(files),
+            "filenames": names,
+            "shard_lengths": lengths,
+        }
+    (root / "_info.json").write_text(json.dumps({"splits": info}))
+
+
+def test_webdataset_shards_stream_and_resume_at_the_right_batch(digits, tmp_path):
+    write_shards(digits, tmp_path)
+    options = options_of(tmp_path, "--dataset", "wds/digits", "--no-aug")
+    loader = TrainLoader(open_dataset(options, True, 3), INCEPTION, options, HERE, 10)
+    whole = epoch_of(loader, 1)
+    assert len(whole) == len(loader) == 8 and whole[0][0].shape == (50, 3, 32, 32)
+    again = TrainLoader(open_dataset(options, True, 3), INCEPTION, options, HERE, 10)
+    assert same(epoch_of(again, 1, start=5), whole[5:])
+    held_out = eval_loader(open_dataset(options, False, 3), INCEPTION, options, HERE)
+    assert torch.bincount(torch.cat([y for _, y in held_out])).tolist() == [20] * 10
+
+
+def test_a_tar_file_is_a_dataset(digits, tmp_path):
+    with tarfile.open(tmp_path / "digits.tar", "w") as tar:
+        tar.add(digits / "validation", arcname="digits")
+    options = options_of(tmp_path / "digits.tar")
+    target = torch.cat(
+        [y for _, y in eval_loader(open_dataset(options, False, 3), INCEPTION, options, HERE)]
+    )
+    assert torch.bincount(target).tolist() == [20] * 10
