@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import (
+    PlateauLRScheduler,
+    create_scheduler_v2,
+    scheduler_kwargs,
+)
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
@@ -24,6 +29,8 @@ from common.peers import Peer
 from common.transfer import PeerOutput, confidence
 
 _logger = logging.getLogger(__name__)
+
+SCHEDULES = "cosine tanh step constant multistep plateau poly wsd rsqrt none".split()
 
 
 class ClassifierPeer(Peer):
@@ -185,13 +192,7 @@ def build_peers(
         rest: dict[str, Any] = {"frozen": spec.frozen}
         if not spec.frozen:
             optimizer = _optimizer(spec, module, run, world)
-            schedule, wants = create_scheduler_v2(
-                optimizer,
-                **{**scheduler_kwargs(options), "num_epochs": run.epochs},
-                updates_per_epoch=updates_per_epoch,
-            )
-            if schedule is not None:
-                schedule.step(0)
+            schedule, wants = _schedule(spec, optimizer, run, updates_per_epoch)
             epochs.append(wants)
             rest |= {"optimizer": optimizer, "schedule": schedule, "clip": _clip(module, options)}
             if options.model_ema:
@@ -226,6 +227,48 @@ def _optimizer(
     except (ValueError, TypeError, AssertionError) as error:
         raise OptionError(f"peer {spec.name!r}: optimizer {options.opt!r}: {error}") from error
     return optimizer
+
+
+class PositionedSchedule:
+    """A timm schedule that saves only what its position in the run does not tell.
+
+    timm's schedules are functions of the epoch or the step, so a resumed run follows its own
+    options, for instance more epochs. Only plateau remembers, and timm does not save all of that.
+
+    Args:
+        schedule: From ``timm.scheduler``.
+    """
+
+    def __init__(self, schedule: Scheduler) -> None:
+        self.timm = schedule
+        self.step = schedule.step
+        self.step_update = schedule.step_update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory of a plateau schedule; nothing for others."""
+        if not isinstance(self.timm, PlateauLRScheduler):
+            return {}
+        return {"inner": self.timm.lr_scheduler.state_dict(), "restore_lr": self.timm.restore_lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the memory of a plateau schedule."""
+        if isinstance(self.timm, PlateauLRScheduler) and "inner" in state_dict:
+            self.timm.lr_scheduler.load_state_dict(state_dict["inner"])
+            self.timm.restore_lr = state_dict["restore_lr"]
+
+
+def _schedule(
+    spec: PeerSpec, optimizer: torch.optim.Optimizer, run: argparse.Namespace, updates: int
+) -> tuple[PositionedSchedule | None, int]:
+    options = {**scheduler_kwargs(spec.options), "num_epochs": run.epochs}
+    try:
+        schedule, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates)
+    except (ValueError, AssertionError) as error:
+        raise OptionError(
+            f"peer {spec.name!r}: schedule {spec.options.sched!r}: {error}; choose from "
+            f"{', '.join(SCHEDULES)}"
+        ) from error
+    return None if schedule is None else PositionedSchedule(schedule), epochs
 
 
 def scaled_lr(options: argparse.Namespace, global_batch: int) -> float:

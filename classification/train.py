@@ -81,8 +81,8 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         source = path if path.is_dir() else path.parent
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
-    elif options.start_epoch:
-        trainer.progress.epoch = options.start_epoch
+    if options.start_epoch is not None:
+        trainer.begin_at(options.start_epoch)
     progress = trainer.fit()
     outputs.check_exports(trainer, specs, modules)
     if world.is_main:

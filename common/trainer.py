@@ -366,7 +366,7 @@ class Trainer:
         Args:
             state: From ``common.checkpoint.load_run``.
             source: The folder of that run; the best weights so far are taken over from it.
-            optimizer: False: take weights and position, but fresh optimizers and schedules.
+            optimizer: False: take weights and position, but fresh optimizers.
 
         Raises:
             CheckpointError: The run had other peers.
@@ -391,6 +391,7 @@ class Trainer:
         self.evaluator.load_state_dict(state["evaluator"])
         if optimizer:
             self.engine.scaler.load_state_dict(state["scaler"])
+        self._position_schedules()
         ranks = state["ranks"]
         if len(ranks) != self.world.size:
             _logger.warning(
@@ -403,6 +404,22 @@ class Trainer:
         self.ledger.load_state_dict(mine["ledger"])
         self.transfer.load_state_dict(mine["transfer"], self.world.device)
         load_rng_state(mine["rng"], self.world.device)
+
+    def begin_at(self, epoch: int) -> None:
+        """Go on as if that many epochs were finished: schedules, order of the data, steps made."""
+        batches = len(self.loader)
+        updates = -(-batches // min(self.plan.accumulate, batches))
+        self.progress.epoch, self.progress.batch = epoch, 0
+        self.progress.updates = epoch * updates
+        self._position_schedules()
+
+    def _position_schedules(self) -> None:
+        """Bring the learning rates to where the run stands; at its start they are there."""
+        for peer in self.peers:
+            if peer.schedule is not None and self.progress.epoch:
+                peer.schedule.step(self.progress.epoch)
+            if peer.schedule is not None and self.progress.updates:
+                peer.schedule.step_update(num_updates=self.progress.updates)
 
     def _take_over_best(self, source: Path) -> None:
         """Copy best files from another folder; where one is gone, the best is measured anew."""

@@ -9,7 +9,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 
 from classification.losses import sample_loss
 from classification.options import OptionError, parse
-from classification.peer import build_modules, build_peers, classify, scaled_lr
+from classification.peer import SCHEDULES, build_modules, build_peers, classify, scaled_lr
 from common.distributed import World
 from common.transfer import confidence
 
@@ -82,6 +82,42 @@ def test_each_peer_has_its_own_optimizer_rate_and_schedule():
 def test_warm_up_starts_at_the_warm_up_rate():
     (a, _) = peers_of("--opt", "adamw", "--lr", "1e-3", "--warmup-lr", "1e-6")
     assert a.lr == 1e-6
+
+
+@pytest.mark.parametrize("sched", [name for name in SCHEDULES if name != "rsqrt"])  # warms up
+def test_without_warm_up_a_run_starts_at_its_rate_and_resumes_where_it_was(sched):
+    asked = ["--opt", "sgd", "--lr", "1e-2", "--warmup-epochs", "0", "--sched", sched]
+    asked += ["--epochs", "9", "--decay-epochs", "2", "--patience-epochs", "0"]
+    (whole, _), (again, _) = peers_of(*asked), peers_of(*asked)
+    assert whole.lr == pytest.approx(1e-2)
+    if sched == "none":
+        return
+    for epoch in (1, 2, 3):
+        whole.schedule.step(epoch, 50.0)
+    again.optimizer.load_state_dict(whole.optimizer.state_dict())
+    again.schedule.load_state_dict(whole.schedule.state_dict())
+    again.schedule.step(3)
+    for epoch in (4, 5):
+        assert again.lr == whole.lr
+        whole.schedule.step(epoch, 60.0 - epoch)
+        again.schedule.step(epoch, 60.0 - epoch)
+
+
+def test_a_resumed_schedule_follows_its_own_run():
+    asked = ["--opt", "sgd", "--lr", "1e-2", "--warmup-epochs", "0"]
+    (short, _), (long, _) = peers_of(*asked, "--epochs", "2"), peers_of(*asked, "--epochs", "4")
+    short.schedule.step(2, None)
+    long.load_state_dict(short.state_dict())
+    long.schedule.step(2)
+    assert short.lr == 0 and long.lr == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize(
+    "more", [("--sched", "cosin"), ("--sched", "plateau", "--sched-on-updates")]
+)
+def test_a_schedule_that_cannot_be_is_named(more):
+    with pytest.raises(OptionError, match=rf"schedule '{more[1]}': .*choose from cosine, tanh"):
+        peers_of(*more)
 
 
 @pytest.mark.parametrize(

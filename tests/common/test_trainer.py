@@ -109,6 +109,18 @@ def test_kill_9_then_resume_equals_the_uninterrupted_run(tmp_path):
     assert_same(whole["progress"], killed["progress"])
 
 
+def test_the_rate_follows_the_position_of_the_run(tmp_path):
+    make_trainer(tmp_path, epochs=2).fit()
+    resumed = make_trainer(tmp_path)
+    resumed.resume(load_run(tmp_path), optimizer=False)
+    begun = make_trainer(tmp_path / "begun", accumulate=4)
+    begun.begin_at(2)
+    for trainer in (resumed, begun):
+        assert [peer.lr for peer in trainer.peers] == [0.1 * 0.5**2] * 3
+    assert (begun.progress.epoch, begun.progress.updates) == (2, 4)
+    assert begun.fit().history[-1]["epoch"] == 3
+
+
 def test_best_weights_are_those_of_the_best_evaluation(tmp_path):
     trainer = make_trainer(tmp_path, epochs=4)
     values = iter([50.0, 60.0, 55.0, 60.0, 10.0])
