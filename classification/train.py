@@ -16,7 +16,7 @@ from torch import nn
 
 from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
-from classification.evaluation import PeerEvaluator
+from classification.evaluation import PeerEvaluator, brought_to
 from classification.models import PUBLISHED_TOP1, ModelError
 from classification.options import OptionError, PeerSpec, parse
 from classification.peer import ClassifierPeer, build_modules, build_peers
@@ -209,19 +209,26 @@ def _trainer(
             for spec, module, view in zip(specs, modules, views, strict=True)
         },
         writers=outputs.writers(options, folder, world),
-        before_evaluation=lambda: _average_buffers(modules, options, world),
+        before_evaluation=lambda: average_buffers(group, options.dist_bn, world),
         on_baseline=lambda metrics: _compare_with_published(specs, modules, metrics),
         watch=lambda batches: watch(batches, "training"),
     )
 
 
-def _average_buffers(
-    modules: Sequence[nn.Module], options: argparse.Namespace, world: World
-) -> None:
-    """Give all ranks the same BatchNorm statistics, as timm's --dist-bn asks."""
-    if world.size > 1 and options.dist_bn:
-        for module in modules:
-            distribute_bn(module, world.size, options.dist_bn == "reduce")
+def average_buffers(peers: PeerGroup, how: str, world: World) -> None:
+    """Give all ranks the same BatchNorm statistics, those of averaged weights too.
+
+    Args:
+        how: ``reduce`` (the mean over ranks), ``broadcast`` (the first rank's) or nothing.
+    """
+    if world.size == 1 or not how:
+        return
+    for peer in peers:
+        learning = [] if peer.frozen else [peer.module]
+        averaged = [] if peer.average is None else [peer.average.module]
+        for module in learning + averaged:
+            with brought_to(world.device, module):
+                distribute_bn(module, world.size, how == "reduce")
 
 
 def _compare_with_published(

@@ -1,17 +1,31 @@
 """Classifier peers: losses, scores, optimizers, learning rates."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import nn
 
+from classification.evaluation import brought_to
 from classification.losses import sample_loss
 from classification.options import OptionError, parse
-from classification.peer import SCHEDULES, build_modules, build_peers, classify, scaled_lr
+from classification.peer import (
+    SCHEDULES,
+    ClassifierPeer,
+    build_modules,
+    build_peers,
+    classify,
+    scaled_lr,
+)
+from classification.train import average_buffers
 from common.distributed import World
+from common.peers import PeerGroup
 from common.transfer import confidence
+from tests.launch import launch
 
 HERE = World(0, 1, 0, torch.device("cpu"))
 TINY = "test_vit,img_size=32"
@@ -173,3 +187,45 @@ def test_wrong_options_of_a_model_or_optimizer_are_named():
         peers_of("--opt", "adumw")
     with pytest.raises(OptionError, match="optimizer 'sgd'"):
         peers_of("--opt-kwargs", "nonsense=1")
+
+
+def test_synchronised_batch_norm_keeps_its_activation(monkeypatch):
+    monkeypatch.setattr(ClassifierPeer, "distribute", lambda *rest, **more: None)
+    asked = ["--peer", "test_efficientnet,img_size=32", "--peer", TINY, "--num-classes", "5"]
+    run, specs = parse(["/data", *asked, "--no-pretrained", "--sync-bn"])
+    modules, views = build_modules(specs, run)
+    images = torch.ones(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = modules[0].eval()(images)
+        peers, _ = build_peers(specs, modules, views, run, replace(HERE, size=2), 10)
+        assert isinstance(peers[0].module.bn1, nn.SyncBatchNorm)
+        torch.testing.assert_close(peers[0].module.eval()(images), expected)
+
+
+def test_modules_kept_elsewhere_come_and_go_back():
+    class Kept(nn.Linear):
+        def to(self, device):
+            places.append(str(device))
+
+    places = []
+    with brought_to(torch.device("meta"), Kept(1, 1), nn.Linear(1, 1, device="meta")):
+        assert places == ["meta"]
+    assert places == ["meta", "cpu"]
+
+
+def averaged_buffers(world, folder):
+    torch.manual_seed(0)
+    module = nn.BatchNorm1d(2)
+    average = ModelEmaV3(module, decay=0.5)
+    module.running_mean.fill_(world.rank)
+    average.module.running_mean.fill_(2 + world.rank)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    peer = ClassifierPeer("a", module, None, None, optimizer=optimizer, average=average)
+    average_buffers(PeerGroup([peer]), "reduce", world)
+    found = [module.running_mean[0].item(), average.module.running_mean[0].item()]
+    (folder / str(world.rank)).write_text(str(found))
+
+
+def test_ranks_evaluate_the_same_statistics_of_weights_and_average(tmp_path):
+    launch(averaged_buffers, 2, tmp_path)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0.5, 2.5]"] * 2
