@@ -60,6 +60,10 @@ class View:
 
 def view_of(module: nn.Module, options: argparse.Namespace) -> View:
     """Resolve a peer's view from its pretrained config and its options, by timm's rules."""
+    for name in ("mean", "std"):
+        values = getattr(options, name)
+        if values is not None and len(values) not in (1, module.pretrained_cfg["input_size"][0]):
+            raise OptionError(f"--{name} has {len(values)} values; expected one for every channel")
     config = resolve_data_config(vars(options), model=module)
     channels = config["input_size"][0]
     return View(
@@ -378,6 +382,15 @@ def _order(dataset: Dataset, options: argparse.Namespace, world: World) -> Any:
 
 
 def _train_transform(view: View, options: argparse.Namespace) -> Any:
+    try:
+        return _timm_transform(view, options)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"--aa {options.aa}: {error}; expected rand-..., augmix-..., v0, original or 3a"
+        ) from error
+
+
+def _timm_transform(view: View, options: argparse.Namespace) -> Any:
     return create_transform(
         view.size,
         is_training=True,

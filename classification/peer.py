@@ -206,12 +206,20 @@ def build_peers(
         to_view = ToView(common, view, options.channels_last, dtype).to(world.device)
         peer = ClassifierPeer(spec.name, module, to_view, loss, run.score, **rest)
         if options.torchcompile:
-            peer.model = torch.compile(
-                module, backend=options.torchcompile, mode=options.torchcompile_mode
-            )
+            peer.model = _compile(spec, module)
         peer.distribute(world, broadcast_buffers=not run.no_ddp_bb)
         peers.append(peer)
     return peers, max(epochs, default=run.epochs)
+
+
+def _compile(spec: PeerSpec, module: nn.Module) -> nn.Module:
+    backend, mode = spec.options.torchcompile, spec.options.torchcompile_mode
+    try:
+        return torch.compile(module, backend=backend, mode=mode)
+    except RuntimeError as error:
+        raise OptionError(
+            f"peer {spec.name!r}: compile={backend}, mode {mode}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _optimizer(
@@ -225,7 +233,7 @@ def _optimizer(
         optimizer = create_optimizer_v2(module, **kwargs)
         if "fused" in optimizer.defaults and not {"fused", "foreach"} & set(kwargs):
             optimizer = create_optimizer_v2(module, **kwargs, fused=True)
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise OptionError(f"peer {spec.name!r}: optimizer {options.opt!r}: {error}") from error
     return optimizer
 
@@ -266,7 +274,7 @@ def _schedule(
         schedule, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates)
     except (ValueError, AssertionError) as error:
         raise OptionError(
-            f"peer {spec.name!r}: schedule {spec.options.sched!r}: {error}; choose from "
+            f"peer {spec.name!r}: schedule {spec.options.sched!r}: {error} Choose from "
             f"{', '.join(SCHEDULES)}"
         ) from error
     return None if schedule is None else PositionedSchedule(schedule), epochs

@@ -25,7 +25,8 @@ from common.checkpoint import CheckpointError, load_run
 from common.distributed import World
 from common.engine import JointEngine
 from common.peers import PeerGroup
-from common.trainer import NonFiniteError, Plan, Progress, Trainer
+from common.roles import NonFiniteError
+from common.trainer import Plan, Progress, Trainer
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger("train")

@@ -23,6 +23,7 @@ from common.distributed import World
 from common.engine import Engine
 from common.ledger import Ledger, Lessons
 from common.peers import PeerGroup
+from common.roles import NonFiniteError
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger(__name__)
@@ -110,10 +111,6 @@ class Progress:
     best: dict[str, Best] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     lessons: list[dict[str, float]] = field(default_factory=list)
-
-
-class NonFiniteError(FloatingPointError):
-    """A peer's loss is NaN or infinite."""
 
 
 class Trainer:

@@ -90,6 +90,12 @@ TWO = ["--peer", "resnet18", "--peer", "resnet34"]
         (["/data", "--peer", "a,name=x", "--peer", "b,name=x"], "two peers are named 'x'"),
         (["/data", *TWO, "--batch-size", "0"], "--batch-size is 0"),
         (["/data", *TWO, "-b", "7", "--mixup", "0.2"], "mixup needs an even --batch-size, got 7"),
+        (["/data", *TWO, "-b", "7", "--cutmix-minmax", "0.2", "0.8"], "mixup needs an even"),
+        (["/data", *TWO, "--temperature", "0"], "temperature is 0.0; expected more than 0"),
+        (["/data", *TWO, "--transfer-weight", "-1"], "weight is -1.0; expected 0 or more"),
+        (["/data", *TWO, "--margin", "-1"], "margin is -1.0; expected 0 or more"),
+        (["/data", *TWO, "--smoothing", "2"], "--smoothing is 2.0; expected 0 or more, below 1"),
+        (["/data", "--peer", "resnet18,published=x", *TWO], "published is 'x'; expected a number"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, says):
@@ -104,7 +110,8 @@ def test_wrong_arguments_are_named(arguments, says):
         ("learning_rate: 1", "unknown option 'learning_rate'"),
         ("bathc_size: 1", "did you mean batch_size"),
         ("lr: [1, 2]", "lr is [1, 2]; expected one float"),
-        ("scale: 1", "scale is 1; expected a list of float"),
+        ("scale: 1", "scale is 1; expected a list of 2 float"),
+        ("scale: [1]", "scale is [1]; expected a list of 2 float"),
         ("amp: perhaps", "expected true or false"),
         ("model: resnet18", "give every model as --peer"),
         ("peers: [{name: a}]", "it needs a `model:`"),

@@ -130,7 +130,7 @@ def test_a_resumed_schedule_follows_its_own_run():
     "more", [("--sched", "cosin"), ("--sched", "plateau", "--sched-on-updates")]
 )
 def test_a_schedule_that_cannot_be_is_named(more):
-    with pytest.raises(OptionError, match=rf"schedule '{more[1]}': .*choose from cosine, tanh"):
+    with pytest.raises(OptionError, match=rf"schedule '{more[1]}': .*Choose from cosine, tanh"):
         peers_of(*more)
 
 
@@ -229,3 +229,8 @@ def averaged_buffers(world, folder):
 def test_ranks_evaluate_the_same_statistics_of_weights_and_average(tmp_path):
     launch(averaged_buffers, 2, tmp_path)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0.5, 2.5]"] * 2
+
+
+def test_an_unknown_compiler_is_named():
+    with pytest.raises(OptionError, match="compile=nonsense, mode None: Invalid backend"):
+        peers_of(first=TINY + ",compile=nonsense")

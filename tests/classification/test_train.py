@@ -186,6 +186,8 @@ def test_the_written_arguments_repeat_the_run(digits, tmp_path):
         (("--num-classes", "7"), "the data has 10 classes, the peers tell 7"),
         (("--device", "cuda"), "--device cuda"),
         (("--opt", "adumw"), "adumw"),
+        (("--aa", "nonsense"), "--aa nonsense: Unknown AA policy"),
+        (("--mean", "0.5", "0.5"), "--mean has 2 values"),
         (("--resume", "/nowhere"), "no such file"),
     ],
 )
@@ -193,6 +195,13 @@ def test_wrong_input_ends_in_one_line_before_any_work(digits, tmp_path, caplog, 
     assert main(arguments_of(digits, tmp_path, *more)) == 1
     assert says in caplog.text and "Traceback" not in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_run_ends_in_one_line(digits, tmp_path, caplog):
+    asked = arguments_of(digits, tmp_path, "--opt", "sgd", "--lr", "1e30", epochs=3)
+    assert main(asked) == 1
+    assert "the score of peer 'a' is not finite" in caplog.text and "lower its lr" in caplog.text
+    assert not list_runs(tmp_path / "run")
 
 
 def test_class_counts_that_differ_name_both(digits, tmp_path):
