@@ -160,7 +160,10 @@ def _trainer(
     world: World,
     bars: bool,
 ) -> Trainer:
-    group = PeerGroup(peers)
+    try:
+        group = PeerGroup(peers)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
     modules = [peer.module for peer in peers]
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
     transfer = KnowledgeTransfer(
@@ -185,7 +188,7 @@ def _trainer(
         dtypes=[next(module.parameters()).dtype for module in modules],
         watch=watch,
     )
-    folder = outputs.folder_of(options, specs)
+    folder = outputs.folder_of(options, specs, world)
     return Trainer(
         peers=group,
         engine=JointEngine(group, transfer, world.device, amp_dtype),

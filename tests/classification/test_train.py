@@ -15,7 +15,8 @@ import timm
 import torch
 import yaml
 
-from classification.options import OptionError
+from classification.options import OptionError, parse
+from classification.outputs import folder_of
 from classification.train import main, run
 from classification.validate import validate
 from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
@@ -195,6 +196,29 @@ def test_wrong_input_ends_in_one_line_before_any_work(digits, tmp_path, caplog, 
     assert main(arguments_of(digits, tmp_path, *more)) == 1
     assert says in caplog.text and "Traceback" not in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named(digits, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert main(arguments_of(digits, tmp_path / "file")) == 1
+    assert f"{tmp_path}/file" in caplog.text and "can be written" in caplog.text
+
+
+def test_only_frozen_peers_are_refused(digits, tmp_path):
+    asked = [f"{x},frozen=true" if "name=" in x else x for x in arguments_of(digits, tmp_path)]
+    with pytest.raises(OptionError, match="every peer is frozen"):
+        run(asked, bars=False)
+
+
+def choosing(world, folder):
+    time.sleep(1.1 * world.rank)  # another second, another stamp
+    options, specs = parse(["/data", "--peer", "a", "--peer", "b", "--output", str(folder)])
+    (folder / str(world.rank)).write_text(str(folder_of(options, specs, world)))
+
+
+def test_all_ranks_choose_one_folder(tmp_path):
+    launch(choosing, 2, tmp_path)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
 
 
 def test_a_diverging_run_ends_in_one_line(digits, tmp_path, caplog):
