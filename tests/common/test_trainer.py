@@ -178,6 +178,22 @@ def test_other_peers_are_refused(tmp_path):
         make_trainer(tmp_path, peers=make_peers(2)).resume(load_run(tmp_path))
 
 
+def test_other_models_and_optimizers_are_refused_by_peer(tmp_path):
+    make_trainer(tmp_path, epochs=1).fit()
+    state = load_run(tmp_path)
+    p0, _, p2 = make_peers(3)
+    with pytest.raises(CheckpointError, match=r"peer 'p2': not a checkpoint .*shape: 0.weight"):
+        p2.load_state_dict(state["peers"]["p0"])
+    p0.optimizer = torch.optim.AdamW(p0.module.parameters())
+    with pytest.raises(CheckpointError, match=r"peer 'p0': state of SGD, not of AdamW; .*-opt"):
+        p0.load_state_dict(state["peers"]["p0"])
+    groups = [{"params": [p], "lr": 0.1} for p in p0.module.parameters()]
+    p0.optimizer = torch.optim.SGD(groups)
+    with pytest.raises(CheckpointError, match=r"different number of parameter groups"):
+        p0.load_state_dict(state["peers"]["p0"])
+    p0.load_state_dict(state["peers"]["p0"], optimizer=False)
+
+
 def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(tmp_path):
     from timm.utils import ModelEmaV3
 
