@@ -68,6 +68,8 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     modules, views = build_modules(specs, options)
     train_set = open_dataset(options, True, views[0].size[0])
     check_classes(train_set, modules[0].num_classes)
+    if classes_of(train_set):
+        check_same_classes(train_set, open_dataset(options, False, views[0].size[0]))
     loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
     rows = [outputs.describe(*peer) for peer in zip(specs, modules, views, strict=True)]
     updates = -(-len(loader) // options.grad_accum_steps)
@@ -147,6 +149,22 @@ def check_classes(dataset: Any, num_classes: int) -> None:
         raise OptionError(
             f"the data has {len(classes)} classes, the peers tell {num_classes}; give "
             f"--num-classes {len(classes)} for new heads, or the peers' own data"
+        )
+
+
+def check_same_classes(train_set: Any, held_out: Any) -> None:
+    """Refuse splits whose folders number the classes differently.
+
+    Raises:
+        OptionError: Names the classes that only one of the splits has.
+    """
+    one, two = classes_of(train_set), classes_of(held_out)
+    if one and two and one != two:
+        differ = sorted(str(name) for name, _ in one.items() ^ two.items())
+        alone = sorted(str(name) for name in one.keys() ^ two.keys()) or differ
+        raise OptionError(
+            "training and validation data number their classes differently; in one of them only: "
+            f"{', '.join(alone[:6])}; complete the folders, or number them with --class-map"
         )
 
 
