@@ -523,24 +523,37 @@ def _from_export(peer: PeerSpec) -> PeerSpec:
             f"{peer.model}: does not tell its architecture; give it as the checkpoint of a model: "
             f"--peer MODEL,checkpoint={peer.model}"
         )
-    arguments = json.loads(told["model_args"])
+    try:
+        arguments = dict(json.loads(told["model_args"]))
+        size = _three(json.loads(told["input_size"]))
+        given = {
+            "gp": arguments.pop("global_pool", None),
+            "bn_eps": arguments.pop("bn_eps", None),
+            "mean": [float(x) for x in json.loads(told["mean"])],
+            "std": [float(x) for x in json.loads(told["std"])],
+            "interpolation": told["interpolation"],
+            "crop_pct": float(told["crop_pct"]),
+        }
+    except (KeyError, ValueError, TypeError) as error:
+        raise OptionError(
+            f"{peer.model}: its description cannot be read ({error!r}); give it as the checkpoint "
+            f"of a model: --peer MODEL,checkpoint={peer.model}"
+        ) from error
     own = argparse.Namespace(**vars(peer.options))
-    given = {
-        "gp": arguments.pop("global_pool", None),
-        "mean": json.loads(told["mean"]),
-        "std": json.loads(told["std"]),
-        "interpolation": told["interpolation"],
-        "crop_pct": float(told["crop_pct"]),
-    }
     for name, value in given.items():
         if getattr(own, name) in (None, ""):
             setattr(own, name, value)
     if own.img_size is None and own.input_size is None:
-        own.input_size = json.loads(told["input_size"])
+        own.input_size = size
     for name in ("img_size", "in_chans"):
         arguments.pop(name, None)
     own.model_kwargs = {**arguments, **own.model_kwargs}
     return replace(peer, model=told["architecture"], checkpoint=peer.model, options=own)
+
+
+def _three(values: Any) -> list[int]:
+    channels, height, width = values
+    return [int(channels), int(height), int(width)]
 
 
 def _name_peers(peers: list[PeerSpec]) -> list[PeerSpec]:

@@ -105,6 +105,7 @@ def metadata(spec: PeerSpec, module: nn.Module, view: View) -> dict[str, str]:
         ("img_size", image_size(options) if getattr(module, "takes_img_size", True) else None),
         ("in_chans", options.in_chans or (options.input_size or [None])[0]),
         ("global_pool", options.gp),
+        ("bn_eps", options.bn_eps),
     ):
         if value is not None:
             arguments[name] = value

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from classification.options import PEER_OPTIONS, REJECTED, OptionError, build_parser, parse
 
@@ -141,3 +143,28 @@ def test_a_missing_config_is_named():
 def test_namespace_is_plain():
     options, peers = parse(["/data", *TWO])
     assert isinstance(options, argparse.Namespace) and len(peers) == 2
+
+
+TOLD = {
+    "architecture": "resnet18", "model_args": "{}", "input_size": "[3, 32, 32]", "mean": "[0.5]",
+    "std": "[0.5]", "interpolation": "bicubic", "crop_pct": "1.0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model_args": "{"},
+        {"model_args": "7"},
+        {"input_size": "[3]"},
+        {"input_size": "{}"},
+        {"mean": '"x"'},
+        {"crop_pct": "wide"},
+        {"crop_pct": None},
+    ],
+)
+def test_an_export_with_a_broken_description_is_named(tmp_path, wrong):
+    told = {key: value for key, value in {**TOLD, **wrong}.items() if value is not None}
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=told)
+    with pytest.raises(OptionError, match=r"x\.safetensors: its description cannot be read"):
+        parse(["/data", "--peer", f"{tmp_path}/x.safetensors", *TWO])
