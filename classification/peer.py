@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from classification.data import ToView, View, common_view, view_of
 from classification.losses import SampleLoss, hard, sample_loss
-from classification.models import ModelError, create_classifier
+from classification.models import ModelError, create_classifier, head_of
 from classification.options import OptionError, PeerSpec
 from common.distributed import World
 from common.peers import Peer
@@ -157,13 +157,14 @@ def image_size(options: argparse.Namespace) -> int | tuple[int, int] | None:
 def _scale_head(module: nn.Module, options: argparse.Namespace) -> None:
     if options.head_init_scale is None and options.head_init_bias is None:
         return
-    head = module.get_classifier()
     with torch.no_grad():
-        if options.head_init_scale is not None:
-            head.weight.mul_(options.head_init_scale)
-            head.bias.mul_(options.head_init_scale)
-        if options.head_init_bias is not None:
-            nn.init.constant_(head.bias, options.head_init_bias)
+        for name, value in module.named_parameters():
+            if not name.startswith(head_of(module)):
+                continue
+            if options.head_init_scale is not None:
+                value.mul_(options.head_init_scale)
+            if options.head_init_bias is not None and name.endswith("bias"):
+                value.fill_(options.head_init_bias)
 
 
 def build_peers(

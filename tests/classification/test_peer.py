@@ -1,5 +1,6 @@
 """Classifier peers: losses, scores, optimizers, learning rates."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from torch import nn
 
 from classification.evaluation import brought_to
 from classification.losses import sample_loss
+from classification.models import create_classifier
 from classification.options import OptionError, parse
+from classification.outputs import metadata
 from classification.peer import (
     SCHEDULES,
     ClassifierPeer,
@@ -180,6 +183,23 @@ def test_model_dtype_and_memory_format_and_checkpointing():
 def test_head_initialisation():
     a, b = peers_of("--head-init-scale", "0.0", "--head-init-bias", "-3")
     assert not a.module.head.weight.any() and (b.module.head.fc.bias == -3).all()
+
+
+def test_both_heads_of_a_distilled_model_are_initialised():
+    (a, _) = peers_of(
+        "--head-init-scale", "0", first="deit_tiny_distilled_patch16_224,img_size=32,kwargs.depth=1"
+    )
+    assert not a.module.head.weight.any() and not a.module.head_dist.weight.any()
+
+
+def test_an_export_tells_the_epsilon_that_it_was_trained_with():
+    run, specs = parse(["/data", "--peer", "test_efficientnet,bn_eps=0.5", "--peer", TINY])
+    for spec in specs:
+        spec.options.pretrained = False
+    modules, views = build_modules(specs, run)
+    told = metadata(specs[0], modules[0], views[0])
+    again = create_classifier("test_efficientnet", **json.loads(told["model_args"]))
+    assert again.bn1.eps == modules[0].bn1.eps == 0.5
 
 
 def test_wrong_options_of_a_model_or_optimizer_are_named():
