@@ -28,6 +28,10 @@ from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger(__name__)
 
+DIVERGED = (
+    "lower that peer's lr, clip its gradients, or train in bfloat16; resume from the last run file"
+)
+
 Writer = Callable[[Mapping[str, float], int], None]
 
 
@@ -172,7 +176,7 @@ class Trainer:
         """Measure the start, train the epochs that are left, export each peer's last weights.
 
         Raises:
-            NonFiniteError: A peer's loss is not finite; nothing of that epoch is saved.
+            NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
         """
         if not self.progress.history:
             self.on_baseline(self._evaluate(0))
@@ -247,9 +251,17 @@ class Trainer:
         if bad:
             raise NonFiniteError(
                 f"the loss of {', '.join(bad)} was not finite in {max(bad.values())} batches up to "
-                f"step {self.progress.updates}; lower that peer's lr, clip its gradients, or train "
-                "in bfloat16; resume from the last run file"
+                f"step {self.progress.updates}; {DIVERGED}"
             )
+
+    def _refuse_broken_weights(self) -> None:
+        """Keep the last sound run file: one of NaNs could only be thrown away."""
+        for peer in self.peers:
+            if not all(bool(p.isfinite().all()) for p in peer.module.parameters()):
+                raise NonFiniteError(
+                    f"weights of {peer.name} are not finite at step {self.progress.updates}; "
+                    f"{DIVERGED}"
+                )
 
     def _finish_epoch(self) -> None:
         lessons = self.ledger.read_epoch()
@@ -326,7 +338,12 @@ class Trainer:
             writer(scalars, self.progress.updates)
 
     def save(self) -> None:
-        """Write a run file from which ``resume`` goes on bit for bit (on the CPU)."""
+        """Write a run file from which ``resume`` goes on bit for bit (on the CPU).
+
+        Raises:
+            NonFiniteError: A peer's weights are not finite; nothing is written.
+        """
+        self._refuse_broken_weights()
         ranks = distributed.gather_objects(
             {
                 "rng": rng_state(self.world.device),

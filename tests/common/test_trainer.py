@@ -160,8 +160,19 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
                 yield x * float("nan") if self.epoch == 1 else x, y
 
     trainer = make_trainer(tmp_path, loader=Broken())
-    with pytest.raises((NonFiniteError, ValueError), match="p0"):
+    with pytest.raises(NonFiniteError, match="p0"):
         trainer.fit()
+    assert [path.name for path in list_runs(tmp_path)] == ["run-00001-00000000.pt"]
+
+
+def test_broken_weights_do_not_take_the_place_of_sound_ones(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=1, keep=1)
+    trainer.fit()
+    with torch.no_grad():
+        trainer.peers[1].module[0].weight[0, 0] = float("inf")
+    trainer.progress.batch = 3
+    with pytest.raises(NonFiniteError, match="weights of p1 are not finite at step 6; lower"):
+        trainer.save()
     assert [path.name for path in list_runs(tmp_path)] == ["run-00001-00000000.pt"]
 
 
