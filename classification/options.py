@@ -585,12 +585,14 @@ def _check_ranges(options: argparse.Namespace) -> None:
         "recovery_interval": 0,
         "workers": 0,
         "transfer_warmup_steps": 0,
+        "start_epoch": 0,
+        "validation_batch_size": 1,
+        "train_batches_per_epoch": 1,
     }
     for name, least in at_least.items():
-        if getattr(options, name) < least:
-            raise OptionError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more"
-            )
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise OptionError(f"--{name.replace('_', '-')} is {given}; expected {least} or more")
     if not options.data:
         raise OptionError(
             "no data: give the dataset's folder, for instance `train.py /data/imagenet`"

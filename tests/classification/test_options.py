@@ -93,6 +93,8 @@ TWO = ["--peer", "resnet18", "--peer", "resnet34"]
         (["/data", *TWO, "--batch-size", "0"], "--batch-size is 0"),
         (["/data", *TWO, "-b", "7", "--mixup", "0.2"], "mixup needs an even --batch-size, got 7"),
         (["/data", *TWO, "-b", "7", "--cutmix-minmax", "0.2", "0.8"], "mixup needs an even"),
+        (["/data", *TWO, "--start-epoch", "-1"], "--start-epoch is -1; expected 0 or more"),
+        (["/data", *TWO, "-vb", "0"], "--validation-batch-size is 0; expected 1 or more"),
         (["/data", *TWO, "--temperature", "0"], "temperature is 0.0; expected more than 0"),
         (["/data", *TWO, "--transfer-weight", "-1"], "weight is -1.0; expected 0 or more"),
         (["/data", *TWO, "--margin", "-1"], "margin is -1.0; expected 0 or more"),

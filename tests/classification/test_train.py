@@ -186,6 +186,7 @@ def test_the_written_arguments_repeat_the_run(digits, tmp_path):
         (("--peer", "resnet18,checkpoint=/nowhere.pth"), "no such file"),
         (("--num-classes", "7"), "the data has 10 classes, the peers tell 7"),
         (("--device", "cuda"), "--device cuda"),
+        (("--device", "mps"), "--device mps"),
         (("--opt", "adumw"), "adumw"),
         (("--aa", "nonsense"), "--aa nonsense: Unknown AA policy"),
         (("--mean", "0.5", "0.5"), "--mean has 2 values"),
