@@ -60,6 +60,10 @@ class View:
 
 def view_of(module: nn.Module, options: argparse.Namespace) -> View:
     """Resolve a peer's view from its pretrained config and its options, by timm's rules."""
+    for name in ("mean", "std"):
+        values = getattr(options, name)
+        if values is not None and len(values) not in (1, module.pretrained_cfg["input_size"][0]):
+            raise OptionError(f"--{name} has {len(values)} values; expected one for every channel")
     config = resolve_data_config(vars(options), model=module)
     channels = config["input_size"][0]
     return View(
@@ -232,11 +236,12 @@ def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> 
     if local and not remote and not options.dataset_download and not Path(options.data).exists():
         raise OptionError(f"{options.data}: no such data folder; give the path of your dataset")
     mode = options.input_img_mode or ("RGB" if channels == 3 else "L")
+    split = options.train_split if training else options.val_split
     try:
-        return create_dataset(
+        dataset = create_dataset(
             options.dataset,
             root=options.data,
-            split=options.train_split if training else options.val_split,
+            split=split,
             is_training=training,
             class_map=options.class_map,
             download=options.dataset_download,
@@ -249,11 +254,27 @@ def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> 
             num_samples=options.train_num_samples if training else options.val_num_samples,
             trust_remote_code=options.dataset_trust_remote_code,
         )
-    except (RuntimeError, FileNotFoundError, ValueError, ImportError) as error:
-        split = options.train_split if training else options.val_split
+    except (RuntimeError, FileNotFoundError, ValueError, ImportError, AssertionError) as error:
         raise OptionError(
             f"{options.data}: cannot open split {split!r} of this dataset: {error}"
         ) from error
+    if not options.dataset:
+        _refuse_whole_folder(dataset, options, split)
+    return dataset
+
+
+def _refuse_whole_folder(dataset: Dataset, options: argparse.Namespace, split: str) -> None:
+    """Refuse what timm reads where a split's folder is missing: the images of all other splits."""
+    folder = Path(options.data)
+    if not folder.is_dir() or Path(getattr(dataset.reader, "root", "")) != folder:
+        return
+    inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    other = options.val_split if split == options.train_split else options.train_split
+    if {"train", "training", "val", "validation", "eval", other} & set(inner):
+        raise OptionError(
+            f"{folder}: no folder for split {split!r}, only {', '.join(inner)}; make one, or name "
+            "it with --train-split and --val-split"
+        )
 
 
 def classes_of(dataset: Dataset) -> dict[str, int] | None:
@@ -378,6 +399,15 @@ def _order(dataset: Dataset, options: argparse.Namespace, world: World) -> Any:
 
 
 def _train_transform(view: View, options: argparse.Namespace) -> Any:
+    try:
+        return _timm_transform(view, options)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"--aa {options.aa}: {error}; expected rand-..., augmix-..., v0, original or 3a"
+        ) from error
+
+
+def _timm_transform(view: View, options: argparse.Namespace) -> Any:
     return create_transform(
         view.size,
         is_training=True,

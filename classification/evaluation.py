@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,20 @@ class Scores:
         return found
 
 
+@contextlib.contextmanager
+def brought_to(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Bring modules to a device for a while; averaged weights may be kept on the CPU."""
+    homes = [next(module.parameters()).device for module in modules]
+    away = [(m, home) for m, home in zip(modules, homes, strict=True) if home != device]
+    for module, _ in away:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in away:
+            module.to(home)
+
+
 class PeerEvaluator:
     """Evaluates the group; peers with the same geometry share one decoding of the data.
 
@@ -99,7 +114,9 @@ class PeerEvaluator:
 
     def evaluate(self, peers: PeerGroup) -> dict[str, float]:
         """Measure every peer (its averaged weights, if any); the first call is the baseline."""
-        scores = self.score([peer.best_module for peer in peers])
+        modules = [peer.best_module for peer in peers]
+        with brought_to(self.world.device, *modules):
+            scores = self.score(modules)
         metrics = scores.metrics(peers.names, self.baseline)
         if self.baseline is None:
             self.baseline = scores.correct

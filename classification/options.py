@@ -16,8 +16,8 @@ from timm.utils import ParseKwargs
 
 from common.checkpoint import read_metadata
 from common.peers import check_names
-from common.roles import RULES, check_rule
-from common.transfer import SCORES
+from common.roles import RULES
+from common.transfer import SCORES, KnowledgeTransfer
 
 
 class OptionError(ValueError):
@@ -62,6 +62,8 @@ PEER_OPTIONS = (
 ).split()
 PEER_ALIASES = {"compile": "torchcompile", "ema": "model_ema", "kwargs": "model_kwargs"}
 EXPORT = ".safetensors"
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+MANY = ("+", 2, 3)
 PEER_OWN = ("name", "checkpoint", "frozen", "published")
 
 # timm's arguments that have no meaning here, and what to use instead.
@@ -186,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--crop-pct", type=float, help="* of evaluation")
     add("--mean", **numbers, help="*")
     add("--std", **numbers, help="*")
-    add("--interpolation", default="", help="* of evaluation")
+    add("--interpolation", default="", choices=("", *INTERPOLATIONS), help="* of evaluation")
     add("-b", "--batch-size", type=int, default=128, help="per process")
     add("-vb", "--validation-batch-size", type=int)
     add("--channels-last", **flag, help="*")
@@ -254,8 +256,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--no-aug", **flag)
     add("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"))
-    add("--scale", type=float, nargs="+", default=[0.08, 1.0])
-    add("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3])
+    add("--scale", type=float, nargs=2, default=[0.08, 1.0])
+    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
     add("--hflip", type=float, default=0.5)
     add("--vflip", type=float, default=0.0)
     add("--color-jitter", type=float, default=0.4)
@@ -269,7 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bce-target-thresh", type=float)
     add("--bce-pos-weight", type=float)
     add("--reprob", type=float, default=0.0)
-    add("--remode", default="pixel")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"))
     add("--recount", type=int, default=1)
     add("--mixup", type=float, default=0.0)
     add("--cutmix", type=float, default=0.0)
@@ -279,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
     add("--mixup-off-epoch", type=int, default=0)
     add("--smoothing", type=float, default=0.1)
-    add("--train-interpolation", default="random")
+    add("--train-interpolation", default="random", choices=("random", *INTERPOLATIONS))
     add("--drop", type=float, default=0.0, help="*")
     add("--drop-connect", type=float, help="*")
     add("--drop-path", type=float, help="*")
@@ -341,7 +343,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     names = [peer.name for peer in peers]
     try:
         check_names(names)
-        check_rule(options.rule, names)
+        KnowledgeTransfer(
+            options.rule,
+            options.temperature,
+            options.transfer_weight,
+            margin=options.margin,
+            names=names,
+        )
     except ValueError as error:
         raise OptionError(str(error)) from error
     return options, peers
@@ -399,11 +407,13 @@ def _coerce(action: argparse.Action, value: Any, where: str) -> Any:
         return dict(value)
     if isinstance(action.const, bool) or isinstance(action, argparse.BooleanOptionalAction):
         return _flag(value, f"{where}: {action.dest}")
-    if isinstance(value, (list, tuple)) != (action.nargs in ("+", 3)):
+    if isinstance(value, (list, tuple)) != (action.nargs in MANY):
         raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
     if action.dest == "torchcompile" and (value is True or value == "true"):
         return "inductor"
     values = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
     try:
         made = [action.type(item) if callable(action.type) else str(item) for item in values]
     except (TypeError, ValueError) as error:
@@ -419,7 +429,8 @@ def _coerce(action: argparse.Action, value: Any, where: str) -> Any:
 
 def _kind(action: argparse.Action) -> str:
     kind = getattr(action.type, "__name__", "str")
-    return f"a list of {kind}" if action.nargs in ("+", 3) else f"one {kind}"
+    count = f"{action.nargs} " if isinstance(action.nargs, int) else ""
+    return f"a list of {count}{kind}" if action.nargs in MANY else f"one {kind}"
 
 
 def _flag(value: Any, where: str) -> bool:
@@ -476,7 +487,7 @@ def _peer_spec(
                 f"{where}: unknown key {key!r}{_near(dest, choices)}; keys: {', '.join(choices)}"
             )
         action, value = actions[dest], entry[key]
-        if isinstance(value, str) and action.nargs in ("+", 3):
+        if isinstance(value, str) and action.nargs in MANY:
             value = value.split("+")
         value = _coerce(action, value, where)
         if dest in ("model_kwargs", "opt_kwargs"):
@@ -485,15 +496,21 @@ def _peer_spec(
     checkpoint = entry.get("checkpoint")
     if isinstance(checkpoint, str) and "+" in checkpoint and not Path(checkpoint).exists():
         checkpoint = checkpoint.split("+")
-    published = entry.get("published")
     return PeerSpec(
         name=str(entry.get("name", "")),
         model=str(entry["model"]),
         checkpoint=checkpoint,
         frozen=_flag(entry.get("frozen", False), f"{where}: frozen"),
-        published=None if published is None else float(published),
+        published=_number(entry.get("published"), f"{where}: published"),
         options=own,
     )
+
+
+def _number(value: Any, where: str) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{where} is {value!r}; expected a number") from error
 
 
 def _from_export(peer: PeerSpec) -> PeerSpec:
@@ -506,24 +523,37 @@ def _from_export(peer: PeerSpec) -> PeerSpec:
             f"{peer.model}: does not tell its architecture; give it as the checkpoint of a model: "
             f"--peer MODEL,checkpoint={peer.model}"
         )
-    arguments = json.loads(told["model_args"])
+    try:
+        arguments = dict(json.loads(told["model_args"]))
+        size = _three(json.loads(told["input_size"]))
+        given = {
+            "gp": arguments.pop("global_pool", None),
+            "bn_eps": arguments.pop("bn_eps", None),
+            "mean": [float(x) for x in json.loads(told["mean"])],
+            "std": [float(x) for x in json.loads(told["std"])],
+            "interpolation": told["interpolation"],
+            "crop_pct": float(told["crop_pct"]),
+        }
+    except (KeyError, ValueError, TypeError) as error:
+        raise OptionError(
+            f"{peer.model}: its description cannot be read ({error!r}); give it as the checkpoint "
+            f"of a model: --peer MODEL,checkpoint={peer.model}"
+        ) from error
     own = argparse.Namespace(**vars(peer.options))
-    given = {
-        "gp": arguments.pop("global_pool", None),
-        "mean": json.loads(told["mean"]),
-        "std": json.loads(told["std"]),
-        "interpolation": told["interpolation"],
-        "crop_pct": float(told["crop_pct"]),
-    }
     for name, value in given.items():
         if getattr(own, name) in (None, ""):
             setattr(own, name, value)
     if own.img_size is None and own.input_size is None:
-        own.input_size = json.loads(told["input_size"])
+        own.input_size = size
     for name in ("img_size", "in_chans"):
         arguments.pop(name, None)
     own.model_kwargs = {**arguments, **own.model_kwargs}
     return replace(peer, model=told["architecture"], checkpoint=peer.model, options=own)
+
+
+def _three(values: Any) -> list[int]:
+    channels, height, width = values
+    return [int(channels), int(height), int(width)]
 
 
 def _name_peers(peers: list[PeerSpec]) -> list[PeerSpec]:
@@ -555,15 +585,20 @@ def _check_ranges(options: argparse.Namespace) -> None:
         "recovery_interval": 0,
         "workers": 0,
         "transfer_warmup_steps": 0,
+        "start_epoch": 0,
+        "validation_batch_size": 1,
+        "train_batches_per_epoch": 1,
     }
     for name, least in at_least.items():
-        if getattr(options, name) < least:
-            raise OptionError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected {least} or more"
-            )
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise OptionError(f"--{name.replace('_', '-')} is {given}; expected {least} or more")
     if not options.data:
         raise OptionError(
             "no data: give the dataset's folder, for instance `train.py /data/imagenet`"
         )
-    if (options.mixup > 0 or options.cutmix > 0) and options.batch_size % 2:
+    if not 0 <= options.smoothing < 1:
+        raise OptionError(f"--smoothing is {options.smoothing}; expected 0 or more, below 1")
+    mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax
+    if mixes and options.batch_size % 2:
         raise OptionError(f"mixup needs an even --batch-size, got {options.batch_size}")

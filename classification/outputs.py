@@ -8,6 +8,7 @@ import csv
 import json
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -26,6 +27,7 @@ from classification.data import View
 from classification.models import create_classifier
 from classification.options import OptionError, PeerSpec
 from classification.peer import ClassifierPeer, image_size
+from common import distributed
 from common.checkpoint import list_runs
 from common.distributed import World
 from common.report import write_run_report
@@ -64,29 +66,38 @@ def progress_bars(show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
     )
 
 
-def folder_of(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> Path:
-    """Choose the output folder; a fresh run never writes into an older run's.
+def folder_of(options: argparse.Namespace, specs: Sequence[PeerSpec], world: World) -> Path:
+    """Make the output folder, one for all ranks; a fresh run never writes into an older run's.
 
     Raises:
-        OptionError: The folder holds run files and this is no resume.
+        OptionError: It holds run files and this is no resume, or it cannot be written.
     """
-    output = Path(options.output or "output/train")
-    if getattr(options, "in_place", False):
-        return output
-    names = "-".join([options.rule.replace(":", "-"), *[spec.name for spec in specs]])[:80]
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = output / (options.experiment or f"{stamp}-{names}")
+    folder = distributed.gather_objects(_choose_folder(options, specs))[0]
     if list_runs(folder) and not options.resume:
         raise OptionError(
             f"{folder}: holds the run files of an earlier run; give --resume {folder} to go on "
             "with it, or another --experiment"
         )
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OptionError(f"--output: {error}; give a folder that can be written") from error
     return folder
+
+
+def _choose_folder(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> Path:
+    output = Path(options.output or "output/train")
+    if getattr(options, "in_place", False):
+        return output
+    names = "-".join([options.rule.replace(":", "-"), *[spec.name for spec in specs]])[:80]
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return output / (options.experiment or f"{stamp}-{names}")
 
 
 def write_arguments(folder: Path, options: argparse.Namespace, specs: Sequence[PeerSpec]) -> None:
     """Keep the arguments as a YAML file that ``--config`` takes."""
-    folder.mkdir(parents=True, exist_ok=True)
     hidden = ("config", "resume", "local_rank", "in_place", "data_dir")
     content = {name: value for name, value in plain(options).items() if name not in hidden}
     (folder / "args.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -100,6 +111,7 @@ def metadata(spec: PeerSpec, module: nn.Module, view: View) -> dict[str, str]:
         ("img_size", image_size(options) if getattr(module, "takes_img_size", True) else None),
         ("in_chans", options.in_chans or (options.input_size or [None])[0]),
         ("global_pool", options.gp),
+        ("bn_eps", options.bn_eps),
     ):
         if value is not None:
             arguments[name] = value

@@ -9,21 +9,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import (
+    PlateauLRScheduler,
+    create_scheduler_v2,
+    scheduler_kwargs,
+)
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from classification.data import ToView, View, common_view, view_of
 from classification.losses import SampleLoss, hard, sample_loss
-from classification.models import ModelError, create_classifier
+from classification.models import ModelError, create_classifier, head_of
 from classification.options import OptionError, PeerSpec
 from common.distributed import World
 from common.peers import Peer
 from common.transfer import PeerOutput, confidence
 
 _logger = logging.getLogger(__name__)
+
+SCHEDULES = "cosine tanh step constant multistep plateau poly wsd rsqrt none".split()
 
 
 class ClassifierPeer(Peer):
@@ -149,13 +157,14 @@ def image_size(options: argparse.Namespace) -> int | tuple[int, int] | None:
 def _scale_head(module: nn.Module, options: argparse.Namespace) -> None:
     if options.head_init_scale is None and options.head_init_bias is None:
         return
-    head = module.get_classifier()
     with torch.no_grad():
-        if options.head_init_scale is not None:
-            head.weight.mul_(options.head_init_scale)
-            head.bias.mul_(options.head_init_scale)
-        if options.head_init_bias is not None:
-            nn.init.constant_(head.bias, options.head_init_bias)
+        for name, value in module.named_parameters():
+            if not name.startswith(head_of(module)):
+                continue
+            if options.head_init_scale is not None:
+                value.mul_(options.head_init_scale)
+            if options.head_init_bias is not None and name.endswith("bias"):
+                value.fill_(options.head_init_bias)
 
 
 def build_peers(
@@ -181,17 +190,11 @@ def build_peers(
         if options.channels_last:
             module.to(memory_format=torch.channels_last)
         if options.sync_bn and world.size > 1:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            module = convert_sync_batchnorm(module)
         rest: dict[str, Any] = {"frozen": spec.frozen}
         if not spec.frozen:
             optimizer = _optimizer(spec, module, run, world)
-            schedule, wants = create_scheduler_v2(
-                optimizer,
-                **{**scheduler_kwargs(options), "num_epochs": run.epochs},
-                updates_per_epoch=updates_per_epoch,
-            )
-            if schedule is not None:
-                schedule.step(0)
+            schedule, wants = _schedule(spec, optimizer, run, updates_per_epoch)
             epochs.append(wants)
             rest |= {"optimizer": optimizer, "schedule": schedule, "clip": _clip(module, options)}
             if options.model_ema:
@@ -204,12 +207,20 @@ def build_peers(
         to_view = ToView(common, view, options.channels_last, dtype).to(world.device)
         peer = ClassifierPeer(spec.name, module, to_view, loss, run.score, **rest)
         if options.torchcompile:
-            peer.model = torch.compile(
-                module, backend=options.torchcompile, mode=options.torchcompile_mode
-            )
+            peer.model = _compile(spec, module)
         peer.distribute(world, broadcast_buffers=not run.no_ddp_bb)
         peers.append(peer)
     return peers, max(epochs, default=run.epochs)
+
+
+def _compile(spec: PeerSpec, module: nn.Module) -> nn.Module:
+    backend, mode = spec.options.torchcompile, spec.options.torchcompile_mode
+    try:
+        return torch.compile(module, backend=backend, mode=mode)
+    except RuntimeError as error:
+        raise OptionError(
+            f"peer {spec.name!r}: compile={backend}, mode {mode}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _optimizer(
@@ -223,9 +234,51 @@ def _optimizer(
         optimizer = create_optimizer_v2(module, **kwargs)
         if "fused" in optimizer.defaults and not {"fused", "foreach"} & set(kwargs):
             optimizer = create_optimizer_v2(module, **kwargs, fused=True)
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise OptionError(f"peer {spec.name!r}: optimizer {options.opt!r}: {error}") from error
     return optimizer
+
+
+class PositionedSchedule:
+    """A timm schedule that saves only what its position in the run does not tell.
+
+    timm's schedules are functions of the epoch or the step, so a resumed run follows its own
+    options, for instance more epochs. Only plateau remembers, and timm does not save all of that.
+
+    Args:
+        schedule: From ``timm.scheduler``.
+    """
+
+    def __init__(self, schedule: Scheduler) -> None:
+        self.timm = schedule
+        self.step = schedule.step
+        self.step_update = schedule.step_update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory of a plateau schedule; nothing for others."""
+        if not isinstance(self.timm, PlateauLRScheduler):
+            return {}
+        return {"inner": self.timm.lr_scheduler.state_dict(), "restore_lr": self.timm.restore_lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the memory of a plateau schedule."""
+        if isinstance(self.timm, PlateauLRScheduler) and "inner" in state_dict:
+            self.timm.lr_scheduler.load_state_dict(state_dict["inner"])
+            self.timm.restore_lr = state_dict["restore_lr"]
+
+
+def _schedule(
+    spec: PeerSpec, optimizer: torch.optim.Optimizer, run: argparse.Namespace, updates: int
+) -> tuple[PositionedSchedule | None, int]:
+    options = {**scheduler_kwargs(spec.options), "num_epochs": run.epochs}
+    try:
+        schedule, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates)
+    except (ValueError, AssertionError) as error:
+        raise OptionError(
+            f"peer {spec.name!r}: schedule {spec.options.sched!r}: {error} Choose from "
+            f"{', '.join(SCHEDULES)}"
+        ) from error
+    return None if schedule is None else PositionedSchedule(schedule), epochs
 
 
 def scaled_lr(options: argparse.Namespace, global_batch: int) -> float:

@@ -85,7 +85,8 @@ class TransferTask(TrainingTask):
         device: For the task's tensors.
         dtype: For the task's tensors.
         verbose: As in timm.
-        **transfer: Of ``common.transfer.KnowledgeTransfer``: rule, temperature, weight, ...
+        **transfer: Of ``common.transfer.KnowledgeTransfer``: rule, temperature, weight, ...;
+            ``warmup_steps`` are batches here, for a stock loop does not tell its optimizer steps.
 
     Raises:
         ValueError: Names or a rule that do not fit.
@@ -115,6 +116,7 @@ class TransferTask(TrainingTask):
         self.criterion = criterion or nn.CrossEntropyLoss(reduction="none")
         self.score = score
         self.transfer = KnowledgeTransfer(names=self.names, frozen=frozen, **transfer)
+        self.batches = 0
         views = _views(peers, data_config) if data_config is not None else None
         self.trainable_module = PeerEnsemble(peers, views, frozen).to(self.device)
         self.trainable_module.train()
@@ -138,13 +140,30 @@ class TransferTask(TrainingTask):
         """
         logits = self.trainable_module(input)
         outputs = [classify(z, target, self.criterion, self.score) for z in logits]
-        result = self.transfer(outputs)
+        result = self.transfer(outputs, self.batches)
+        self.batches += 1
         told = {"loss": result.total, "output": ensemble([z.detach() for z in logits])}
         for i, name in enumerate(self.names):
             told[f"{name}/task_loss"] = result.task_loss[i]
             told[f"{name}/transfer_loss"] = result.transfer_loss[i]
             told[f"{name}/output"] = logits[i].detach()
         return told
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return what timm's checkpoint keeps beside the weights: batches seen, draws made."""
+        return {} if ema else {"batches": self.batches, "transfer": self.transfer.state_dict()}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Take up what ``get_task_state`` gave."""
+        if state and not ema:
+            self.batches = state["batches"]
+            self.transfer.load_state_dict(state["transfer"], self.device)
 
 
 def _views(peers: Mapping[str, nn.Module], config: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
-from classification.evaluation import PeerEvaluator
+from classification.evaluation import PeerEvaluator, brought_to
 from classification.models import PUBLISHED_TOP1, ModelError
 from classification.options import OptionError, PeerSpec, parse
 from classification.peer import ClassifierPeer, build_modules, build_peers
@@ -25,7 +25,8 @@ from common.checkpoint import CheckpointError, load_run
 from common.distributed import World
 from common.engine import JointEngine
 from common.peers import PeerGroup
-from common.trainer import NonFiniteError, Plan, Progress, Trainer
+from common.roles import NonFiniteError
+from common.trainer import Plan, Progress, Trainer
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger("train")
@@ -67,6 +68,8 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     modules, views = build_modules(specs, options)
     train_set = open_dataset(options, True, views[0].size[0])
     check_classes(train_set, modules[0].num_classes)
+    if classes_of(train_set):
+        check_same_classes(train_set, open_dataset(options, False, views[0].size[0]))
     loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
     rows = [outputs.describe(*peer) for peer in zip(specs, modules, views, strict=True)]
     updates = -(-len(loader) // options.grad_accum_steps)
@@ -81,8 +84,8 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         source = path if path.is_dir() else path.parent
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
-    elif options.start_epoch:
-        trainer.progress.epoch = options.start_epoch
+    if options.start_epoch is not None:
+        trainer.begin_at(options.start_epoch)
     progress = trainer.fit()
     outputs.check_exports(trainer, specs, modules)
     if world.is_main:
@@ -149,6 +152,22 @@ def check_classes(dataset: Any, num_classes: int) -> None:
         )
 
 
+def check_same_classes(train_set: Any, held_out: Any) -> None:
+    """Refuse splits whose folders number the classes differently.
+
+    Raises:
+        OptionError: Names the classes that only one of the splits has.
+    """
+    one, two = classes_of(train_set), classes_of(held_out)
+    if one and two and one != two:
+        differ = sorted(str(name) for name, _ in one.items() ^ two.items())
+        alone = sorted(str(name) for name in one.keys() ^ two.keys()) or differ
+        raise OptionError(
+            "training and validation data number their classes differently; in one of them only: "
+            f"{', '.join(alone[:6])}; complete the folders, or number them with --class-map"
+        )
+
+
 def _trainer(
     options: argparse.Namespace,
     specs: Sequence[PeerSpec],
@@ -159,7 +178,10 @@ def _trainer(
     world: World,
     bars: bool,
 ) -> Trainer:
-    group = PeerGroup(peers)
+    try:
+        group = PeerGroup(peers)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
     modules = [peer.module for peer in peers]
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
     transfer = KnowledgeTransfer(
@@ -184,7 +206,7 @@ def _trainer(
         dtypes=[next(module.parameters()).dtype for module in modules],
         watch=watch,
     )
-    folder = outputs.folder_of(options, specs)
+    folder = outputs.folder_of(options, specs, world)
     return Trainer(
         peers=group,
         engine=JointEngine(group, transfer, world.device, amp_dtype),
@@ -209,19 +231,26 @@ def _trainer(
             for spec, module, view in zip(specs, modules, views, strict=True)
         },
         writers=outputs.writers(options, folder, world),
-        before_evaluation=lambda: _average_buffers(modules, options, world),
+        before_evaluation=lambda: average_buffers(group, options.dist_bn, world),
         on_baseline=lambda metrics: _compare_with_published(specs, modules, metrics),
         watch=lambda batches: watch(batches, "training"),
     )
 
 
-def _average_buffers(
-    modules: Sequence[nn.Module], options: argparse.Namespace, world: World
-) -> None:
-    """Give all ranks the same BatchNorm statistics, as timm's --dist-bn asks."""
-    if world.size > 1 and options.dist_bn:
-        for module in modules:
-            distribute_bn(module, world.size, options.dist_bn == "reduce")
+def average_buffers(peers: PeerGroup, how: str, world: World) -> None:
+    """Give all ranks the same BatchNorm statistics, those of averaged weights too.
+
+    Args:
+        how: ``reduce`` (the mean over ranks), ``broadcast`` (the first rank's) or nothing.
+    """
+    if world.size == 1 or not how:
+        return
+    for peer in peers:
+        learning = [] if peer.frozen else [peer.module]
+        averaged = [] if peer.average is None else [peer.average.module]
+        for module in learning + averaged:
+            with brought_to(world.device, module):
+                distribute_bn(module, world.size, how == "reduce")
 
 
 def _compare_with_published(

@@ -42,7 +42,7 @@ def start(device: str = "auto", timeout: timedelta | None = None) -> World:
         timeout: How long a collective may take; None: torch's default.
 
     Raises:
-        ValueError: A device that this machine does not have.
+        ValueError, RuntimeError: A device that this machine does not have.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -69,6 +69,7 @@ def _device(device: str, local_rank: int) -> torch.device:
                 "or start no more processes than there are GPUs"
             )
         return torch.device("cuda", index)
+    torch.empty(0, device=chosen)
     return chosen
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from common.checkpoint import CheckpointError, load_weights
 from common.distributed import World
 from common.transfer import PeerOutput
 
@@ -141,6 +142,7 @@ class Peer(ABC):
         return {
             "module": self.module.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
+            "kind": type(self.optimizer).__name__,
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
@@ -151,17 +153,31 @@ class Peer(ABC):
         Args:
             state: From ``state_dict``.
             optimizer: False leaves optimizer and schedule as they are.
+
+        Raises:
+            CheckpointError: The state of another model or another optimizer.
         """
-        self.module.load_state_dict(state["module"])
+        source = f"run file, peer {self.name!r}"
+        load_weights(self.module, state["module"], source)
         if self.average is not None:
-            average = state["average"]
-            self.average.module.load_state_dict(state["module"] if average is None else average)
+            load_weights(self.average.module, state["average"] or state["module"], source)
         if not optimizer:
             return
         if self.optimizer is not None and state["optimizer"] is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state, source)
         if self.schedule is not None and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
+
+    def _load_optimizer(self, state: dict[str, Any], source: str) -> None:
+        assert self.optimizer is not None
+        own = type(self.optimizer).__name__
+        advice = "give the run's own optimizer options, or leave its state out (--no-resume-opt)"
+        if state["kind"] != own:
+            raise CheckpointError(f"{source}: state of {state['kind']}, not of {own}; {advice}")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}; {advice}") from error
 
 
 class PeerGroup(Sequence[Peer]):

@@ -10,6 +10,10 @@ from torch import Tensor
 ONE_WAY = "one_way:"
 
 
+class NonFiniteError(ValueError):
+    """A peer's loss or score is NaN or infinite."""
+
+
 def assign_roles(
     score: Tensor,
     rule: str,
@@ -35,8 +39,9 @@ def assign_roles(
         diagonal. Carries no gradient.
 
     Raises:
-        ValueError: Unknown rule or name, fewer than two peers for a rule that transfers, a negative
-            margin, or a score that is not finite (names the peer and the sample).
+        ValueError: Unknown rule or name, fewer than two peers for a rule that transfers, or a
+            negative margin.
+        NonFiniteError: A score that is not finite (names the peer and the sample).
 
     Source: Jain et al., TMLR 2025 (``best``); Zhang et al., CVPR 2018 (``mutual``); Hinton et al.,
     2015 (``one_way``). Unlike the published two-model script, a tie at the top teaches nobody.
@@ -83,7 +88,7 @@ def _check_finite(score: Tensor, names: Sequence[str]) -> None:
     if bool(torch.isfinite(score).all()):
         return
     peer, sample = (int(i) for i in (~torch.isfinite(score)).nonzero()[0][:2])
-    raise ValueError(
+    raise NonFiniteError(
         f"the score of peer {names[peer]!r} is not finite at sample {sample} of the batch; "
         "its loss diverged or its input is broken: lower its lr, clip its gradients, or use bf16"
     )

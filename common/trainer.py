@@ -23,9 +23,14 @@ from common.distributed import World
 from common.engine import Engine
 from common.ledger import Ledger, Lessons
 from common.peers import PeerGroup
+from common.roles import NonFiniteError
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger(__name__)
+
+DIVERGED = (
+    "lower that peer's lr, clip its gradients, or train in bfloat16; resume from the last run file"
+)
 
 Writer = Callable[[Mapping[str, float], int], None]
 
@@ -112,10 +117,6 @@ class Progress:
     lessons: list[dict[str, float]] = field(default_factory=list)
 
 
-class NonFiniteError(FloatingPointError):
-    """A peer's loss is NaN or infinite."""
-
-
 class Trainer:
     """Trains a group of peers, and can go on exactly where a killed run stopped.
 
@@ -175,7 +176,7 @@ class Trainer:
         """Measure the start, train the epochs that are left, export each peer's last weights.
 
         Raises:
-            NonFiniteError: A peer's loss is not finite; nothing of that epoch is saved.
+            NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
         """
         if not self.progress.history:
             self.on_baseline(self._evaluate(0))
@@ -250,9 +251,17 @@ class Trainer:
         if bad:
             raise NonFiniteError(
                 f"the loss of {', '.join(bad)} was not finite in {max(bad.values())} batches up to "
-                f"step {self.progress.updates}; lower that peer's lr, clip its gradients, or train "
-                "in bfloat16; resume from the last run file"
+                f"step {self.progress.updates}; {DIVERGED}"
             )
+
+    def _refuse_broken_weights(self) -> None:
+        """Keep the last sound run file: one of NaNs could only be thrown away."""
+        for peer in self.peers:
+            if not all(bool(p.isfinite().all()) for p in peer.module.parameters()):
+                raise NonFiniteError(
+                    f"weights of {peer.name} are not finite at step {self.progress.updates}; "
+                    f"{DIVERGED}"
+                )
 
     def _finish_epoch(self) -> None:
         lessons = self.ledger.read_epoch()
@@ -329,7 +338,12 @@ class Trainer:
             writer(scalars, self.progress.updates)
 
     def save(self) -> None:
-        """Write a run file from which ``resume`` goes on bit for bit (on the CPU)."""
+        """Write a run file from which ``resume`` goes on bit for bit (on the CPU).
+
+        Raises:
+            NonFiniteError: A peer's weights are not finite; nothing is written.
+        """
+        self._refuse_broken_weights()
         ranks = distributed.gather_objects(
             {
                 "rng": rng_state(self.world.device),
@@ -366,7 +380,7 @@ class Trainer:
         Args:
             state: From ``common.checkpoint.load_run``.
             source: The folder of that run; the best weights so far are taken over from it.
-            optimizer: False: take weights and position, but fresh optimizers and schedules.
+            optimizer: False: take weights and position, but fresh optimizers.
 
         Raises:
             CheckpointError: The run had other peers.
@@ -391,6 +405,7 @@ class Trainer:
         self.evaluator.load_state_dict(state["evaluator"])
         if optimizer:
             self.engine.scaler.load_state_dict(state["scaler"])
+        self._position_schedules()
         ranks = state["ranks"]
         if len(ranks) != self.world.size:
             _logger.warning(
@@ -403,6 +418,22 @@ class Trainer:
         self.ledger.load_state_dict(mine["ledger"])
         self.transfer.load_state_dict(mine["transfer"], self.world.device)
         load_rng_state(mine["rng"], self.world.device)
+
+    def begin_at(self, epoch: int) -> None:
+        """Go on as if that many epochs were finished: schedules, order of the data, steps made."""
+        batches = len(self.loader)
+        updates = -(-batches // min(self.plan.accumulate, batches))
+        self.progress.epoch, self.progress.batch = epoch, 0
+        self.progress.updates = epoch * updates
+        self._position_schedules()
+
+    def _position_schedules(self) -> None:
+        """Bring the learning rates to where the run stands; at its start they are there."""
+        for peer in self.peers:
+            if peer.schedule is not None and self.progress.epoch:
+                peer.schedule.step(self.progress.epoch)
+            if peer.schedule is not None and self.progress.updates:
+                peer.schedule.step_update(num_updates=self.progress.updates)
 
     def _take_over_best(self, source: Path) -> None:
         """Copy best files from another folder; where one is gone, the best is measured anew."""

@@ -108,6 +108,8 @@ class KnowledgeTransfer:
             raise ValueError(f"weight is {weight}; expected 0 or more")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps is {warmup_steps}; expected 0 or more")
+        if margin is not None and not margin >= 0:
+            raise ValueError(f"margin is {margin}; expected 0 or more")
         if names is not None:
             check_rule(rule, names)
         unknown = [name for name in frozen if name not in (names or ())]
@@ -132,7 +134,8 @@ class KnowledgeTransfer:
             step: Optimizer steps made so far, for the warm-up of the weight; None: after it.
 
         Raises:
-            ValueError: Shapes that differ (names the peers), or a score that is not finite.
+            ValueError: Shapes that differ (names the peers).
+            NonFiniteError: A score that is not finite, on the CPU.
         """
         _check_shapes(outputs, self.names)
         task_losses = [output.task_loss for output in outputs]

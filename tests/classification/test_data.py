@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import tarfile
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from classification.data import (
 )
 from classification.models import create_classifier
 from classification.options import OptionError, parse
+from classification.train import check_same_classes
 from common.distributed import World
 
 CPU = torch.device("cpu")
@@ -179,6 +181,30 @@ def test_bad_data_is_named(digits, tmp_path):
         open_dataset(options_of(tmp_path / "empty"), True, 3)
     with pytest.raises(OptionError, match="do not fill one batch of 500; lower --batch-size"):
         loader_of(digits, "-b", "500")
+
+
+def test_a_missing_split_is_not_read_from_the_others(digits, tmp_path):
+    shutil.copytree(digits / "train", tmp_path / "train")
+    assert len(open_dataset(options_of(tmp_path), True, 3)) == 400
+    with pytest.raises(OptionError, match="no folder for split 'validation', only train; make one"):
+        open_dataset(options_of(tmp_path), False, 3)
+    with pytest.raises(OptionError, match="no folder for split 'fit'"):
+        open_dataset(options_of(tmp_path, "--train-split", "fit"), True, 3)
+    assert len(open_dataset(options_of(tmp_path / "train"), False, 3)) == 400
+
+
+def test_a_class_map_that_is_missing_is_named(digits):
+    with pytest.raises(OptionError, match=r"/nowhere\.txt"):
+        open_dataset(options_of(digits, "--class-map", "/nowhere.txt"), True, 3)
+
+
+def test_splits_of_other_classes_are_refused(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "validation" / "3")
+    train, held_out = (open_dataset(options_of(tmp_path / "data"), x, 3) for x in (True, False))
+    check_same_classes(train, train)
+    with pytest.raises(OptionError, match="in one of them only: 3; complete the folders"):
+        check_same_classes(train, held_out)
 
 
 def test_steps_an_epoch_can_be_limited(digits):

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from classification.options import PEER_OPTIONS, REJECTED, OptionError, build_parser, parse
 
@@ -90,6 +92,14 @@ TWO = ["--peer", "resnet18", "--peer", "resnet34"]
         (["/data", "--peer", "a,name=x", "--peer", "b,name=x"], "two peers are named 'x'"),
         (["/data", *TWO, "--batch-size", "0"], "--batch-size is 0"),
         (["/data", *TWO, "-b", "7", "--mixup", "0.2"], "mixup needs an even --batch-size, got 7"),
+        (["/data", *TWO, "-b", "7", "--cutmix-minmax", "0.2", "0.8"], "mixup needs an even"),
+        (["/data", *TWO, "--start-epoch", "-1"], "--start-epoch is -1; expected 0 or more"),
+        (["/data", *TWO, "-vb", "0"], "--validation-batch-size is 0; expected 1 or more"),
+        (["/data", *TWO, "--temperature", "0"], "temperature is 0.0; expected more than 0"),
+        (["/data", *TWO, "--transfer-weight", "-1"], "weight is -1.0; expected 0 or more"),
+        (["/data", *TWO, "--margin", "-1"], "margin is -1.0; expected 0 or more"),
+        (["/data", *TWO, "--smoothing", "2"], "--smoothing is 2.0; expected 0 or more, below 1"),
+        (["/data", "--peer", "resnet18,published=x", *TWO], "published is 'x'; expected a number"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, says):
@@ -104,7 +114,8 @@ def test_wrong_arguments_are_named(arguments, says):
         ("learning_rate: 1", "unknown option 'learning_rate'"),
         ("bathc_size: 1", "did you mean batch_size"),
         ("lr: [1, 2]", "lr is [1, 2]; expected one float"),
-        ("scale: 1", "scale is 1; expected a list of float"),
+        ("scale: 1", "scale is 1; expected a list of 2 float"),
+        ("scale: [1]", "scale is [1]; expected a list of 2 float"),
         ("amp: perhaps", "expected true or false"),
         ("model: resnet18", "give every model as --peer"),
         ("peers: [{name: a}]", "it needs a `model:`"),
@@ -134,3 +145,28 @@ def test_a_missing_config_is_named():
 def test_namespace_is_plain():
     options, peers = parse(["/data", *TWO])
     assert isinstance(options, argparse.Namespace) and len(peers) == 2
+
+
+TOLD = {
+    "architecture": "resnet18", "model_args": "{}", "input_size": "[3, 32, 32]", "mean": "[0.5]",
+    "std": "[0.5]", "interpolation": "bicubic", "crop_pct": "1.0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model_args": "{"},
+        {"model_args": "7"},
+        {"input_size": "[3]"},
+        {"input_size": "{}"},
+        {"mean": '"x"'},
+        {"crop_pct": "wide"},
+        {"crop_pct": None},
+    ],
+)
+def test_an_export_with_a_broken_description_is_named(tmp_path, wrong):
+    told = {key: value for key, value in {**TOLD, **wrong}.items() if value is not None}
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=told)
+    with pytest.raises(OptionError, match=r"x\.safetensors: its description cannot be read"):
+        parse(["/data", "--peer", f"{tmp_path}/x.safetensors", *TWO])

@@ -1,17 +1,34 @@
 """Classifier peers: losses, scores, optimizers, learning rates."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import nn
 
+from classification.evaluation import brought_to
 from classification.losses import sample_loss
+from classification.models import create_classifier
 from classification.options import OptionError, parse
-from classification.peer import build_modules, build_peers, classify, scaled_lr
+from classification.outputs import metadata
+from classification.peer import (
+    SCHEDULES,
+    ClassifierPeer,
+    build_modules,
+    build_peers,
+    classify,
+    scaled_lr,
+)
+from classification.train import average_buffers
 from common.distributed import World
+from common.peers import PeerGroup
 from common.transfer import confidence
+from tests.launch import launch
 
 HERE = World(0, 1, 0, torch.device("cpu"))
 TINY = "test_vit,img_size=32"
@@ -84,6 +101,42 @@ def test_warm_up_starts_at_the_warm_up_rate():
     assert a.lr == 1e-6
 
 
+@pytest.mark.parametrize("sched", [name for name in SCHEDULES if name != "rsqrt"])  # warms up
+def test_without_warm_up_a_run_starts_at_its_rate_and_resumes_where_it_was(sched):
+    asked = ["--opt", "sgd", "--lr", "1e-2", "--warmup-epochs", "0", "--sched", sched]
+    asked += ["--epochs", "9", "--decay-epochs", "2", "--patience-epochs", "0"]
+    (whole, _), (again, _) = peers_of(*asked), peers_of(*asked)
+    assert whole.lr == pytest.approx(1e-2)
+    if sched == "none":
+        return
+    for epoch in (1, 2, 3):
+        whole.schedule.step(epoch, 50.0)
+    again.optimizer.load_state_dict(whole.optimizer.state_dict())
+    again.schedule.load_state_dict(whole.schedule.state_dict())
+    again.schedule.step(3)
+    for epoch in (4, 5):
+        assert again.lr == whole.lr
+        whole.schedule.step(epoch, 60.0 - epoch)
+        again.schedule.step(epoch, 60.0 - epoch)
+
+
+def test_a_resumed_schedule_follows_its_own_run():
+    asked = ["--opt", "sgd", "--lr", "1e-2", "--warmup-epochs", "0"]
+    (short, _), (long, _) = peers_of(*asked, "--epochs", "2"), peers_of(*asked, "--epochs", "4")
+    short.schedule.step(2, None)
+    long.load_state_dict(short.state_dict())
+    long.schedule.step(2)
+    assert short.lr == 0 and long.lr == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize(
+    "more", [("--sched", "cosin"), ("--sched", "plateau", "--sched-on-updates")]
+)
+def test_a_schedule_that_cannot_be_is_named(more):
+    with pytest.raises(OptionError, match=rf"schedule '{more[1]}': .*Choose from cosine, tanh"):
+        peers_of(*more)
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -132,8 +185,72 @@ def test_head_initialisation():
     assert not a.module.head.weight.any() and (b.module.head.fc.bias == -3).all()
 
 
+def test_both_heads_of_a_distilled_model_are_initialised():
+    (a, _) = peers_of(
+        "--head-init-scale", "0", first="deit_tiny_distilled_patch16_224,img_size=32,kwargs.depth=1"
+    )
+    assert not a.module.head.weight.any() and not a.module.head_dist.weight.any()
+
+
+def test_an_export_tells_the_epsilon_that_it_was_trained_with():
+    run, specs = parse(["/data", "--peer", "test_efficientnet,bn_eps=0.5", "--peer", TINY])
+    for spec in specs:
+        spec.options.pretrained = False
+    modules, views = build_modules(specs, run)
+    told = metadata(specs[0], modules[0], views[0])
+    again = create_classifier("test_efficientnet", **json.loads(told["model_args"]))
+    assert again.bn1.eps == modules[0].bn1.eps == 0.5
+
+
 def test_wrong_options_of_a_model_or_optimizer_are_named():
     with pytest.raises(OptionError, match="optimizer 'adumw'"):
         peers_of("--opt", "adumw")
     with pytest.raises(OptionError, match="optimizer 'sgd'"):
         peers_of("--opt-kwargs", "nonsense=1")
+
+
+def test_synchronised_batch_norm_keeps_its_activation(monkeypatch):
+    monkeypatch.setattr(ClassifierPeer, "distribute", lambda *rest, **more: None)
+    asked = ["--peer", "test_efficientnet,img_size=32", "--peer", TINY, "--num-classes", "5"]
+    run, specs = parse(["/data", *asked, "--no-pretrained", "--sync-bn"])
+    modules, views = build_modules(specs, run)
+    images = torch.ones(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = modules[0].eval()(images)
+        peers, _ = build_peers(specs, modules, views, run, replace(HERE, size=2), 10)
+        assert isinstance(peers[0].module.bn1, nn.SyncBatchNorm)
+        torch.testing.assert_close(peers[0].module.eval()(images), expected)
+
+
+def test_modules_kept_elsewhere_come_and_go_back():
+    class Kept(nn.Linear):
+        def to(self, device):
+            places.append(str(device))
+
+    places = []
+    with brought_to(torch.device("meta"), Kept(1, 1), nn.Linear(1, 1, device="meta")):
+        assert places == ["meta"]
+    assert places == ["meta", "cpu"]
+
+
+def averaged_buffers(world, folder):
+    torch.manual_seed(0)
+    module = nn.BatchNorm1d(2)
+    average = ModelEmaV3(module, decay=0.5)
+    module.running_mean.fill_(world.rank)
+    average.module.running_mean.fill_(2 + world.rank)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    peer = ClassifierPeer("a", module, None, None, optimizer=optimizer, average=average)
+    average_buffers(PeerGroup([peer]), "reduce", world)
+    found = [module.running_mean[0].item(), average.module.running_mean[0].item()]
+    (folder / str(world.rank)).write_text(str(found))
+
+
+def test_ranks_evaluate_the_same_statistics_of_weights_and_average(tmp_path):
+    launch(averaged_buffers, 2, tmp_path)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0.5, 2.5]"] * 2
+
+
+def test_an_unknown_compiler_is_named():
+    with pytest.raises(OptionError, match="compile=nonsense, mode None: Invalid backend"):
+        peers_of(first=TINY + ",compile=nonsense")

@@ -114,6 +114,27 @@ def test_peers_of_other_sizes_get_their_own_view():
     assert torch.isfinite(task(images, target)["loss"])
 
 
+def test_the_transfer_warms_up_over_batches_and_goes_on_from_a_checkpoint():
+    def weight(task):
+        result = task(*next(batches(1)))
+        parts = [
+            result[f"{name}/{what}"] for what in ("task_loss", "transfer_loss") for name in "ab"
+        ]
+        return ((result["loss"] - parts[0] - parts[1]) / (parts[2] + parts[3])).item()
+
+    def build():
+        peers = {"a": model(0), "b": model(1)}
+        return TransferTask(peers, rule="random", warmup_steps=4, verbose=False)
+
+    task, again = build(), build()
+    assert [weight(task) for _ in range(3)] == pytest.approx([0, 0.25, 0.5], abs=1e-3)
+    state = task.get_checkpoint_state()
+    again.load_checkpoint_state(state["state_dict"], state["task_state"])
+    images, target = next(batches(1))
+    assert torch.equal(again(images, target)["loss"], task(images, target)["loss"])
+    assert weight(task) == pytest.approx(1, abs=1e-3)
+
+
 def test_wrong_peers_are_named():
     with pytest.raises(OptionError, match="same classes, got a: 5, b: 1000"):
         TransferTask({"a": model(0), "b": timm.create_model("test_vit")}, verbose=False)

@@ -15,7 +15,8 @@ import timm
 import torch
 import yaml
 
-from classification.options import OptionError
+from classification.options import OptionError, parse
+from classification.outputs import folder_of
 from classification.train import main, run
 from classification.validate import validate
 from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
@@ -82,8 +83,9 @@ def test_n_peers_learn_and_leave_files_that_stock_timm_loads(digits, tmp_path, p
     [
         "--mixup 0.2 --reprob 0.2 --rule random --model-ema --grad-accum-steps 2".split(),
         "--sched-on-updates --clip-grad 1 --rule mutual --aa rand-m3".split(),
+        "--sched plateau --patience-epochs 0 --lr-noise 0.3 --epochs 3".split(),
     ],
-    ids=["mixup-ema-random", "updates-clip-mutual"],
+    ids=["mixup-ema-random", "updates-clip-mutual", "plateau-noise"],
 )  # fmt: skip
 def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(digits, tmp_path, more):
     whole = arguments_of(
@@ -184,7 +186,10 @@ def test_the_written_arguments_repeat_the_run(digits, tmp_path):
         (("--peer", "resnet18,checkpoint=/nowhere.pth"), "no such file"),
         (("--num-classes", "7"), "the data has 10 classes, the peers tell 7"),
         (("--device", "cuda"), "--device cuda"),
+        (("--device", "mps"), "--device mps"),
         (("--opt", "adumw"), "adumw"),
+        (("--aa", "nonsense"), "--aa nonsense: Unknown AA policy"),
+        (("--mean", "0.5", "0.5"), "--mean has 2 values"),
         (("--resume", "/nowhere"), "no such file"),
     ],
 )
@@ -192,6 +197,36 @@ def test_wrong_input_ends_in_one_line_before_any_work(digits, tmp_path, caplog, 
     assert main(arguments_of(digits, tmp_path, *more)) == 1
     assert says in caplog.text and "Traceback" not in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named(digits, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert main(arguments_of(digits, tmp_path / "file")) == 1
+    assert f"{tmp_path}/file" in caplog.text and "can be written" in caplog.text
+
+
+def test_only_frozen_peers_are_refused(digits, tmp_path):
+    asked = [f"{x},frozen=true" if "name=" in x else x for x in arguments_of(digits, tmp_path)]
+    with pytest.raises(OptionError, match="every peer is frozen"):
+        run(asked, bars=False)
+
+
+def choosing(world, folder):
+    time.sleep(1.1 * world.rank)  # another second, another stamp
+    options, specs = parse(["/data", "--peer", "a", "--peer", "b", "--output", str(folder)])
+    (folder / str(world.rank)).write_text(str(folder_of(options, specs, world)))
+
+
+def test_all_ranks_choose_one_folder(tmp_path):
+    launch(choosing, 2, tmp_path)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
+def test_a_diverging_run_ends_in_one_line(digits, tmp_path, caplog):
+    asked = arguments_of(digits, tmp_path, "--opt", "sgd", "--lr", "1e30", epochs=3)
+    assert main(asked) == 1
+    assert "the score of peer 'a' is not finite" in caplog.text and "lower its lr" in caplog.text
+    assert not list_runs(tmp_path / "run")
 
 
 def test_class_counts_that_differ_name_both(digits, tmp_path):

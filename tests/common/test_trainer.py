@@ -109,6 +109,18 @@ def test_kill_9_then_resume_equals_the_uninterrupted_run(tmp_path):
     assert_same(whole["progress"], killed["progress"])
 
 
+def test_the_rate_follows_the_position_of_the_run(tmp_path):
+    make_trainer(tmp_path, epochs=2).fit()
+    resumed = make_trainer(tmp_path)
+    resumed.resume(load_run(tmp_path), optimizer=False)
+    begun = make_trainer(tmp_path / "begun", accumulate=4)
+    begun.begin_at(2)
+    for trainer in (resumed, begun):
+        assert [peer.lr for peer in trainer.peers] == [0.1 * 0.5**2] * 3
+    assert (begun.progress.epoch, begun.progress.updates) == (2, 4)
+    assert begun.fit().history[-1]["epoch"] == 3
+
+
 def test_best_weights_are_those_of_the_best_evaluation(tmp_path):
     trainer = make_trainer(tmp_path, epochs=4)
     values = iter([50.0, 60.0, 55.0, 60.0, 10.0])
@@ -148,8 +160,19 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
                 yield x * float("nan") if self.epoch == 1 else x, y
 
     trainer = make_trainer(tmp_path, loader=Broken())
-    with pytest.raises((NonFiniteError, ValueError), match="p0"):
+    with pytest.raises(NonFiniteError, match="p0"):
         trainer.fit()
+    assert [path.name for path in list_runs(tmp_path)] == ["run-00001-00000000.pt"]
+
+
+def test_broken_weights_do_not_take_the_place_of_sound_ones(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=1, keep=1)
+    trainer.fit()
+    with torch.no_grad():
+        trainer.peers[1].module[0].weight[0, 0] = float("inf")
+    trainer.progress.batch = 3
+    with pytest.raises(NonFiniteError, match="weights of p1 are not finite at step 6; lower"):
+        trainer.save()
     assert [path.name for path in list_runs(tmp_path)] == ["run-00001-00000000.pt"]
 
 
@@ -164,6 +187,22 @@ def test_other_peers_are_refused(tmp_path):
     make_trainer(tmp_path, epochs=1).fit()
     with pytest.raises(CheckpointError, match=r"holds the peers p0, p1, p2; this run has p0, p1"):
         make_trainer(tmp_path, peers=make_peers(2)).resume(load_run(tmp_path))
+
+
+def test_other_models_and_optimizers_are_refused_by_peer(tmp_path):
+    make_trainer(tmp_path, epochs=1).fit()
+    state = load_run(tmp_path)
+    p0, _, p2 = make_peers(3)
+    with pytest.raises(CheckpointError, match=r"peer 'p2': not a checkpoint .*shape: 0.weight"):
+        p2.load_state_dict(state["peers"]["p0"])
+    p0.optimizer = torch.optim.AdamW(p0.module.parameters())
+    with pytest.raises(CheckpointError, match=r"peer 'p0': state of SGD, not of AdamW; .*-opt"):
+        p0.load_state_dict(state["peers"]["p0"])
+    groups = [{"params": [p], "lr": 0.1} for p in p0.module.parameters()]
+    p0.optimizer = torch.optim.SGD(groups)
+    with pytest.raises(CheckpointError, match=r"different number of parameter groups"):
+        p0.load_state_dict(state["peers"]["p0"])
+    p0.load_state_dict(state["peers"]["p0"], optimizer=False)
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(tmp_path):
