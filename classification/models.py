@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.models import get_pretrained_cfg, is_model
 from torch import nn
 
 from classification import dinov2, huggingface, mae
 from classification.heads import ModelError, head_of
 from classification.timm_models import create_timm
 
-__all__ = ["PUBLISHED_TOP1", "ModelError", "create_classifier", "head_of"]
+__all__ = ["PUBLISHED_TOP1", "ModelError", "create_classifier", "full_name", "head_of"]
 
 # ImageNet-1k top-1 in per cent, each at its own size, crop and interpolation. Sources: timm's
 # results table at 224 pixels; the READMEs of facebookresearch/dinov2 (ViT-S/14, linear evaluation;
@@ -28,6 +29,15 @@ PUBLISHED_TOP1 = {
     dinov2.NAME: 81.1,
     mae.NAME: 83.664,
 }
+
+
+def full_name(name: str) -> str:
+    """Add the default pretrained tag to a timm name that leaves it out; others stay."""
+    if "." in name or not is_model(name):
+        return name
+    tag = get_pretrained_cfg(name).tag
+    return f"{name}.{tag}" if tag else name
+
 
 _OWN = {dinov2.NAME: dinov2.create_dinov2, mae.NAME: mae.create_mae}
 

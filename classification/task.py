@@ -39,6 +39,11 @@ class PeerEnsemble(nn.Module):
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        for name in peers:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                raise ValueError(
+                    f"peer {name!r}: torch takes no such name for a module; give it another"
+                )
         self.peers = nn.ModuleDict(peers)
         self.to_view = nn.ModuleDict(to_view or {})
         self.frozen = list(frozen)
@@ -131,14 +136,16 @@ class TransferTask(TrainingTask):
         return self
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Compute the objective of a batch.
+        """Compute the objective of a batch; in evaluation the ensemble's own loss.
 
         Returns:
             ``loss``: what to call backward on. ``output``: the ensemble's log-probabilities
-            [B, C], no gradient. ``NAME/task_loss``, ``NAME/transfer_loss``, ``NAME/output`` of each
-            peer, no gradient.
+            [B, C], no gradient. In training also ``NAME/task_loss``, ``NAME/transfer_loss`` and
+            ``NAME/output`` of each peer, no gradient.
         """
         logits = self.trainable_module(input)
+        if isinstance(logits, Tensor):
+            return {"loss": self.criterion(logits, target).mean(), "output": logits}
         outputs = [classify(z, target, self.criterion, self.score) for z in logits]
         result = self.transfer(outputs, self.batches)
         self.batches += 1

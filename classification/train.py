@@ -17,7 +17,7 @@ from torch import nn
 from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator, brought_to
-from classification.models import PUBLISHED_TOP1, ModelError
+from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import OptionError, PeerSpec, parse
 from classification.peer import ClassifierPeer, build_modules, build_peers
 from common import distributed
@@ -260,7 +260,7 @@ def _compare_with_published(
     for spec, module in zip(specs, modules, strict=True):
         published = spec.published
         if published is None and module.num_classes == 1000 and not spec.options.num_classes:
-            published = PUBLISHED_TOP1.get(spec.model)
+            published = PUBLISHED_TOP1.get(full_name(spec.model))
         if published is None:
             continue
         measured = metrics[f"{spec.name}/top1"]

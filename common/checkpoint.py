@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 RUN_FORMAT = 1
+RUN_KEYS = {"peers", "progress", "ranks", "config"}
 WEIGHT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model", "weights", "module")
 _RUN_FILE = re.compile(r"run-(\d{5})-(\d{8})\.pt")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -98,7 +99,7 @@ def load_run(path: Path) -> dict[str, Any]:
             )
         path = runs[-1]
     state = read_file(path)
-    if "format" not in state or "peers" not in state:
+    if not isinstance(state.get("format"), int) or not set(state) >= RUN_KEYS:
         raise CheckpointError(
             f"{path}: not a run file of this project; to start from plain weights, give it as a "
             "peer's checkpoint"

@@ -172,8 +172,9 @@ class Peer(ABC):
         assert self.optimizer is not None
         own = type(self.optimizer).__name__
         advice = "give the run's own optimizer options, or leave its state out (--no-resume-opt)"
-        if state["kind"] != own:
-            raise CheckpointError(f"{source}: state of {state['kind']}, not of {own}; {advice}")
+        kind = state.get("kind", own)
+        if kind != own:
+            raise CheckpointError(f"{source}: state of {kind}, not of {own}; {advice}")
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:

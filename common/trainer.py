@@ -183,6 +183,8 @@ class Trainer:
         while self.progress.epoch < self.plan.epochs:
             self._train_epoch()
             self._finish_epoch()
+        if set(self.progress.best) != set(self.peers.names):  # resumed at the end, best files gone
+            self._evaluate(self.progress.epoch)
         self._export("last", self.peers.names)
         return self.progress
 

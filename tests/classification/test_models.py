@@ -11,7 +11,7 @@ import torch
 from timm.models import register_model
 from torch import nn
 
-from classification.models import PUBLISHED_TOP1, ModelError, create_classifier, head_of
+from classification.models import PUBLISHED_TOP1, ModelError, create_classifier, full_name, head_of
 from common.checkpoint import CheckpointError, save_weights
 
 TINY = "test_vit"  # timm's own: 160 pixels, 0.4 M parameters
@@ -291,3 +291,17 @@ def test_published_numbers_are_those_of_models_that_exist():
     for name, top1 in PUBLISHED_TOP1.items():
         assert 75 < top1 < 90
         assert name in ("dinov2_vits14_lc", "mae_vit_base_ft") or name in timm.list_pretrained()
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("pit_xs_224", "pit_xs_224.in1k"),
+        ("pit_xs_224.in1k", "pit_xs_224.in1k"),
+        ("mae_vit_base_ft", "mae_vit_base_ft"),
+        ("hf:org/name", "hf:org/name"),
+        ("vit_tiny_patch16_18", "vit_tiny_patch16_18"),
+    ],
+)
+def test_a_name_without_a_tag_means_its_default_weights(name, full):
+    assert full_name(name) == full

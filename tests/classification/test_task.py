@@ -135,6 +135,21 @@ def test_the_transfer_warms_up_over_batches_and_goes_on_from_a_checkpoint():
     assert weight(task) == pytest.approx(1, abs=1e-3)
 
 
+def test_the_task_evaluates_as_timms_do():
+    task = TransferTask({"a": model(0), "b": model(1)}, verbose=False).eval()
+    images, target = next(batches(1))
+    result = task(images, target)
+    assert result["output"].shape == (8, 5)
+    expected = torch.nn.functional.nll_loss(result["output"], target)
+    torch.testing.assert_close(result["loss"], expected)
+
+
+@pytest.mark.parametrize("name", ["vit.augreg", "train"])
+def test_names_that_torch_refuses_are_named(name):
+    with pytest.raises(ValueError, match=f"peer '{name}': torch takes no such name"):
+        TransferTask({name: model(0), "b": model(1)}, verbose=False)
+
+
 def test_wrong_peers_are_named():
     with pytest.raises(OptionError, match="same classes, got a: 5, b: 1000"):
         TransferTask({"a": model(0), "b": timm.create_model("test_vit")}, verbose=False)

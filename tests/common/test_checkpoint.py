@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from common.checkpoint import (
+    RUN_KEYS,
     CheckpointError,
     atomic_write,
     list_runs,
@@ -110,10 +111,11 @@ def test_training_checkpoints_give_their_weights(tmp_path):
 
 def test_only_the_newest_run_files_stay_and_the_newest_is_read(tmp_path):
     for epoch, batch in [(0, 5), (1, 0), (1, 7), (2, 0)]:
-        save_run(tmp_path, {"peers": {}, "epoch": epoch}, epoch, batch, keep=2)
+        state = {"peers": {}, "progress": {"epoch": epoch}, "ranks": [], "config": {}}
+        save_run(tmp_path, state, epoch, batch, keep=2)
     names = [path.name for path in list_runs(tmp_path)]
     assert names == ["run-00001-00000007.pt", "run-00002-00000000.pt"]
-    assert load_run(tmp_path)["epoch"] == 2
+    assert load_run(tmp_path)["progress"]["epoch"] == 2
     assert not list(tmp_path.glob(".*"))
 
 
@@ -138,6 +140,10 @@ def test_what_is_no_run_file_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a run file"):
         load_run(path)
-    torch.save({"format": 99, "peers": {}}, path)
+    for content in ({"format": 1, "peers": {}}, {"format": "x", **dict.fromkeys(RUN_KEYS)}):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match="not a run file"):
+            load_run(path)
+    torch.save({"format": 99, **dict.fromkeys(RUN_KEYS)}, path)
     with pytest.raises(CheckpointError, match="format 99"):
         load_run(path)

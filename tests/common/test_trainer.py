@@ -165,6 +165,15 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
     assert [path.name for path in list_runs(tmp_path)] == ["run-00001-00000000.pt"]
 
 
+def test_a_finished_run_whose_best_file_is_gone_measures_it_anew(tmp_path):
+    make_trainer(tmp_path, epochs=1).fit()
+    (tmp_path / "p1" / "best.safetensors").unlink()
+    again = make_trainer(tmp_path, epochs=1)
+    again.resume(load_run(tmp_path))
+    assert again.fit().best["p1"].epoch == 1
+    assert (tmp_path / "p1" / "best.safetensors").is_file()
+
+
 def test_broken_weights_do_not_take_the_place_of_sound_ones(tmp_path):
     trainer = make_trainer(tmp_path, epochs=1, keep=1)
     trainer.fit()
