@@ -483,6 +483,11 @@ def eval_loader(
         source = dataset
     else:
         source = _Shard(dataset, world.rank, world.size)
+        if len(source) == 0:
+            raise OptionError(
+                f"{options.data}: {len(dataset)} validation images for {world.size} processes; "
+                "every process needs one"
+            )
     loader = DataLoader(
         source,
         batch_size=options.validation_batch_size or options.batch_size,

@@ -138,9 +138,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         metavar="MODEL[,key=value...]",
         help="a timm model, dinov2_vits14_lc, mae_vit_base_ft, hf:ORG/NAME, or a file that a run "
-        "exported (NAME/best.safetensors), with keys name, "
-        "checkpoint (several files: a+b), frozen, published, compile, and any option marked * "
-        "below; repeat for every peer",
+        "exported (NAME/best.safetensors), with keys name, checkpoint (several files: a+b), frozen, published, compile, and any option marked * "
+        "below; repeat for every peer; replaces the peers of a YAML file",
     )
     add("--rule", default="best", help=f"who teaches whom: {', '.join(RULES)}, one_way:NAME")
     add("--score", default="loss", choices=SCORES, help="what the rule compares")
@@ -331,9 +330,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     """
     parser = build_parser()
     known, _ = _config_parser().parse_known_args(arguments)
-    if known.config:
-        parser.set_defaults(**_read_config(parser, Path(known.config)))
+    configured = _read_config(parser, Path(known.config)) if known.config else {}
+    peers_of_file = configured.pop("peers", None)
+    parser.set_defaults(**configured)
     options = parser.parse_args(arguments)
+    options.peers = options.peers or peers_of_file
     options.data = options.data or options.data_dir
     _check_ranges(options)
     if not options.peers:
@@ -386,6 +387,8 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         if "--" + str(key).replace("_", "-") in REJECTED:
             reason = REJECTED["--" + str(key).replace("_", "-")]
             raise OptionError(f"{path}: {key} is timm's, but not taken here: {reason}")
+        if dest == "peers" and not isinstance(value, list):
+            raise OptionError(f"{path}: peers is {value!r}; expected a list of them")
         if dest not in actions:
             raise OptionError(f"{path}: unknown option {key!r}{_near(dest, actions)}")
         values[dest] = value if dest == "peers" else _coerce(actions[dest], value, str(path))

@@ -149,7 +149,11 @@ def _gflops(module: nn.Module, view: View) -> str:
         warnings.simplefilter("ignore")
         analysis = FlopCountAnalysis(probe, torch.zeros(1, *view.size))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        return f"{analysis.total() / 1e9:.3g}"
+        try:
+            return f"{analysis.total() / 1e9:.3g}"
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            _logger.warning("fvcore cannot count this model: %s", str(error).splitlines()[0])
+            return "?"
 
 
 def log_table(rows: Sequence[dict[str, str]], peers: Sequence[ClassifierPeer]) -> None:
@@ -169,11 +173,15 @@ def _peak_lr(peer: ClassifierPeer) -> float:
     return max(group.get("initial_lr", group["lr"]) for group in peer.optimizer.param_groups)
 
 
-def writers(options: argparse.Namespace, folder: Path, world: World) -> list[Writer]:
-    """Open TensorBoard, the CSV of training scalars, and wandb if asked."""
+def writers(options: argparse.Namespace, folder: Path, world: World, updates: int) -> list[Writer]:
+    """Open TensorBoard, the CSV of training scalars, and wandb if asked.
+
+    What a killed run wrote of steps after ``updates``, which are made again, is dropped.
+    """
     if not world.is_main:
         return []
-    board = SummaryWriter(str(folder / "tensorboard"))
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1 if updates else None)
+    _trim(folder / "scalars.csv", updates)
 
     def to_board(scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
@@ -194,6 +202,14 @@ def writers(options: argparse.Namespace, folder: Path, world: World) -> list[Wri
         )
         found.append(lambda scalars, step: wandb.log(dict(scalars), step=step))
     return found
+
+
+def _trim(path: Path, updates: int) -> None:
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if int(row[0]) <= updates]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
 
 
 def _append(folder: Path, scalars: Mapping[str, float], step: int) -> None:

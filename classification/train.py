@@ -12,7 +12,6 @@ from typing import Any
 import timm
 import torch
 from timm.utils import distribute_bn, random_seed
-from torch import nn
 
 from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
@@ -71,7 +70,8 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     if classes_of(train_set):
         check_same_classes(train_set, open_dataset(options, False, views[0].size[0]))
     loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
-    rows = [outputs.describe(*peer) for peer in zip(specs, modules, views, strict=True)]
+    shown = zip(specs, modules, views, strict=True) if world.is_main else ()
+    rows = [outputs.describe(*peer) for peer in shown]
     updates = -(-len(loader) // options.grad_accum_steps)
     peers, epochs = build_peers(specs, modules, views, options, world, updates)
     random_seed(options.seed, world.rank)
@@ -86,6 +86,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
     if options.start_epoch is not None:
         trainer.begin_at(options.start_epoch)
+    trainer.writers = outputs.writers(options, trainer.folder, world, trainer.progress.updates)
     progress = trainer.fit()
     outputs.check_exports(trainer, specs, modules)
     if world.is_main:
@@ -230,9 +231,8 @@ def _trainer(
             spec.name: outputs.metadata(spec, module, view)
             for spec, module, view in zip(specs, modules, views, strict=True)
         },
-        writers=outputs.writers(options, folder, world),
-        before_evaluation=lambda: average_buffers(group, options.dist_bn, world),
-        on_baseline=lambda metrics: _compare_with_published(specs, modules, metrics),
+        after_epoch=lambda: average_buffers(group, options.dist_bn, world),
+        on_baseline=lambda metrics: _compare_with_published(specs, metrics),
         watch=lambda batches: watch(batches, "training"),
     )
 
@@ -253,13 +253,12 @@ def average_buffers(peers: PeerGroup, how: str, world: World) -> None:
                 distribute_bn(module, world.size, how == "reduce")
 
 
-def _compare_with_published(
-    specs: Sequence[PeerSpec], modules: Sequence[nn.Module], metrics: Mapping[str, float]
-) -> None:
+def _compare_with_published(specs: Sequence[PeerSpec], metrics: Mapping[str, float]) -> None:
     """Show each peer's start beside its published number; a gap tells of a wrong view or file."""
-    for spec, module in zip(specs, modules, strict=True):
+    for spec in specs:
         published = spec.published
-        if published is None and module.num_classes == 1000 and not spec.options.num_classes:
+        theirs = spec.checkpoint is None and spec.options.pretrained is not False
+        if published is None and theirs and not spec.options.num_classes:
             published = PUBLISHED_TOP1.get(full_name(spec.model))
         if published is None:
             continue

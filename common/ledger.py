@@ -47,6 +47,7 @@ class Lessons:
 
     Attributes:
         samples: Seen, over all ranks.
+        batches: Of all ranks.
         taught: Share of samples on which somebody taught.
         teaches: Each peer's share of the taught samples, weighted by nothing; sums to 1 for rules
             with one teacher a sample.
@@ -58,6 +59,7 @@ class Lessons:
     """
 
     samples: int
+    batches: int
     taught: float
     teaches: dict[str, float]
     entropy: float
@@ -178,6 +180,7 @@ class Ledger:
         shares = peer["teaches"] / max(taught_samples, 1e-12)
         return Lessons(
             samples=round(samples),
+            batches=round(batches),
             taught=taught_samples / max(samples, 1),
             teaches=self._named(shares),
             entropy=_entropy(shares),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
@@ -136,6 +136,18 @@ class Peer(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.module, step=step)
+
+    def own_buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that differ between ranks: none where each forward broadcasts them."""
+        if not isinstance(self.model, DistributedDataParallel) or self.model.broadcast_buffers:
+            return {}
+        return {name: buffer.cpu() for name, buffer in self.module.named_buffers()}
+
+    def load_own_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take up this rank's own buffers."""
+        for name, buffer in self.module.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return all an exact resume needs."""

@@ -132,7 +132,7 @@ class Trainer:
         config: Plain settings, kept in the run file; a resume under others is told.
         metadata: Of each peer's exported files.
         writers: Called with scalars and the number of optimizer steps, on the main rank.
-        before_evaluation: Called before each evaluation, for instance to average BatchNorm buffers.
+        after_epoch: Called after each epoch's steps, for instance to average BatchNorm buffers.
         on_baseline: Called with the metrics of the start, before any training.
         watch: Wraps the loader's iterator, for instance in a progress bar.
     """
@@ -151,7 +151,7 @@ class Trainer:
         config: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Mapping[str, str]] | None = None,
         writers: Iterable[Writer] = (),
-        before_evaluation: Callable[[], None] = lambda: None,
+        after_epoch: Callable[[], None] = lambda: None,
         on_baseline: Callable[[Mapping[str, float]], None] = lambda metrics: None,
         watch: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
     ) -> None:
@@ -166,7 +166,7 @@ class Trainer:
         self.config = dict(config or {})
         self.metadata = dict(metadata or {})
         self.writers = list(writers)
-        self.before_evaluation = before_evaluation
+        self.after_epoch = after_epoch
         self.on_baseline = on_baseline
         self.watch = watch
         self.ledger = Ledger(peers.names, world.device)
@@ -250,7 +250,9 @@ class Trainer:
 
     def _refuse_non_finite(self, lessons: Lessons) -> None:
         bad = {name: count for name, count in lessons.not_finite.items() if count}
-        if bad:
+        if bad and self.engine.scaler.is_enabled() and max(bad.values()) < lessons.batches:
+            _logger.warning("overflow in float16, steps skipped: %s", bad)
+        elif bad:
             raise NonFiniteError(
                 f"the loss of {', '.join(bad)} was not finite in {max(bad.values())} batches up to "
                 f"step {self.progress.updates}; {DIVERGED}"
@@ -268,6 +270,7 @@ class Trainer:
     def _finish_epoch(self) -> None:
         lessons = self.ledger.read_epoch()
         self._refuse_non_finite(lessons)
+        self.after_epoch()
         epoch = self.progress.epoch + 1
         self.progress.lessons.append({"epoch": epoch, **lessons.scalars()})
         if self.world.is_main:
@@ -291,7 +294,6 @@ class Trainer:
         self.save()
 
     def _evaluate(self, epoch: int) -> Mapping[str, float]:
-        self.before_evaluation()
         metrics = self.evaluator.evaluate(self.peers)
         self.progress.history.append({"epoch": epoch, **metrics})
         better = []
@@ -351,6 +353,7 @@ class Trainer:
                 "rng": rng_state(self.world.device),
                 "ledger": self.ledger.state_dict(),
                 "transfer": self.transfer.state_dict(),
+                "buffers": {peer.name: peer.own_buffers() for peer in self.peers},
             }
         )
         if self.world.is_main:
@@ -411,14 +414,19 @@ class Trainer:
         ranks = state["ranks"]
         if len(ranks) != self.world.size:
             _logger.warning(
-                "the run had %d processes, this one has %d: the run goes on, but not bit for bit",
+                "the run had %d processes, this one has %d: it goes on, but not bit for bit%s",
                 len(ranks),
                 self.world.size,
+                "; the interrupted epoch starts anew" if self.progress.batch else "",
             )
+            if self.progress.batch:
+                self.begin_at(self.progress.epoch)
             return
         mine = ranks[self.world.rank]
         self.ledger.load_state_dict(mine["ledger"])
         self.transfer.load_state_dict(mine["transfer"], self.world.device)
+        for peer in self.peers:
+            peer.load_own_buffers(mine["buffers"].get(peer.name, {}))
         load_rng_state(mine["rng"], self.world.device)
 
     def begin_at(self, epoch: int) -> None:

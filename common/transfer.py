@@ -148,8 +148,8 @@ class KnowledgeTransfer:
             margin=self.margin,
             generator=self._generator_on(score.device),
         )
-        if self.frozen:
-            roles[:, self.frozen] = 0
+        for i in self.frozen:
+            roles[:, i] = 0
         total = torch.stack([task_losses[i] for i in learning]).sum() if learning else 0.0
         if self.rule == "none":
             kl = torch.zeros_like(roles)

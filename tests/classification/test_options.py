@@ -72,6 +72,13 @@ def test_yaml_under_flags(tmp_path):
     assert peers[0].options.model_kwargs == {"zero_init_last": False}
 
 
+def test_peers_on_the_command_line_replace_those_of_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("peers: [resnet18, resnet34]")
+    _, peers = parse(["/data", "-c", str(path), "--peer", "vit", "--peer", "deit"])
+    assert [peer.model for peer in peers] == ["vit", "deit"]
+
+
 TWO = ["--peer", "resnet18", "--peer", "resnet34"]
 
 
@@ -118,6 +125,7 @@ def test_wrong_arguments_are_named(arguments, says):
         ("scale: [1]", "scale is [1]; expected a list of 2 float"),
         ("amp: perhaps", "expected true or false"),
         ("model: resnet18", "give every model as --peer"),
+        ("peers: resnet18", "peers is 'resnet18'; expected a list"),
         ("peers: [{name: a}]", "it needs a `model:`"),
         ("- a", "expected `option: value` lines"),
         ("x: !!python/object/apply:os.system ['true']", "not plain YAML"),

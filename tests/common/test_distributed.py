@@ -93,3 +93,43 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
     for name in whole["peers"]:
         for key, value in whole["peers"][name]["module"].items():
             assert torch.equal(value, again["peers"][name]["module"][key])
+
+
+def batch_norm(world, folder, resume):
+    from torch import nn
+
+    from common.peers import PeerGroup
+    from tests.common.toy import CLASSES, FEATURES, ToyPeer
+
+    peers = []
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        module = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        peers.append(ToyPeer(name, module, optimizer=optimizer))
+        peers[-1].distribute(world, broadcast_buffers=False)
+    trainer = make_trainer(
+        folder,
+        peers=PeerGroup(peers),
+        loader=ShardedLoader(world),
+        world=world,
+        epochs=2,
+        save_every=2,
+        keep=9,
+    )
+    if resume:
+        trainer.resume(load_run(resume))
+    trainer.fit()
+    torch.save([peer.module.state_dict() for peer in peers], folder / f"rank-{world.rank}.pt")
+
+
+def test_buffers_of_every_rank_resume_where_they_are_not_broadcast(tmp_path):
+    launch(batch_norm, 2, tmp_path / "whole", None)
+    middle = tmp_path / "whole" / "run-00001-00000002.pt"
+    launch(batch_norm, 2, tmp_path / "again", middle)
+    for rank in range(2):
+        one, two = (torch.load(tmp_path / w / f"rank-{rank}.pt") for w in ("whole", "again"))
+        for a, b in zip(one, two, strict=True):
+            assert all(torch.equal(value, b[name]) for name, value in a.items())
+    first = torch.load(tmp_path / "whole" / "rank-0.pt")[0]["0.running_mean"]
+    assert not torch.equal(first, torch.load(tmp_path / "whole" / "rank-1.pt")[0]["0.running_mean"])

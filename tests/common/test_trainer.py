@@ -237,3 +237,31 @@ def test_writers_see_scalars_of_peers_and_pairs(tmp_path):
     assert {"p0/lr", "p1/task_loss", "transfer/p0->p1/share", "eval/p2/top1"} <= seen.keys()
     assert (tmp_path / "summary.csv").read_text().startswith("epoch,p0/top1,p1/top1,p2/top1")
     assert "transfer/entropy" in (tmp_path / "ledger.csv").read_text()
+
+
+def test_another_number_of_processes_starts_the_interrupted_epoch_anew(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, save_every=4, keep=99)
+    trainer.fit()
+    state = load_run(tmp_path / "run-00001-00000002.pt")
+    state["ranks"] = state["ranks"] * 2
+    again = make_trainer(tmp_path / "again")
+    again.resume(state, source=tmp_path)
+    assert (again.progress.epoch, again.progress.batch, again.progress.updates) == (1, 0, 6)
+    assert "the interrupted epoch starts anew" in caplog.text
+    again.fit()
+
+
+def test_an_overflow_in_float16_is_no_divergence_but_nothing_else_is(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    trainer.ledger.add(trainer.engine.step(next(iter(ToyLoader())), step=0))
+    trainer.ledger.add(trainer.engine.step(next(iter(ToyLoader())), step=0))
+    lessons = trainer.ledger.read()
+    lessons.not_finite["p1"] = 1
+    with pytest.raises(NonFiniteError, match="p1"):
+        trainer._refuse_non_finite(lessons)
+    trainer.engine.scaler = torch.amp.GradScaler("cpu")
+    trainer._refuse_non_finite(lessons)
+    assert "overflow in float16" in caplog.text
+    lessons.not_finite["p1"] = 2
+    with pytest.raises(NonFiniteError, match="p1"):
+        trainer._refuse_non_finite(lessons)
