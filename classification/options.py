@@ -138,8 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         metavar="MODEL[,key=value...]",
         help="a timm model, dinov2_vits14_lc, mae_vit_base_ft, hf:ORG/NAME, or a file that a run "
-        "exported (NAME/best.safetensors), with keys name, checkpoint (several files: a+b), frozen, published, compile, and any option marked * "
-        "below; repeat for every peer; replaces the peers of a YAML file",
+        "exported (NAME/best.safetensors), with keys name, checkpoint (several files: a+b), "
+        "frozen, published, compile, and any option marked * below; repeat for every peer; "
+        "replaces the peers of a YAML file",
     )
     add("--rule", default="best", help=f"who teaches whom: {', '.join(RULES)}, one_way:NAME")
     add("--score", default="loss", choices=SCORES, help="what the rule compares")
