@@ -236,7 +236,8 @@ NOTES = (
     "The setting was chosen on other seeds among 8 tried: with and without augmentation, three "
     "pairs of models, two learning rates, two temperatures. The first that let the control settle "
     "and showed a gain was kept, tried on 6 further seeds, and shortened from 20 epochs to 15 "
-    "where there are 3 seeds, for time. With augmentation, and too few epochs for it, transfer gained nothing.",
+    "where there are 3 seeds, for time. With augmentation, and too few epochs for it, transfer "
+    "gained nothing.",
     "These are small models on small images. What happens with large pretrained models on "
     "ImageNet was not measured here.",
 )
