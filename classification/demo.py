@@ -148,30 +148,15 @@ def finetune(folder: Path, seed: int, arm: str, stronger: str, epochs: int) -> d
     told = place / f"arm-{arm}-{epochs}.json"
     if not told.exists():
         shutil.rmtree(place / f"arm-{arm}-{epochs}", ignore_errors=True)
-        peers = [
-            item
-            for name in OWN_CLASSES
-            for item in (
-                "--peer",
-                f"{place / f'{name}-run' / name / 'last.safetensors'},name={name}",
-            )
-        ]
+        peers = []
+        for name in OWN_CLASSES:
+            file = place / f"{name}-run" / name / "last.safetensors"
+            peers += ["--peer", f"{file},name={name}"]
         rule = f"one_way:{stronger}" if arm == "one_way" else arm
-        progress = run(
-            [
-                *(str(place / "tune"), "-c", str(CONFIGS / "finetune.yaml"), *peers),
-                *("--rule", rule, "--seed", str(seed)),
-                *(
-                    "--output",
-                    str(place),
-                    "--experiment",
-                    f"arm-{arm}-{epochs}",
-                    "--epochs",
-                    str(epochs),
-                ),
-            ],
-            bars=False,
-        )
+        asked = [str(place / "tune"), "-c", str(CONFIGS / "finetune.yaml"), *peers]
+        asked += ["--rule", rule, "--seed", str(seed), "--epochs", str(epochs)]
+        asked += ["--output", str(place), "--experiment", f"arm-{arm}-{epochs}"]
+        progress = run(asked, bars=False)
         _write_json(told, _result(arm, seed, progress.history, progress.lessons))
     return json.loads(told.read_text())
 
