@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,7 @@ class PeerEvaluator:
     """Evaluates the group; peers with the same geometry share one decoding of the data.
 
     Args:
-        open_split: Opens the validation dataset anew; called once a geometry.
+        dataset: The validation data; each geometry gets a copy with its own transform.
         views: Of the peers, in order.
         options: The run's.
         world: Where this process stands.
@@ -84,7 +85,7 @@ class PeerEvaluator:
 
     def __init__(
         self,
-        open_split: Callable[[], Dataset],
+        dataset: Dataset,
         views: Sequence[View],
         options: argparse.Namespace,
         world: World,
@@ -104,7 +105,7 @@ class PeerEvaluator:
         for i, view in enumerate(views):
             where = geometries.setdefault(view.geometry, len(geometries))
             if where == len(self.loaders):
-                self.loaders.append(eval_loader(open_split(), view, options, world))
+                self.loaders.append(eval_loader(copy.copy(dataset), view, options, world))
                 self.members.append([])
             first = views[self.members[where][0]] if self.members[where] else view
             self.members[where].append(i)

@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from timm.utils import distribute_bn, random_seed
+from torch.utils.data import Dataset
 
 from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
@@ -67,15 +68,15 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     modules, views = build_modules(specs, options)
     train_set = open_dataset(options, True, views[0].size[0])
     check_classes(train_set, modules[0].num_classes)
-    if classes_of(train_set):
-        check_same_classes(train_set, open_dataset(options, False, views[0].size[0]))
+    held_out = open_dataset(options, False, views[0].size[0])
+    check_same_classes(train_set, held_out)
     loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
     shown = zip(specs, modules, views, strict=True) if world.is_main else ()
     rows = [outputs.describe(*peer) for peer in shown]
     updates = -(-len(loader) // options.grad_accum_steps)
     peers, epochs = build_peers(specs, modules, views, options, world, updates)
     random_seed(options.seed, world.rank)
-    trainer = _trainer(options, specs, views, peers, loader, epochs, world, bars)
+    trainer = _trainer(options, specs, views, peers, loader, held_out, epochs, world, bars)
     if world.is_main:
         outputs.log_table(rows, peers)
         outputs.write_arguments(trainer.folder, options, specs)
@@ -175,6 +176,7 @@ def _trainer(
     views: Sequence[View],
     peers: Sequence[ClassifierPeer],
     loader: TrainLoader,
+    held_out: Dataset,
     epochs: int,
     world: World,
     bars: bool,
@@ -198,7 +200,7 @@ def _trainer(
     )
     watch = outputs.progress_bars(bars and world.is_main)
     evaluator = PeerEvaluator(
-        lambda: open_dataset(options, False, views[0].size[0]),
+        held_out,
         views,
         options,
         world,

@@ -52,12 +52,12 @@ def validate(arguments: Sequence[str] | None = None) -> dict[str, float]:
     options, specs = parse([*given, "--rule", "none"])
     world = start(options)
     modules, views = build_modules(specs, options)
-    first = open_dataset(options, False, views[0].size[0])
-    check_classes(first, modules[0].num_classes)
+    held_out = open_dataset(options, False, views[0].size[0])
+    check_classes(held_out, modules[0].num_classes)
     for spec, module in zip(specs, modules, strict=True):
         module.to(world.device, getattr(torch, spec.options.model_dtype or "float32"))
     evaluator = PeerEvaluator(
-        lambda: open_dataset(options, False, views[0].size[0]),
+        held_out,
         views,
         options,
         world,
