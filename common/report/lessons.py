@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.ledger import Pair
 from common.report.numbers import (
     Row,
     as_percent,
@@ -23,21 +23,8 @@ from common.report.page import Html, data_table, figure_grid, figure_tag, sectio
 from common.report.plots import MARKERS, color_of, draw, draw_legend, epoch_axis, short_name
 
 
-@dataclass(frozen=True)
-class _Lesson:
-    """One teacher and one student over all epochs; NaN where nothing was taught or told."""
-
-    teacher: str
-    student: str
-    share: float
-    gap: float
-    kl: float
-    teacher_right: float
-    student_right: float
-
-
-def pair_lessons(names: Sequence[str], lessons: Sequence[Row]) -> list[_Lesson]:
-    """Gather each ordered pair over all epochs, weighted by what was taught."""
+def pair_lessons(names: Sequence[str], lessons: Sequence[Row]) -> list[Pair]:
+    """Gather each ordered pair over all epochs, weighted by what was taught; NaN for nothing."""
     return [
         _pair_lesson(teacher, student, lessons)
         for teacher in names
@@ -46,7 +33,7 @@ def pair_lessons(names: Sequence[str], lessons: Sequence[Row]) -> list[_Lesson]:
     ]
 
 
-def _pair_lesson(teacher: str, student: str, lessons: Sequence[Row]) -> _Lesson:
+def _pair_lesson(teacher: str, student: str, lessons: Sequence[Row]) -> Pair:
     prefix = f"transfer/{teacher}->{student}"
     share = np.array(series_of(lessons, f"{prefix}/share"))
 
@@ -56,7 +43,7 @@ def _pair_lesson(teacher: str, student: str, lessons: Sequence[Row]) -> _Lesson:
         known = np.isfinite(values) & (share > 0)
         return float(np.average(values[known], weights=share[known])) if known.any() else math.nan
 
-    return _Lesson(
+    return Pair(
         teacher=teacher,
         student=student,
         share=float(np.nanmean(share)),
@@ -81,7 +68,7 @@ def teaching_section(names: Sequence[str], lessons: Sequence[Row]) -> list[Html]
     ]
 
 
-def _pair_table(pairs: Sequence[_Lesson]) -> Html:
+def _pair_table(pairs: Sequence[Pair]) -> Html:
     tells = any(is_finite(pair.teacher_right) for pair in pairs)
     head = ["Teacher to student", "Share", "Gap", "KL"]
     caption = (
@@ -163,7 +150,7 @@ def _entropy_figure(epochs: Sequence[int], known: Mapping[str, Sequence[float]])
     return figure_tag(draw(paint, 2.6), f"{listed(known)} per epoch", caption)
 
 
-def heat_map(names: Sequence[str], pairs: Sequence[_Lesson]) -> Html:
+def heat_map(names: Sequence[str], pairs: Sequence[Pair]) -> Html:
     """Draw the share of samples each peer taught each other."""
     shares = np.full((len(names), len(names)), np.nan)
     for pair in pairs:
