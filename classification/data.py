@@ -21,7 +21,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
-from classification.options import OptionError
+from classification.options import OptionError, mixes
 from common.distributed import World
 
 
@@ -314,7 +314,6 @@ class TrainLoader:
         self.batch_size = options.batch_size
         self.streaming = isinstance(dataset, IterableDataset)
         self.start = 0
-        self.epoch = 0
         dataset.transform = _train_transform(view, options)
         self.dataset = dataset
         if self.streaming:
@@ -362,7 +361,7 @@ class TrainLoader:
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Prepare an epoch, without its first ``start`` batches."""
-        self.epoch, self.start = epoch, start
+        self.start = start
         self._generator.manual_seed(self.options.seed + epoch)
         if self.streaming:
             self.dataset.set_epoch(epoch)
@@ -430,7 +429,7 @@ def _timm_transform(view: View, options: argparse.Namespace) -> Any:
 
 
 def _mixup(options: argparse.Namespace, num_classes: int) -> Mixup | None:
-    if not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax):
+    if not mixes(options):
         return None
     return Mixup(
         mixup_alpha=options.mixup,

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from classification.heads import ModelError, Weights, load_classifier
+from classification.heads import OFFICIAL_VIEW, ModelError, Weights, load_classifier
 from classification.hub import fetch
 from classification.timm_models import build_stock
 from common.checkpoint import CheckpointError, read_weights
@@ -55,12 +54,7 @@ class DINOv2Classifier(nn.Module):
             "architecture": NAME,
             "url": f"{FOLDER}/{BACKBONE_FILE}",
             "input_size": (self.backbone.in_chans, *img_size),
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "crop_mode": "center",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
+            **OFFICIAL_VIEW,
             "first_conv": "backbone.patch_embed.proj",
             "classifier": "linear_head",
         }

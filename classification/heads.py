@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, load_weights
@@ -13,6 +14,16 @@ from common.checkpoint import CheckpointError, load_weights
 _logger = logging.getLogger(__name__)
 
 Weights = Mapping[str, Tensor]
+
+# How DINOv2 and MAE evaluate their classifiers; timm's configs of those names say otherwise.
+OFFICIAL_VIEW = {
+    "fixed_input_size": True,
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+}
 
 
 class ModelError(ValueError):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 
+from classification.options import mixes
+
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -19,7 +21,7 @@ def sample_loss(options: argparse.Namespace) -> SampleLoss:
         A function of float32 logits [B, C] and a target ([B] int, or [B, C] float from mixup) that
         gives [B], with gradient to the logits.
     """
-    smoothing = 0.0 if _mixes(options) else options.smoothing
+    smoothing = 0.0 if mixes(options) else options.smoothing
     if not options.bce_loss:
         return lambda logits, target: F.cross_entropy(
             logits, target, label_smoothing=smoothing, reduction="none"
@@ -36,10 +38,6 @@ def sample_loss(options: argparse.Namespace) -> SampleLoss:
         return per_class.sum(dim=1) if options.bce_sum else per_class.mean(dim=1)
 
     return binary
-
-
-def _mixes(options: argparse.Namespace) -> bool:
-    return bool(options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax)
 
 
 def hard(target: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from classification.heads import ModelError, load_classifier
+from classification.heads import OFFICIAL_VIEW, ModelError, load_classifier
 from classification.hub import fetch
 from classification.timm_models import build_stock
 from common.checkpoint import read_weights
@@ -53,12 +52,7 @@ def create_mae(
             "architecture": NAME,
             "url": URL,
             "input_size": (module.in_chans, 224, 224),
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "crop_mode": "center",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
+            **OFFICIAL_VIEW,
             "num_classes": classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

@@ -44,6 +44,11 @@ class PeerSpec:
     published: float | None
     options: argparse.Namespace
 
+    @property
+    def takes_published_weights(self) -> bool:
+        """Whether it starts from the weights that its model is published with."""
+        return self.checkpoint is None and self.options.pretrained is not False
+
     def without_checkpoint(self) -> PeerSpec:
         """Return the same peer, to be filled with a run file's weights."""
         return replace(self, checkpoint=None)
@@ -578,6 +583,11 @@ def _name_peers(peers: list[PeerSpec]) -> list[PeerSpec]:
     return named
 
 
+def mixes(options: argparse.Namespace) -> bool:
+    """Whether samples are mixed, and targets soft."""
+    return bool(options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax)
+
+
 def _check_ranges(options: argparse.Namespace) -> None:
     at_least = {
         "batch_size": 1,
@@ -603,6 +613,5 @@ def _check_ranges(options: argparse.Namespace) -> None:
         )
     if not 0 <= options.smoothing < 1:
         raise OptionError(f"--smoothing is {options.smoothing}; expected 0 or more, below 1")
-    mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax
-    if mixes and options.batch_size % 2:
+    if mixes(options) and options.batch_size % 2:
         raise OptionError(f"mixup needs an even --batch-size, got {options.batch_size}")

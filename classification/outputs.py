@@ -26,7 +26,7 @@ from tqdm import tqdm
 from classification.data import View
 from classification.models import create_classifier
 from classification.options import OptionError, PeerSpec
-from classification.peer import ClassifierPeer, image_size
+from classification.peer import ClassifierPeer, image_channels, image_size
 from common import distributed
 from common.checkpoint import list_runs
 from common.distributed import World
@@ -96,7 +96,7 @@ def _choose_folder(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> Pa
     return output / (options.experiment or f"{stamp}-{names}")
 
 
-def write_arguments(folder: Path, options: argparse.Namespace, specs: Sequence[PeerSpec]) -> None:
+def write_arguments(folder: Path, options: argparse.Namespace) -> None:
     """Keep the arguments as a YAML file that ``--config`` takes."""
     hidden = ("config", "resume", "local_rank", "in_place", "data_dir")
     content = {name: value for name, value in plain(options).items() if name not in hidden}
@@ -109,7 +109,7 @@ def metadata(spec: PeerSpec, module: nn.Module, view: View) -> dict[str, str]:
     arguments = {**options.model_kwargs}
     for name, value in (
         ("img_size", image_size(options) if getattr(module, "takes_img_size", True) else None),
-        ("in_chans", options.in_chans or (options.input_size or [None])[0]),
+        ("in_chans", image_channels(options)),
         ("global_pool", options.gp),
         ("bn_eps", options.bn_eps),
     ):
@@ -228,7 +228,7 @@ def check_exports(
     fresh = []
     for spec, module in zip(specs, modules, strict=True):
         path = trainer.folder / spec.name / f"best{trainer.plan.export_suffix}"
-        plain_module = reload(spec.model, path, metadata_of(trainer, spec))
+        plain_module = reload(spec.model, path, trainer.metadata[spec.name])
         parameter = next(module.parameters())
         fresh.append(plain_module.to(parameter.device, parameter.dtype))
     scores = trainer.evaluator.score(fresh)
@@ -246,11 +246,6 @@ def check_exports(
             )
         else:
             _logger.info("%s: best.safetensors reloaded, %s %.3f", spec.name, name, again)
-
-
-def metadata_of(trainer: Trainer, spec: PeerSpec) -> Mapping[str, str]:
-    """Return what a peer's exported file says of itself."""
-    return trainer.metadata[spec.name]
 
 
 def reload(model: str, path: Path, described: Mapping[str, str]) -> nn.Module:

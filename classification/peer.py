@@ -112,7 +112,7 @@ def build_modules(
 def _create(spec: PeerSpec, run: argparse.Namespace) -> nn.Module:
     options = spec.options
     wanted = {
-        "in_chans": options.in_chans or (options.input_size[0] if options.input_size else None),
+        "in_chans": image_channels(options),
         "img_size": image_size(options),
         "drop_rate": options.drop or None,
         "drop_path_rate": options.drop_path,
@@ -123,14 +123,11 @@ def _create(spec: PeerSpec, run: argparse.Namespace) -> nn.Module:
     }
     if options.drop_connect is not None and options.drop_path is None:
         wanted["drop_path_rate"] = options.drop_connect
-    pretrained = options.pretrained
-    if pretrained is None:
-        pretrained = spec.checkpoint is None
     try:
         module = create_classifier(
             spec.model,
             spec.checkpoint,
-            pretrained=pretrained and spec.checkpoint is None,
+            pretrained=spec.takes_published_weights,
             num_classes=run.num_classes,
             trust_remote_code=options.trust_remote_code and spec.model.startswith("hf:"),
             **{key: value for key, value in wanted.items() if value is not None},
@@ -144,6 +141,11 @@ def _create(spec: PeerSpec, run: argparse.Namespace) -> nn.Module:
         module.set_grad_checkpointing(enable=True)
     _scale_head(module, options)
     return module
+
+
+def image_channels(options: argparse.Namespace) -> int | None:
+    """Return the channels asked for."""
+    return options.in_chans or (options.input_size[0] if options.input_size else None)
 
 
 def image_size(options: argparse.Namespace) -> int | tuple[int, int] | None:

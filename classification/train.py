@@ -79,10 +79,9 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     trainer = _trainer(options, specs, views, peers, loader, held_out, epochs, world, bars)
     if world.is_main:
         outputs.log_table(rows, peers)
-        outputs.write_arguments(trainer.folder, options, specs)
+        outputs.write_arguments(trainer.folder, options)
     if state is not None:
-        path = Path(options.resume)
-        source = path if path.is_dir() else path.parent
+        source = _resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
     if options.start_epoch is not None:
@@ -116,6 +115,11 @@ def start(options: argparse.Namespace) -> World:
     return world
 
 
+def _resumed_folder(options: argparse.Namespace) -> Path:
+    path = Path(options.resume)
+    return path if path.is_dir() else path.parent
+
+
 def _resumed_state(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
     if not options.resume:
@@ -131,8 +135,7 @@ def _resumed_state(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> di
         _logger.warning("resuming with other options than the run had: %s", "; ".join(changed))
     options.num_classes = state["config"]["resolved_num_classes"]
     if not options.output and not options.experiment:
-        path = Path(options.resume)
-        options.output = str(path if path.is_dir() else path.parent)
+        options.output = str(_resumed_folder(options))
         options.in_place = True
     for i, spec in enumerate(specs):
         spec.options.pretrained = False
@@ -259,8 +262,7 @@ def _compare_with_published(specs: Sequence[PeerSpec], metrics: Mapping[str, flo
     """Show each peer's start beside its published number; a gap tells of a wrong view or file."""
     for spec in specs:
         published = spec.published
-        theirs = spec.checkpoint is None and spec.options.pretrained is not False
-        if published is None and theirs and not spec.options.num_classes:
+        if published is None and spec.takes_published_weights and not spec.options.num_classes:
             published = PUBLISHED_TOP1.get(full_name(spec.model))
         if published is None:
             continue
