@@ -1,6 +1,7 @@
 # make demo [FULL=1]   models teach each other on real digits; writes demo_report/index.html
 # make test            all tests but the slow ones;  make test-all: all of them
 # make check           formatting, lint, types
+# make setup-segmentation   Detectron2 and what segmentation/ needs (part of make test)
 #
 # Everything is installed into .venv on the first call. Choose another build of torch with
 #   make demo TORCH="torch torchvision --index-url URL_OF_YOUR_BUILD"
@@ -9,21 +10,23 @@ TORCH ?= torch torchvision
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check clean setup-segmentation
 
 demo: $(VENV)/.demo
 	$(RUN) -m classification.demo $(if $(FULL),--full)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.detectron2
 	$(RUN) -m pytest -m "not slow" -n 2
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev $(VENV)/.detectron2
 	$(RUN) -m pytest -n 2
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+setup-segmentation: $(VENV)/.detectron2
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +39,15 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 
 $(VENV)/.dev: $(VENV)/.torch setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# The wheel is tagged for Python 3.10; its Python part runs on any. Not asked for where there is one.
+$(VENV)/.detectron2: $(VENV)/.torch setup.py segmentation/detectron2.txt
+	$(VENV)/bin/python -m pip install --quiet -e ".[segmentation]"
+	$(VENV)/bin/python -c "import detectron2" 2>/dev/null || $(VENV)/bin/python -m pip install \
+		--quiet --no-deps --require-hashes --only-binary=:all: --python-version 3.10 \
+		--target "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		--requirement segmentation/detectron2.txt
 	touch $@
 
 clean:

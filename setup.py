@@ -9,6 +9,25 @@ CLASSIFICATION = [
     "pyyaml>=6,<7",
     "tensorboard>=2.15,<3",
 ]
+SEGMENTATION = [
+    "fvcore>=0.1.5",
+    "opencv-python>=4.8,<5",
+    "torchvision>=0.20",
+    "transformers>=4.50,<6",
+    "timm>=1.0.31,<1.1",
+    "tensorboard>=2.15,<3",
+    # what Detectron2 itself needs; its wheel is installed without dependencies
+    "cloudpickle",
+    "hydra-core>=1.1",
+    "iopath>=0.1.7",
+    "omegaconf>=2.1,<2.4",
+    "pillow>=10",
+    "pycocotools>=2.0.2",
+    "tabulate",
+    "termcolor>=1.1",
+    "tqdm>4.29",
+    "yacs>=0.1.8",
+]
 DEMO = [*CLASSIFICATION, "mlxtend>=0.23,<1", "pillow>=10"]
 
 setup(
@@ -22,7 +41,10 @@ setup(
     packages=find_namespace_packages(
         include=["common*", "classification*", "segmentation*", "saliency*"]
     ),
-    package_data={"classification": ["configs/**/*.yaml"]},
+    package_data={
+        "classification": ["configs/**/*.yaml"],
+        "segmentation": ["configs/**/*.yaml", "detectron2.txt"],
+    },
     install_requires=[
         "torch>=2.5",
         "numpy>=1.26,<3",
@@ -31,7 +53,7 @@ setup(
     ],
     extras_require={
         "classification": CLASSIFICATION,
-        "segmentation": ["fvcore>=0.1.5", "opencv-python>=4.8,<5"],
+        "segmentation": SEGMENTATION,
         "saliency": ["torchvision>=0.20", "opencv-python>=4.8,<5"],
         "huggingface": ["transformers>=4.50,<6"],
         "demo": DEMO,
