@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from types import ModuleType
@@ -60,15 +61,15 @@ def _without_compiled_code() -> None:
 
 def _meta_internal_cityscapes() -> None:
     """Find the Cityscapes scripts where main of 2026 looks for them, in a path internal to Meta."""
-    internal = "cityscapesApi.cityscapesscripts"
-    if available("cityscapesApi") or not available("cityscapesscripts"):
+    parents = ("deeplearning", "deeplearning.projects", "deeplearning.projects.cityscapesApi")
+    if available(parents[0]) or not available("cityscapesscripts"):
         return
     import cityscapesscripts
 
-    parent = ModuleType("cityscapesApi", "An alias of the public cityscapesscripts.")
-    parent.cityscapesscripts = cityscapesscripts  # type: ignore[attr-defined]
-    sys.modules["cityscapesApi"] = parent
-    sys.modules[internal] = cityscapesscripts
+    for name in parents:
+        sys.modules[name] = ModuleType(name, "An alias of the public cityscapesscripts.")
+        sys.modules[name].__path__ = []
+    sys.modules[f"{parents[-1]}.cityscapesscripts"] = cityscapesscripts
 
 
 def _without_deformable_attention() -> None:
