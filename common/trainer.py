@@ -21,16 +21,12 @@ from common import distributed
 from common.checkpoint import CheckpointError, atomic_write, save_run, save_weights
 from common.distributed import World
 from common.engine import Engine
+from common.guards import refuse_broken_weights, refuse_non_finite
 from common.ledger import Ledger, Lessons
 from common.peers import PeerGroup
-from common.roles import NonFiniteError
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger(__name__)
-
-DIVERGED = (
-    "lower that peer's lr, clip its gradients, or train in bfloat16; resume from the last run file"
-)
 
 Writer = Callable[[Mapping[str, float], int], None]
 
@@ -223,7 +219,7 @@ class Trainer:
             )
 
     def _log(self, lessons: Lessons, rate: float) -> None:
-        self._refuse_non_finite(lessons)
+        refuse_non_finite(lessons, self.engine.scaler, self.progress.updates)
         if not self.world.is_main:
             return
         scalars = lessons.scalars()
@@ -248,28 +244,9 @@ class Trainer:
         )
         self._write(scalars)
 
-    def _refuse_non_finite(self, lessons: Lessons) -> None:
-        bad = {name: count for name, count in lessons.not_finite.items() if count}
-        if bad and self.engine.scaler.is_enabled() and max(bad.values()) < lessons.batches:
-            _logger.warning("overflow in float16, steps skipped: %s", bad)
-        elif bad:
-            raise NonFiniteError(
-                f"the loss of {', '.join(bad)} was not finite in {max(bad.values())} batches up to "
-                f"step {self.progress.updates}; {DIVERGED}"
-            )
-
-    def _refuse_broken_weights(self) -> None:
-        """Keep the last sound run file: one of NaNs could only be thrown away."""
-        for peer in self.peers:
-            if not all(bool(p.isfinite().all()) for p in peer.module.parameters()):
-                raise NonFiniteError(
-                    f"weights of {peer.name} are not finite at step {self.progress.updates}; "
-                    f"{DIVERGED}"
-                )
-
     def _finish_epoch(self) -> None:
         lessons = self.ledger.read_epoch()
-        self._refuse_non_finite(lessons)
+        refuse_non_finite(lessons, self.engine.scaler, self.progress.updates)
         self.after_epoch()
         epoch = self.progress.epoch + 1
         self.progress.lessons.append({"epoch": epoch, **lessons.scalars()})
@@ -347,7 +324,7 @@ class Trainer:
         Raises:
             NonFiniteError: A peer's weights are not finite; nothing is written.
         """
-        self._refuse_broken_weights()
+        refuse_broken_weights(self.peers, self.progress.updates)
         ranks = distributed.gather_objects(
             {
                 "rng": rng_state(self.world.device),

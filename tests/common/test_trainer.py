@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
-from common.trainer import NonFiniteError
+from common.guards import refuse_non_finite
+from common.roles import NonFiniteError
 from tests.common.toy import ToyLoader, make_peers, make_trainer
 
 
@@ -259,10 +260,10 @@ def test_an_overflow_in_float16_is_no_divergence_but_nothing_else_is(tmp_path, c
     lessons = trainer.ledger.read()
     lessons.not_finite["p1"] = 1
     with pytest.raises(NonFiniteError, match="p1"):
-        trainer._refuse_non_finite(lessons)
+        refuse_non_finite(lessons, trainer.engine.scaler, 0)
     trainer.engine.scaler = torch.amp.GradScaler("cpu")
-    trainer._refuse_non_finite(lessons)
+    refuse_non_finite(lessons, trainer.engine.scaler, 0)
     assert "overflow in float16" in caplog.text
     lessons.not_finite["p1"] = 2
     with pytest.raises(NonFiniteError, match="p1"):
-        trainer._refuse_non_finite(lessons)
+        refuse_non_finite(lessons, trainer.engine.scaler, 0)
