@@ -1,0 +1,117 @@
+"""Where a run stands: each peer's files in its own folder, and one record that makes them count.
+
+A checkpoint of the run is whole once ``run.pt`` is written, which names the iteration; a run that
+was killed before goes on from the one before. Every peer's file is a plain Detectron2 checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+from common.checkpoint import CheckpointError, atomic_write, load_weights, read_file
+from segmentation.peer import SegmentorPeer
+
+RECORD = "run.pt"
+FORMAT = 1
+BEST = "model_best.pth"
+_KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "history", "lessons"}
+
+
+def save(
+    folder: Path, peers: Sequence[SegmentorPeer], state: Mapping[str, Any], name: str, keep: int
+) -> None:
+    """Write every peer's checkpoint, then the record; prune what is old.
+
+    Args:
+        folder: Of the run.
+        peers: Frozen ones are not written: they stay what they were.
+        state: Tensors and plain containers, with ``iteration``, the iterations finished.
+        name: Of the peers' files, without suffix.
+        keep: How many periodic checkpoints stay; 0: all.
+    """
+    iteration = state["iteration"]
+    for peer in peers:
+        if not peer.frozen:
+            checkpointer = DetectionCheckpointer(
+                peer.module,
+                str(folder / peer.name),
+                optimizer=peer.optimizer,
+                scheduler=peer.scheduler,
+            )
+            checkpointer.save(name, iteration=iteration - 1)  # Detectron2 counts from 0
+    record = {"format": FORMAT, "file": f"{name}.pth", "peers": [p.name for p in peers], **state}
+    atomic_write(folder / RECORD, lambda to: torch.save(record, to))
+    for peer in peers:
+        files = sorted((folder / peer.name).glob("model_[0-9]*.pth"))
+        kept = {f"{name}.pth", *(file.name for file in files[-keep:])}
+        for file in files:
+            if file.name not in kept:
+                file.unlink(missing_ok=True)
+
+
+def save_best(folder: Path, peer: SegmentorPeer, iteration: int) -> None:
+    """Write a peer's best weights; ``last_checkpoint`` stays as it is."""
+    content = {"model": peer.module.state_dict(), "iteration": iteration - 1}
+    atomic_write(folder / peer.name / BEST, lambda to: torch.save(content, to))
+
+
+def find(folder: Path) -> dict[str, Any] | None:
+    """Read a run's record; None where there is none.
+
+    Raises:
+        CheckpointError: A file that is no such record, or of a newer version.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record = read_file(path)
+    if not set(record) >= _KEYS:
+        raise CheckpointError(f"{path}: not the record of a run; remove it, or resume elsewhere")
+    if record["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: format {record['format']}, this version reads up to {FORMAT}; update the "
+            "package"
+        )
+    return record
+
+
+def load(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]) -> None:
+    """Bring weights, optimizers and schedules to where the record stands.
+
+    Raises:
+        CheckpointError: Other peers, peers that disagree on the iteration, or files of another
+            model or optimizer.
+    """
+    names = [peer.name for peer in peers]
+    if list(record["peers"]) != names:
+        raise CheckpointError(
+            f"{folder / RECORD}: the run had the peers {', '.join(record['peers'])}, this one has "
+            f"{', '.join(names)}; give the same peers in the same order"
+        )
+    for peer in peers:
+        if not peer.frozen:
+            _load_peer(folder / peer.name / record["file"], peer, record["iteration"] - 1)
+
+
+def _load_peer(path: Path, peer: SegmentorPeer, iteration: int) -> None:
+    content = read_file(path)
+    if not set(content) >= {"model", "optimizer", "scheduler", "iteration"}:
+        raise CheckpointError(f"{path}: not a checkpoint of a run; it cannot be resumed")
+    if content["iteration"] != iteration:
+        raise CheckpointError(
+            f"{path}: of iteration {content['iteration']}, the run's record is of {iteration}; the "
+            "peers' files are not of one moment"
+        )
+    load_weights(peer.module, content["model"], path)
+    try:
+        peer.optimizer.load_state_dict(content["optimizer"])  # type: ignore[union-attr]
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: {error}; resume with the run's own SOLVER settings"
+        ) from error
+    peer.scheduler.load_state_dict(content["scheduler"])

@@ -1,0 +1,240 @@
+"""The command line of ``segmentation/train_net.py``: Detectron2's arguments, for a run of peers."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.engine import default_argument_parser, launch
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+
+from common.checkpoint import CheckpointError
+from common.report import write_run_report
+from common.roles import NonFiniteError
+from common.trainer import write_csv
+from segmentation import checkpoints
+from segmentation.config import ConfigError, RunConfig, load_run
+from segmentation.data import DataError, check_classes
+from segmentation.peer import SegmentorError, SegmentorPeer
+from segmentation.trainer import (
+    METRIC,
+    TransferTrainer,
+    build_with_weights,
+    current_world,
+    evaluate_run,
+    log_metrics,
+)
+
+_logger = logging.getLogger("segmentation")
+_FAULTS = (ConfigError, DataError, SegmentorError, CheckpointError, NonFiniteError)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return Detectron2's own parser, with ``--config-file`` as often as there are peers."""
+    built = argparse.ArgumentParser(
+        prog="segmentation/train_net.py",
+        description="Any N segmentors of Detectron2, made better by teaching each other.",
+        parents=[default_argument_parser(epilog=" ")],
+        add_help=False,
+        conflict_handler="resolve",
+    )
+    built.add_argument(
+        "--config-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a run file with TRANSFER.PEERS; or, repeated, the config of each peer",
+    )
+    built.add_argument(
+        "--allow-unsafe-config",
+        action="store_true",
+        help="let YAML files run the Python they hold; only for files you trust",
+    )
+    return built
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; bad input ends in one line, not in a traceback."""
+    options = parser().parse_args(arguments)
+    setup_logger(name="segmentation")
+    try:
+        run = load_run(options.config_file, options.opts or [], options.allow_unsafe_config)
+        check_machine(options, run)
+        check_classes({peer.name: peer.cfg for peer in run.peers})
+        check_folder(run, options)
+    except _FAULTS as error:
+        _logger.error("error: %s", error)
+        return 1
+    if options.num_gpus * options.num_machines <= 1:
+        return work(run, options)
+    launch(
+        _work_or_raise,
+        options.num_gpus,
+        num_machines=options.num_machines,
+        machine_rank=options.machine_rank,
+        dist_url=options.dist_url,
+        args=(run, options),
+    )
+    return 0
+
+
+def work(run: RunConfig, options: argparse.Namespace) -> int:
+    """Train or evaluate in this process."""
+    try:
+        _start(run)
+        if options.eval_only:
+            evaluate_only(run, options.resume)
+        else:
+            train(run, options.resume)
+    except _FAULTS as error:
+        _logger.error("error: %s", error)
+        return 1
+    return 0
+
+
+def _work_or_raise(run: RunConfig, options: argparse.Namespace) -> None:
+    if work(run, options):
+        raise SystemExit(1)
+
+
+def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
+    """Train as the run says, evaluate with TTA where it is asked for, write the report."""
+    trainer = TransferTrainer(run, resume)
+    trainer.train()
+    if run.cfg.TEST.AUG.ENABLED:
+        _report_tta(run, trainer.evaluate(tta=True))
+    if comm.is_main_process() and trainer.history:
+        path = write_report(run, trainer)
+        _logger.info("report: %s", path)
+    return trainer
+
+
+def evaluate_only(run: RunConfig, resume: bool = False) -> dict[str, float]:
+    """Evaluate the peers' MODEL.WEIGHTS, or with ``resume`` the run's last checkpoint."""
+    peers = [
+        SegmentorPeer(config.name, build_with_weights(config)[0], config.cfg, frozen=True)
+        for config in (_at_last_checkpoint(run) if resume else run.peers)
+    ]
+    metrics = evaluate_run(run, peers)
+    if comm.is_main_process():
+        log_metrics(metrics, [*run.names, "ensemble"])
+        write_csv(run.output_dir / "evaluation.csv", [metrics])
+    if run.cfg.TEST.AUG.ENABLED:
+        augmented = evaluate_run(run, peers, tta=True)
+        _report_tta(run, augmented)
+        metrics |= augmented
+    return metrics
+
+
+def check_machine(options: argparse.Namespace, run: RunConfig) -> None:
+    """Refuse more GPUs than there are, before any process is started.
+
+    Raises:
+        ConfigError: Says how many there are.
+    """
+    there = torch.cuda.device_count()
+    device = run.cfg.MODEL.DEVICE
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE is {device!r}: {error}") from error
+    if kind == "cuda" and there == 0:
+        raise ConfigError("MODEL.DEVICE is cuda, and there is no GPU; give MODEL.DEVICE cpu")
+    if options.num_gpus > max(there, 1):
+        raise ConfigError(
+            f"--num-gpus {options.num_gpus}: this machine has {there}; give no more than there are"
+        )
+
+
+def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
+    """Refuse to write a fresh run over an older one.
+
+    Raises:
+        ConfigError: OUTPUT_DIR holds the record of a run, and this is no resume.
+    """
+    fresh = not (options.resume or options.eval_only)
+    if fresh and (run.output_dir / checkpoints.RECORD).exists():
+        raise ConfigError(
+            f"{run.output_dir}: holds an earlier run; give --resume to go on with it, or another "
+            "OUTPUT_DIR"
+        )
+
+
+def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:
+    """Write OUTPUT_DIR/report.html: each peer before and after, and who taught whom."""
+    history = [
+        {name: value for name, value in row.items() if "/IoU-" not in name}
+        for row in trainer.history
+    ]
+    return write_run_report(
+        run.output_dir / "report.html",
+        names=run.names,
+        history=history,
+        lessons=trainer.lessons,
+        metric=METRIC,
+        settings=settings(run),
+        unit="iteration",
+    )
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """Return what a reader of a report wants to know of a run, as plain values."""
+    cfg = run.cfg
+    shown: dict[str, Any] = {
+        key.lower(): value for key, value in run.transfer.items() if key != "PEERS"
+    }
+    shown |= {
+        "training data": ", ".join(cfg.DATASETS.TRAIN),
+        "test data": ", ".join(cfg.DATASETS.TEST),
+        "batch": cfg.SOLVER.IMS_PER_BATCH,
+        "iterations": cfg.SOLVER.MAX_ITER,
+    }
+    for peer in run.peers:
+        shown[f"{peer.name}: architecture"] = peer.cfg.MODEL.META_ARCHITECTURE
+        shown[f"{peer.name}: weights"] = peer.cfg.MODEL.WEIGHTS or "random"
+        shown[f"{peer.name}: learning rate"] = "frozen" if peer.frozen else peer.cfg.SOLVER.BASE_LR
+    return shown
+
+
+def _start(run: RunConfig) -> None:
+    rank = comm.get_rank()
+    current_world(run.cfg.MODEL.DEVICE)
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("fvcore", "detectron2", "segmentation", "common"):
+        setup_logger(str(run.output_dir), distributed_rank=rank, name=name)
+    _logger.info("machine:\n%s", collect_env_info())
+    torch.backends.cudnn.benchmark = run.cfg.CUDNN_BENCHMARK
+    if not comm.is_main_process():
+        return
+    for peer in run.peers:
+        folder = Path(peer.cfg.OUTPUT_DIR)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(peer.cfg.dump(), encoding="utf-8")
+    text = yaml.safe_dump({"TRANSFER": yaml.safe_load(run.transfer.dump())}, sort_keys=False)
+    (run.output_dir / "transfer.yaml").write_text(text, encoding="utf-8")
+
+
+def _at_last_checkpoint(run: RunConfig) -> list[Any]:
+    """Point every peer that learned at its file of the run's last checkpoint."""
+    record = checkpoints.find(run.output_dir)
+    if record is None:
+        raise CheckpointError(f"{run.output_dir}: no checkpoint of a run; nothing to resume")
+    for peer in run.peers:
+        if not peer.frozen:
+            peer.cfg.defrost()
+            peer.cfg.MODEL.WEIGHTS = str(run.output_dir / peer.name / record["file"])
+            peer.cfg.freeze()
+    return run.peers
+
+
+def _report_tta(run: RunConfig, metrics: dict[str, float]) -> None:
+    if comm.is_main_process():
+        log_metrics(metrics, [*run.names, "ensemble"], suffix="_TTA")
+        write_csv(run.output_dir / "evaluation_tta.csv", [metrics])

@@ -1,0 +1,387 @@
+"""Run files: the peers of a run, each with its own Detectron2 config, and how they teach."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.projects.deeplab import add_deeplab_config
+
+from common.peers import check_names
+from common.roles import check_rule
+from common.transfer import SCORES
+from segmentation import compat
+from segmentation.mask2former import add_mask2former_config
+
+GRANULARITIES = ("image", "pixel")
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PEER_KEYS = ("NAME", "CONFIG", "WEIGHTS", "OPTS", "FROZEN")
+PEER_PREFIX = "PEER."
+# What one data stream and one loop cannot do in two ways.
+SHARED_KEYS = (
+    "DATASETS.TRAIN",
+    "DATASETS.TEST",
+    "INPUT.MIN_SIZE_TRAIN",
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING",
+    "INPUT.MAX_SIZE_TRAIN",
+    "INPUT.CROP",
+    "INPUT.RANDOM_FLIP",
+    "INPUT.COLOR_AUG_SSD",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.MAX_ITER",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.AMP",
+    "TEST.EVAL_PERIOD",
+    "MODEL.DEVICE",
+    "SEED",
+)
+
+
+class ConfigError(ValueError):
+    """A run file, a config or an option that cannot be used; names the value and the choices."""
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """One peer of a run.
+
+    Attributes:
+        name: For folders and metrics.
+        cfg: Its whole Detectron2 config; OUTPUT_DIR is its own folder.
+        frozen: It teaches, and learns nothing.
+    """
+
+    name: str
+    cfg: CfgNode
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run.
+
+    Attributes:
+        peers: In order.
+        transfer: The TRANSFER node.
+        output_dir: Of the run; each peer has a folder in it.
+    """
+
+    peers: list[PeerConfig]
+    transfer: CfgNode
+    output_dir: Path
+
+    @property
+    def cfg(self) -> CfgNode:
+        """The first peer's config: where to read what all peers share (``SHARED_KEYS``)."""
+        return self.peers[0].cfg
+
+    @property
+    def names(self) -> list[str]:
+        """The peers' names."""
+        return [peer.name for peer in self.peers]
+
+
+def transfer_defaults() -> CfgNode:
+    """Return the TRANSFER node of a run file with its defaults."""
+    node = CfgNode()
+    node.RULE = "best"  # common.roles.RULES, or one_way:NAME
+    node.SCORE = "loss"  # or "confidence", which needs no labels
+    node.GRANULARITY = "image"  # one teacher an image (the paper), or one a "pixel"
+    node.WEIGHT = 1.0
+    node.TEMPERATURE = 1.0
+    node.DETACH_TEACHER = True
+    node.MARGIN = 0.0  # by how much a teacher's score must be higher
+    node.WARMUP_ITERS = 0  # the weight grows linearly from 0 over these
+    node.ACCUMULATE = 1  # batches of SOLVER.IMS_PER_BATCH in one iteration
+    node.AMP_DTYPE = "float16"  # with SOLVER.AMP.ENABLED
+    node.KEEP = 3  # resumable checkpoints that stay on disk; 0: all
+    node.PEERS = []
+    return node
+
+
+def base_config() -> CfgNode:
+    """Return Detectron2's defaults, with the keys of DeepLab and of Mask2Former.
+
+    The device's default is the GPU where there is one, else the CPU.
+    """
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    add_mask2former_config(cfg)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if compat.available("mask2former"):
+        importlib.import_module("mask2former")  # registers the original's architectures
+    return cfg
+
+
+def load_run(
+    files: Sequence[str | Path], options: Sequence[str] = (), allow_unsafe: bool = False
+) -> RunConfig:
+    """Read a run.
+
+    Later wins: Detectron2's defaults, the peer's CONFIG, the run file's own keys, the peer's
+    WEIGHTS and OPTS, the command line's ``KEY VALUE``, and its ``PEER.NAME.KEY VALUE``.
+
+    Args:
+        files: One run file with TRANSFER.PEERS, or two and more configs, one a peer, named after
+            the files.
+        options: The command line's pairs of keys and values; keys that begin with ``TRANSFER.``
+            are the run's.
+        allow_unsafe: Let YAML files run the Python they hold, as Detectron2 itself does.
+
+    Raises:
+        ConfigError: Unknown keys or values, missing files, peers that disagree on what they share.
+    """
+    if not files:
+        raise ConfigError(
+            "no config was given: --config-file RUN.yaml with TRANSFER.PEERS, or --config-file "
+            "once for every peer"
+        )
+    shared, specs = _read_files([Path(file) for file in files], allow_unsafe)
+    transfer, common, own = _split_options(options)
+    node = transfer_defaults()
+    _merge(node, shared.pop("TRANSFER", {}), f"{files[0]}: TRANSFER")
+    _merge_options(node, transfer, "the command line: TRANSFER")
+    specs = specs or [_checked_spec(spec, files[0]) for spec in node.PEERS]
+    names = [spec["NAME"] for spec in specs]
+    _check_run(node, names, files[0])
+    unknown = sorted(set(own) - set(names))
+    if unknown:
+        raise ConfigError(f"{PEER_PREFIX}{unknown[0]}: no such peer; peers: {', '.join(names)}")
+    peers = [
+        _peer_config(spec, shared, common, own.get(spec["NAME"], []), Path(files[0]), allow_unsafe)
+        for spec in specs
+    ]
+    _check_shared(peers)
+    output = Path(peers[0].cfg.OUTPUT_DIR)
+    for peer in peers:
+        peer.cfg.OUTPUT_DIR = str(output / peer.name)
+        peer.cfg.freeze()
+    node.freeze()
+    return RunConfig(peers, node, output)
+
+
+def _read_files(
+    files: list[Path], allow_unsafe: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a run file's content, and the peers where every file is one."""
+    if len(files) == 1:
+        return _read_yaml(files[0], allow_unsafe), []
+    specs: list[dict[str, Any]] = []
+    for file in files:
+        name, used = file.stem, [spec["NAME"] for spec in specs]
+        if name in used:
+            name = next(f"{name}-{i}" for i in range(2, 99) if f"{name}-{i}" not in used)
+        specs.append({"NAME": name, "CONFIG": str(file.absolute())})
+    return {}, specs
+
+
+def _read_yaml(path: Path, allow_unsafe: bool) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; check --config-file")
+    try:
+        content = CfgNode.load_yaml_with_base(str(path), allow_unsafe=allow_unsafe)
+    except yaml.constructor.ConstructorError as error:
+        raise ConfigError(_unsafe(path, error)) from error
+    except (yaml.YAMLError, OSError, AssertionError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: holds no keys")
+    return dict(content)
+
+
+def _unsafe(path: Path, error: yaml.constructor.ConstructorError) -> str:
+    return (
+        f"{path}: holds Python to run ({error.problem}, line {error.problem_mark.line + 1} of it "
+        "or of its _BASE_); write the value out, or trust the file with --allow-unsafe-config"
+    )
+
+
+def _split_options(
+    options: Sequence[str],
+) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """Sort the command line's pairs into the run's, every peer's, and one peer's."""
+    if len(options) % 2:
+        raise ConfigError(
+            f"options come in pairs of KEY VALUE; {options[-1]!r} is left over in "
+            f"{' '.join(options)!r}"
+        )
+    transfer: list[str] = []
+    common: list[str] = []
+    own: dict[str, list[str]] = {}
+    for key, value in zip(options[::2], options[1::2], strict=True):
+        if key.startswith("TRANSFER."):
+            transfer += [key.removeprefix("TRANSFER."), value]
+        elif key.startswith(PEER_PREFIX):
+            name, _, inner = key.removeprefix(PEER_PREFIX).partition(".")
+            own.setdefault(name, []).extend([inner, value])
+        else:
+            common += [key, value]
+    return transfer, common, own
+
+
+def _checked_spec(spec: Any, file: str | Path) -> dict[str, Any]:
+    if not isinstance(spec, Mapping):
+        raise ConfigError(
+            f"{file}: TRANSFER.PEERS holds {spec!r}; expected keys {', '.join(PEER_KEYS)}"
+        )
+    unknown = [str(key) for key in spec if key not in PEER_KEYS]
+    if unknown:
+        raise ConfigError(
+            f"{file}: unknown key {unknown[0]!r} of a peer; choose from {', '.join(PEER_KEYS)}"
+        )
+    if not spec.get("CONFIG"):
+        raise ConfigError(f"{file}: peer {spec.get('NAME', '?')!r} has no CONFIG")
+    name = str(spec.get("NAME") or Path(spec["CONFIG"]).stem)
+    return {**spec, "NAME": name}
+
+
+def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
+    if not names:
+        raise ConfigError(
+            f"{file}: no peers; list them under TRANSFER.PEERS, or give --config-file once for "
+            "every peer"
+        )
+    try:
+        check_names(names)
+        check_rule(node.RULE, names)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    if any("." in name for name in names):
+        raise ConfigError(f"{file}: a peer's name may not hold a dot: {', '.join(names)}")
+    choices = {"GRANULARITY": GRANULARITIES, "SCORE": SCORES, "AMP_DTYPE": tuple(AMP_DTYPES)}
+    for key, allowed in choices.items():
+        if node[key] not in allowed:
+            raise ConfigError(
+                f"{file}: TRANSFER.{key} is {node[key]!r}; choose from {', '.join(allowed)}"
+            )
+    least = {"WEIGHT": 0, "MARGIN": 0, "WARMUP_ITERS": 0, "KEEP": 0, "ACCUMULATE": 1}
+    for key, value in least.items():
+        if not node[key] >= value:
+            raise ConfigError(f"{file}: TRANSFER.{key} is {node[key]}; expected {value} or more")
+    if not node.TEMPERATURE > 0:
+        raise ConfigError(
+            f"{file}: TRANSFER.TEMPERATURE is {node.TEMPERATURE}; expected more than 0"
+        )
+
+
+def _peer_config(
+    spec: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    common: Sequence[str],
+    own: Sequence[str],
+    run_file: Path,
+    allow_unsafe: bool,
+) -> PeerConfig:
+    cfg = base_config()
+    path = _find_config(spec["CONFIG"], run_file)
+    _merge_file(cfg, path, allow_unsafe)
+    _merge(cfg, shared, str(run_file))
+    if spec.get("WEIGHTS") is not None:
+        cfg.MODEL.WEIGHTS = str(spec["WEIGHTS"])
+    where = f"peer {spec['NAME']!r}"
+    _merge_options(cfg, spec.get("OPTS") or [], f"{where}: OPTS")
+    _merge_options(cfg, common, "the command line")
+    _merge_options(cfg, own, f"the command line, {PEER_PREFIX}{spec['NAME']}")
+    if cfg.MODEL.META_ARCHITECTURE == "MaskFormer" and "MaskFormer" not in META_ARCH_REGISTRY:
+        cfg.MODEL.META_ARCHITECTURE = "Mask2Former"  # ours reads the original's keys
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        raise ConfigError(
+            f"{where}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}; choose from "
+            f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}"
+        )
+    return PeerConfig(spec["NAME"], cfg, bool(spec.get("FROZEN", False)))
+
+
+def _find_config(name: str, run_file: Path) -> Path:
+    """Find a peer's config beside the run file, in the working folder or in Detectron2's zoo."""
+    given = Path(name).expanduser()
+    # not through detectron2.model_zoo, which needs the pkg_resources that setuptools has dropped
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    for path in (run_file.parent / given, given, zoo / given):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"{name}: no such config beside {run_file}, in the working folder, or in Detectron2's "
+        "model zoo"
+    )
+
+
+def _merge_file(cfg: CfgNode, path: Path, allow_unsafe: bool) -> None:
+    content = _read_yaml(path, allow_unsafe)
+    if "TRANSFER" in content:
+        raise ConfigError(f"{path}: a run file, not the config of one peer")
+    if content.get("VERSION", cfg.VERSION) == cfg.VERSION:
+        _merge(cfg, content, str(path))
+    else:
+        cfg.merge_from_file(str(path), allow_unsafe=allow_unsafe)
+
+
+def _merge(cfg: CfgNode, content: Mapping[str, Any], where: str) -> None:
+    _refuse_unknown(cfg, content, where)
+    try:
+        cfg.merge_from_other_cfg(CfgNode(copy.deepcopy(dict(content))))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _refuse_unknown(cfg: CfgNode, content: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    for key, value in content.items():
+        if key not in cfg:
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; {_choices(cfg, str(key))}")
+        if isinstance(value, Mapping) and isinstance(cfg[key], CfgNode):
+            _refuse_unknown(cfg[key], value, where, f"{prefix}{key}.")
+
+
+def _choices(node: CfgNode, key: str) -> str:
+    keys = sorted(node)
+    close = difflib.get_close_matches(key, keys, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{meant}choose from {', '.join(keys)}"
+
+
+def _merge_options(cfg: CfgNode, options: Sequence[Any], where: str) -> None:
+    if len(options) % 2:
+        raise ConfigError(f"{where}: expected pairs of keys and values, got {list(options)}")
+    for key, value in zip(options[::2], options[1::2], strict=True):
+        node: Any = cfg
+        for part in str(key).split("."):
+            if not isinstance(node, CfgNode) or part not in node:
+                choices = _choices(node, part) if isinstance(node, CfgNode) else "it holds a value"
+                raise ConfigError(f"{where}: unknown key {key}; {choices}")
+            node = node[part]
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError) as error:
+            raise ConfigError(f"{where}: {key} {value!r}: {error}") from error
+
+
+def _check_shared(peers: Sequence[PeerConfig]) -> None:
+    first = peers[0]
+    for key in (*SHARED_KEYS, "OUTPUT_DIR"):
+        expected = _at(first.cfg, key)
+        for peer in peers[1:]:
+            if _at(peer.cfg, key) != expected:
+                raise ConfigError(
+                    f"peers differ in {key}: {first.name}: {expected!r}, {peer.name}: "
+                    f"{_at(peer.cfg, key)!r}; all peers see one stream of data in one loop, so set "
+                    "it for all, in the run file or as KEY VALUE on the command line"
+                )
+
+
+def _at(cfg: CfgNode, key: str) -> Any:
+    node: Any = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node

@@ -1,0 +1,76 @@
+"""Hooks of Detectron2's loop that know of several peers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from detectron2.engine import HookBase
+
+from segmentation.peer import SegmentorPeer
+
+
+class PeerSchedules(HookBase):
+    """Step every peer's learning rate after each iteration.
+
+    One hook for all: Detectron2 keeps the state of one hook of a kind, so of several the others
+    would be lost. Their state is in the peers' own checkpoints.
+    """
+
+    def __init__(self, peers: Sequence[SegmentorPeer]) -> None:
+        self.peers = [peer for peer in peers if peer.scheduler is not None]
+
+    def after_step(self) -> None:
+        """Write the rates that were used, then move on."""
+        for peer in self.peers:
+            self.trainer.storage.put_scalar(f"{peer.name}/lr", peer.lr, smoothing_hint=False)
+            peer.scheduler.step()
+
+
+class PeriodicSave(HookBase):
+    """Write a checkpoint of the whole run every ``period`` iterations, and at the end.
+
+    Args:
+        save: Called with the files' name, without suffix.
+        period: In iterations; 0: at the end alone.
+    """
+
+    def __init__(self, save: Callable[[str], None], period: int) -> None:
+        self.save = save
+        self.period = period
+
+    def after_step(self) -> None:
+        """Save where the period is over."""
+        done = self.trainer.iter + 1
+        if self.period > 0 and done % self.period == 0 and done < self.trainer.max_iter:
+            self.save(f"model_{self.trainer.iter:07d}")
+
+    def after_train(self) -> None:
+        """Save the end; a run that failed is not saved."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            self.save("model_final")
+
+
+class SameBatches:
+    """The same few batches at every call of PreciseBN, so that a resumed run sees what it saw.
+
+    Args:
+        open_stream: Returns an endless stream from its beginning.
+        view: Turns a batch into a peer's inputs.
+        count: Batches a call takes.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[], Iterator[Any]],
+        view: Callable[[Any], Any],
+        count: int,
+    ) -> None:
+        self.open_stream = open_stream
+        self.view = view
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from map(self.view, itertools.islice(self.open_stream(), self.count))

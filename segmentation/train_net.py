@@ -1,0 +1,23 @@
+"""Fine-tune N segmentors that teach each other: Detectron2's train_net.py, for N peers."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from segmentation import compat
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; see ``segmentation.cli``, which needs Detectron2 to be there."""
+    try:
+        compat.require()
+    except compat.MissingDetectron2Error as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return importlib.import_module("segmentation.cli").main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""Detectron2's loop for N segmentors that teach each other."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.engine import TrainerBase, hooks
+from detectron2.engine.defaults import default_writers
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from fvcore.nn.precise_bn import get_bn_modules
+
+from common import distributed
+from common.distributed import World
+from common.engine import JointEngine
+from common.guards import refuse_broken_weights, refuse_non_finite
+from common.ledger import Ledger
+from common.peers import PeerGroup
+from common.trainer import load_rng_state, rng_state, write_csv
+from common.transfer import KnowledgeTransfer
+from segmentation import checkpoints, solver
+from segmentation.config import AMP_DTYPES, ConfigError, PeerConfig, RunConfig
+from segmentation.data import SharedMapper, build_train_loader, check_classes, load_datasets
+from segmentation.evaluation import evaluate_group
+from segmentation.hooks import PeerSchedules, PeriodicSave, SameBatches
+from segmentation.peer import SegmentorPeer, make_batch
+from segmentation.weights import load_peer_weights
+
+_logger = logging.getLogger(__name__)
+
+LOG_PERIOD = 20
+METRIC = "mIoU"
+
+
+class TransferTrainer(TrainerBase):
+    """N segmentors, one stream of data, one backward, N optimizer steps an iteration.
+
+    Checkpoints of a peer are in OUTPUT_DIR/PEER/ and load in plain Detectron2; evaluation is before
+    the first iteration, every TEST.EVAL_PERIOD, and at the end.
+
+    Args:
+        run: From ``segmentation.config.load_run``.
+        resume: Go on where the folder's last checkpoint stands, if there is one.
+
+    Attributes:
+        peers: The group.
+        history: One row an evaluation: ``iteration``, and ``PEER/METRIC`` in percent.
+        lessons: One row an evaluation but the first: who taught whom since the last.
+        best: Each peer's best mIoU and its iteration.
+
+    Raises:
+        ConfigError, SegmentorError, CheckpointError, DataError: Bad input, before any training.
+    """
+
+    def __init__(self, run: RunConfig, resume: bool = False) -> None:
+        super().__init__()
+        self.run = run
+        self.world = current_world(run.cfg.MODEL.DEVICE)
+        self.ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
+        self.folder = run.output_dir
+        record = checkpoints.find(self.folder) if resume else None
+        self.seed = self._draw_seed() if record is None else int(record["seed"])
+        self.history: list[dict[str, float]] = []
+        self.lessons: list[dict[str, float]] = []
+        self.best: dict[str, list[float]] = {}
+        self.dataset = load_datasets(run.cfg.DATASETS.TRAIN)
+        self.peers = PeerGroup([self._build_peer(peer) for peer in run.peers])
+        self.transfer = build_transfer(run, self.seed + self.world.rank)
+        amp = AMP_DTYPES[run.transfer.AMP_DTYPE] if run.cfg.SOLVER.AMP.ENABLED else None
+        self.engine = JointEngine(self.peers, self.transfer, self.world.device, amp)
+        self.ledger = Ledger(self.peers.names, self.world.device)
+        self.max_iter = run.cfg.SOLVER.MAX_ITER
+        self._data: Iterator[Any] = iter(())
+        seed_all_rng(self.seed + self.world.rank)
+        if record is None:
+            self._data = self._open_stream()
+        else:
+            self._resume(record)
+        self.register_hooks(self._build_hooks())
+
+    def train(self, start_iter: int | None = None, max_iter: int | None = None) -> None:
+        """Train from where the run stands to SOLVER.MAX_ITER.
+
+        Raises:
+            NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
+        """
+        start_iter = self.start_iter if start_iter is None else start_iter
+        max_iter = self.max_iter if max_iter is None else max_iter
+        if start_iter >= max_iter:
+            _logger.info("nothing to do: the run is at iteration %d of %d", start_iter, max_iter)
+            return
+        super().train(start_iter, max_iter)
+
+    def before_train(self) -> None:
+        """Measure the start, so that gains can be told."""
+        super().before_train()
+        for peer in self.peers:
+            peer.train()
+        if not self.history:
+            self.storage.put_scalars(**self._evaluate_at(0), smoothing_hint=False)
+
+    def run_step(self) -> None:
+        """Learn from TRANSFER.ACCUMULATE batches. Nothing waits for the device but at log time."""
+        waited, count = 0.0, self.run.transfer.ACCUMULATE
+        for i in range(count):
+            begun = time.perf_counter()
+            samples = next(self._data)
+            waited += time.perf_counter() - begun
+            batch = make_batch(samples, self.world.device, self.ignore)
+            result = self.engine.step(batch, step=self.iter, share=1 / count, update=i == count - 1)
+            self.ledger.add(result)
+        self.storage.put_scalar("data_time", waited)
+        done = self.iter + 1
+        if done % LOG_PERIOD == 0 or done == self.max_iter:
+            self._log(done)
+
+    def evaluate(self, tta: bool = False) -> dict[str, float]:
+        """Evaluate every peer and their ensemble on each of DATASETS.TEST.
+
+        Args:
+            tta: Average over the sizes and flips of TEST.AUG.
+
+        Returns:
+            ``PEER/mIoU``, ``fwIoU``, ``mACC``, ``pACC`` and ``IoU-CLASS`` in percent; with several
+            data sets ``PEER/DATASET/...``, of which the first is also under the plain name; with
+            ``tta`` names end in ``_TTA``.
+        """
+        return evaluate_run(self.run, self.peers, tta)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of the run; every rank calls it.
+
+        Raises:
+            NonFiniteError: A peer's weights are not finite; nothing is written.
+        """
+        done = min(self.iter + 1, self.max_iter)
+        refuse_broken_weights(self.peers, done)
+        ranks = distributed.gather_objects(
+            {
+                "rng": rng_state(self.world.device),
+                "ledger": self.ledger.state_dict(),
+                "transfer": self.transfer.state_dict(),
+                "buffers": {peer.name: peer.own_buffers() for peer in self.peers},
+            }
+        )
+        if self.world.is_main:
+            state = {
+                "iteration": done,
+                "seed": self.seed,
+                "ranks": ranks,
+                "scaler": self.engine.scaler.state_dict(),
+                "best": self.best,
+                "history": self.history,
+                "lessons": self.lessons,
+            }
+            keep = self.run.transfer.KEEP
+            checkpoints.save(self.folder, self.peers, state, name, keep)
+        distributed.barrier()
+
+    def _draw_seed(self) -> int:
+        seed = self.run.cfg.SEED
+        return seed if seed >= 0 else comm.shared_random_seed() % 2**31
+
+    def _build_peer(self, config: PeerConfig) -> SegmentorPeer:
+        module, cfg = build_with_weights(config)
+        learning: dict[str, Any] = {"frozen": True}
+        if not config.frozen:
+            learning = {
+                "optimizer": solver.build_optimizer(cfg, module),
+                "clip": solver.build_clip(cfg, module),
+            }
+        transfer = self.run.transfer
+        peer = SegmentorPeer(
+            config.name,
+            module,
+            cfg,
+            granularity=transfer.GRANULARITY,
+            score=transfer.SCORE,
+            **learning,
+        )
+        if peer.optimizer is not None:
+            peer.scheduler = solver.build_lr_scheduler(cfg, peer.optimizer)
+        peer.distribute(self.world, broadcast_buffers=False)
+        return peer
+
+    def _build_hooks(self) -> list[Any]:
+        cfg = self.run.cfg
+        built = [hooks.IterationTimer(), PeerSchedules(self.peers), *self._precise_bn()]
+        built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_now))
+        built.append(PeriodicSave(self.save, cfg.SOLVER.CHECKPOINT_PERIOD))
+        if self.world.is_main:
+            writers = default_writers(str(self.folder), self.max_iter)
+            built.append(hooks.PeriodicWriter(writers, period=LOG_PERIOD))
+        return built
+
+    def _precise_bn(self) -> list[hooks.PreciseBN]:
+        found = []
+        for peer in self.peers:
+            settings = peer.cfg.TEST.PRECISE_BN
+            if settings.ENABLED and not peer.frozen and get_bn_modules(peer.module):
+                batches = SameBatches(
+                    lambda: self._open_stream(seed=self.seed + 1),
+                    lambda samples, peer=peer: [peer.view(sample) for sample in samples],
+                    settings.NUM_ITER,
+                )
+                period = peer.cfg.TEST.EVAL_PERIOD
+                found.append(hooks.PreciseBN(period, peer.model, batches, settings.NUM_ITER))
+        return found
+
+    def _open_stream(self, done: int = 0, seed: int | None = None) -> Iterator[Any]:
+        """Open the data where ``done`` iterations have taken theirs."""
+        cfg, transfer = self.run.cfg, self.run.transfer
+        per_rank = per_rank_batch(cfg.SOLVER.IMS_PER_BATCH, self.world.size)
+        masks = any(not peer.dense for peer in self.peers)
+        return iter(
+            build_train_loader(
+                self.dataset,
+                SharedMapper(cfg, masks),
+                batch_size_per_rank=per_rank,
+                workers=cfg.DATALOADER.NUM_WORKERS,
+                seed=self.seed if seed is None else seed,
+                world_rank=self.world.rank,
+                world_size=self.world.size,
+                start=done * transfer.ACCUMULATE * cfg.SOLVER.IMS_PER_BATCH,
+            )
+        )
+
+    def _log(self, done: int) -> None:
+        lessons = self.ledger.read()
+        refuse_non_finite(lessons, self.engine.scaler, done)
+        for peer in self.peers:
+            for name, value in peer.read_losses().items():
+                self.storage.put_scalar(f"{peer.name}/{name}", value)
+        scalars = lessons.scalars()
+        scalars["transfer/weight"] = self.transfer.weight_at(done)
+        self.storage.put_scalars(**scalars)
+
+    def _evaluate_now(self) -> dict[str, float]:
+        return self._evaluate_at(min(self.iter + 1, self.max_iter))
+
+    def _evaluate_at(self, iteration: int) -> dict[str, float]:
+        """Evaluate, keep each peer's best, and tell the writers all but the classes' own values."""
+        if iteration:
+            self.lessons.append({"iteration": iteration, **self.ledger.read_epoch().scalars()})
+        metrics = self.evaluate()
+        self.history.append({"iteration": iteration, **metrics})
+        for peer in self.peers:
+            value = metrics[f"{peer.name}/{METRIC}"]
+            if peer.name not in self.best or value > self.best[peer.name][0]:
+                self.best[peer.name] = [value, iteration]
+                if self.world.is_main and not peer.frozen:
+                    checkpoints.save_best(self.folder, peer, iteration)
+        if self.world.is_main:
+            log_metrics(metrics, [*self.peers.names, "ensemble"])
+            write_csv(self.folder / "summary.csv", self.history)
+            write_csv(self.folder / "ledger.csv", self.lessons)
+        return {name: value for name, value in metrics.items() if "/IoU-" not in name}
+
+    def _resume(self, record: dict[str, Any]) -> None:
+        checkpoints.load(self.folder, list(self.peers), record)
+        self.start_iter = self.iter = int(record["iteration"])
+        self.history, self.lessons = list(record["history"]), list(record["lessons"])
+        self.best = {name: list(best) for name, best in record["best"].items()}
+        self.engine.scaler.load_state_dict(record["scaler"])
+        self._data = self._open_stream(self.start_iter)
+        _logger.info("resumed after iteration %d", self.start_iter)
+        if len(record["ranks"]) != self.world.size:
+            _logger.warning(
+                "the run had %d processes, this one has %d: it goes on, but not bit for bit",
+                len(record["ranks"]),
+                self.world.size,
+            )
+            return
+        mine = record["ranks"][self.world.rank]
+        self.ledger.load_state_dict(mine["ledger"])
+        self.transfer.load_state_dict(mine["transfer"], self.world.device)
+        for peer in self.peers:
+            peer.load_own_buffers(mine["buffers"].get(peer.name, {}))
+        load_rng_state(mine["rng"], self.world.device)
+
+
+def current_world(device: str) -> World:
+    """Describe this process as Detectron2's ``launch`` started it."""
+    size = comm.get_world_size()
+    local_rank = comm.get_local_rank() if size > 1 else 0
+    index = local_rank if torch.device(device).type == "cuda" else None
+    return World(comm.get_rank(), size, local_rank, torch.device(torch.device(device).type, index))
+
+
+def build_with_weights(config: PeerConfig) -> tuple[torch.nn.Module, Any]:
+    """Build a peer's model and load MODEL.WEIGHTS into it.
+
+    Raises:
+        CheckpointError: No such file, or a checkpoint of another model.
+    """
+    module = build_model(config.cfg)
+    if config.cfg.MODEL.WEIGHTS:
+        load_peer_weights(module, config.cfg.MODEL.WEIGHTS, f"peer {config.name!r}")
+    else:
+        _logger.warning("peer %r has no MODEL.WEIGHTS: it starts from random ones", config.name)
+    return module, config.cfg
+
+
+def build_transfer(run: RunConfig, seed: int) -> KnowledgeTransfer:
+    """Build the objective from the TRANSFER node."""
+    node = run.transfer
+    return KnowledgeTransfer(
+        node.RULE,
+        node.TEMPERATURE,
+        node.WEIGHT,
+        node.DETACH_TEACHER,
+        margin=node.MARGIN or None,
+        warmup_steps=node.WARMUP_ITERS,
+        names=run.names,
+        frozen=[peer.name for peer in run.peers if peer.frozen],
+        seed=seed,
+    )
+
+
+def per_rank_batch(batch: int, ranks: int) -> int:
+    """Split SOLVER.IMS_PER_BATCH over the ranks.
+
+    Raises:
+        ConfigError: It does not divide.
+    """
+    if batch < 1 or batch % ranks:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {batch}; expected a multiple of the {ranks} processes"
+        )
+    return batch // ranks
+
+
+def evaluate_run(
+    run: RunConfig, peers: Sequence[SegmentorPeer], tta: bool = False
+) -> dict[str, float]:
+    """Evaluate peers on each of DATASETS.TEST; see ``TransferTrainer.evaluate``."""
+    metrics: dict[str, float] = {}
+    for i, dataset in enumerate(run.cfg.DATASETS.TEST):
+        found = evaluate_group(
+            peers, dataset, output_dir=run.output_dir / "inference" / dataset, tta=tta
+        )
+        if len(run.cfg.DATASETS.TEST) > 1:
+            for name, value in found.items():
+                peer, metric = name.split("/", 1)
+                metrics[f"{peer}/{dataset}/{metric}"] = value
+        if i == 0:
+            metrics |= found
+    return metrics
+
+
+def log_metrics(metrics: dict[str, float], names: Sequence[str], suffix: str = "") -> None:
+    """Log the table of peers and metrics."""
+    columns = [f"{name}{suffix}" for name in ("mIoU", "fwIoU", "mACC", "pACC")]
+    lines = [f"{'':16}" + "".join(f"{column:>12}" for column in columns)]
+    for name in names:
+        values = [metrics.get(f"{name}/{column}") for column in columns]
+        if any(value is not None for value in values):
+            cells = "".join(f"{'':>12}" if v is None else f"{v:12.2f}" for v in values)
+            lines.append(f"{name:16}{cells}")
+    _logger.info("evaluation, in percent\n%s", "\n".join(lines))
