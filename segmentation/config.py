@@ -331,9 +331,22 @@ def _merge_file(cfg: CfgNode, path: Path, allow_unsafe: bool) -> None:
 def _merge(cfg: CfgNode, content: Mapping[str, Any], where: str) -> None:
     _refuse_unknown(cfg, content, where)
     try:
-        cfg.merge_from_other_cfg(CfgNode(copy.deepcopy(dict(content))))
+        cfg.merge_from_other_cfg(CfgNode(_as_floats(cfg, content)))
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _as_floats(cfg: CfgNode, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy content; whole numbers become floats where the config holds a float."""
+    copied: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and isinstance(cfg[key], CfgNode):
+            copied[key] = _as_floats(cfg[key], value)
+        elif isinstance(cfg[key], float) and type(value) is int:
+            copied[key] = float(value)
+        else:
+            copied[key] = copy.deepcopy(value)
+    return copied
 
 
 def _refuse_unknown(cfg: CfgNode, content: Mapping[str, Any], where: str, prefix: str = "") -> None:
@@ -362,7 +375,8 @@ def _merge_options(cfg: CfgNode, options: Sequence[Any], where: str) -> None:
                 raise ConfigError(f"{where}: unknown key {key}; {choices}")
             node = node[part]
         try:
-            cfg.merge_from_list([key, value])
+            whole = isinstance(node, float) and str(value).lstrip("+-").isdigit()
+            cfg.merge_from_list([key, float(value) if whole else value])
         except (KeyError, ValueError, AssertionError) as error:
             raise ConfigError(f"{where}: {key} {value!r}: {error}") from error
 
