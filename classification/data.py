@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from classification.options import OptionError, mixes
 from common.distributed import World
+from common.seeding import generators_kept, seed_generators
 
 
 @dataclass(frozen=True)
@@ -203,26 +202,12 @@ class SeededDataset(Dataset):
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Any]:
         """Return a batch's samples; torch's loader asks for them at once."""
-        with _generators_kept():
+        with generators_kept():
             return [self._sample(draw) for draw in draws]
 
     def _sample(self, draw: Draw) -> Any:
-        words = np.random.SeedSequence((self.seed, draw.epoch, draw.position)).generate_state(3)
-        random.seed(int(words[0]))
-        np.random.seed(int(words[1]))
-        torch.default_generator.manual_seed(int(words[2]))
+        seed_generators(self.seed, draw.epoch, draw.position)
         return self.dataset[draw.index]
-
-
-@contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    keep = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(keep[0])
-        np.random.set_state(keep[1])
-        torch.set_rng_state(keep[2])
 
 
 def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> Dataset:
