@@ -221,11 +221,11 @@ class TransferTrainer(TrainerBase):
             build_train_loader(
                 self.dataset,
                 SharedMapper(cfg, masks),
-                batch_size_per_rank=per_rank,
+                batch=per_rank,
                 workers=cfg.DATALOADER.NUM_WORKERS,
                 seed=self.seed if seed is None else seed,
-                world_rank=self.world.rank,
-                world_size=self.world.size,
+                rank=self.world.rank,
+                ranks=self.world.size,
                 start=done * transfer.ACCUMULATE * cfg.SOLVER.IMS_PER_BATCH,
             )
         )
@@ -341,9 +341,7 @@ def evaluate_run(
     """Evaluate peers on each of DATASETS.TEST; see ``TransferTrainer.evaluate``."""
     metrics: dict[str, float] = {}
     for i, dataset in enumerate(run.cfg.DATASETS.TEST):
-        found = evaluate_group(
-            peers, dataset, output_dir=run.output_dir / "inference" / dataset, tta=tta
-        )
+        found = evaluate_group(peers, dataset, tta)
         if len(run.cfg.DATASETS.TEST) > 1:
             for name, value in found.items():
                 peer, metric = name.split("/", 1)

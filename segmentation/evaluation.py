@@ -1,0 +1,193 @@
+"""Evaluation of every peer and of their ensemble, with Detectron2's own evaluators."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.evaluation import (
+    CityscapesSemSegEvaluator,
+    DatasetEvaluator,
+    SemSegEvaluator,
+)
+from torch import Tensor
+
+from common import distributed
+from segmentation.data import DataError, TestMapper, load_datasets, peer_view, read_labels
+from segmentation.peer import SegmentorPeer
+
+_logger = logging.getLogger(__name__)
+
+METRICS = ("mIoU", "fwIoU", "mACC", "pACC")
+ENSEMBLE = "ensemble"
+_LOG_SECONDS = 30
+
+
+class LabelEvaluator(SemSegEvaluator):
+    """Detectron2's evaluator without the file of predictions, which costs more than the rest."""
+
+    def __init__(self, dataset: str) -> None:
+        # its own reader breaks with numpy 2 (copy=False)
+        super().__init__(dataset, sem_seg_loading_fn=read_labels)
+        self._compute_boundary_iou = False  # for which each map would be eroded too
+
+    def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[Any]:
+        """Encode nothing."""
+        return []
+
+
+def evaluate_group(
+    peers: Sequence[SegmentorPeer],
+    dataset: str,
+    tta: bool = False,
+) -> dict[str, float]:
+    """Evaluate every peer and, of several, the mean of their probabilities.
+
+    Every peer sees an image in its own test geometry; an image is read once for all peers that
+    share one. Under several ranks each takes its part of the images.
+
+    Args:
+        peers: As they are; their modes are put back afterwards.
+        dataset: A registered name.
+        tta: Average over the sizes and flips of each peer's TEST.AUG; metrics end in ``_TTA``.
+
+    Returns:
+        ``PEER/mIoU``, ``fwIoU``, ``mACC``, ``pACC`` and ``PEER/IoU-CLASS``, in percent, the same on
+        all ranks; and those of ``ensemble``.
+
+    Raises:
+        DataError: Files that are missing or broken, or a dataset of another kind.
+    """
+    load_datasets([dataset])
+    names = [peer.name for peer in peers] + [ENSEMBLE] * (len(peers) > 1)
+    evaluators = {name: _evaluator(dataset) for name in names}
+    for evaluator in evaluators.values():
+        evaluator.reset()
+    with torch.no_grad(), _evaluating(peers):
+        for inputs in _progress(_loader(peers, dataset, tta)):
+            mean: Tensor | None = None
+            for peer, sample in zip(peers, inputs, strict=True):
+                p = augmented(peer, sample) if tta else predict(peer, sample)
+                evaluators[peer.name].process([sample], [{"sem_seg": p}])
+                if ENSEMBLE in evaluators:
+                    mean = p if mean is None else mean + p
+            if mean is not None:
+                evaluators[ENSEMBLE].process([inputs[0]], [{"sem_seg": mean}])
+    found = {name: evaluator.evaluate() for name, evaluator in evaluators.items()}
+    found = distributed.gather_objects(found)[0]
+    suffix = "_TTA" if tta else ""
+    return {
+        f"{name}/{metric}{suffix}": float(value)
+        for name, results in found.items()
+        for metric, value in _flat(results["sem_seg"]).items()
+    }
+
+
+def predict(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
+    """Return a peer's probabilities [C, height, width] for one image, at the file's resolution."""
+    seen = peer_view(sample, peer.cfg.INPUT.FORMAT)
+    return peer.probabilities(peer.module([seen])[0]["sem_seg"])
+
+
+def augmented(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
+    """Return a peer's mean probabilities [C, height, width] over TEST.AUG's sizes and flips.
+
+    Args:
+        peer: Its TEST.AUG gives MIN_SIZES, MAX_SIZE and FLIP.
+        sample: With the image as it is in the file.
+    """
+    settings = peer.cfg.TEST.AUG
+    image = sample["image"].permute(1, 2, 0).numpy()
+    total: Tensor | None = None
+    flips = (False, True) if settings.FLIP else (False,)
+    for size in settings.MIN_SIZES:
+        resized = ResizeShortestEdge(size, settings.MAX_SIZE).get_transform(image)
+        tensor = torch.from_numpy(resized.apply_image(image).transpose(2, 0, 1).copy())
+        for flip in flips:
+            seen = {**sample, "image": tensor.flip(-1) if flip else tensor}
+            p = predict(peer, seen)
+            p = p.flip(-1) if flip else p
+            total = p if total is None else total + p
+    if total is None:
+        raise DataError("TEST.AUG.MIN_SIZES is empty; give at least one size")
+    return total / (len(settings.MIN_SIZES) * len(flips))
+
+
+def _loader(
+    peers: Sequence[SegmentorPeer], dataset: str, tta: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield one image after another, as each peer's sample."""
+    loader = build_detection_test_loader(
+        load_datasets([dataset]),
+        mapper=_GroupMapper(peers, tta),
+        num_workers=peers[0].cfg.DATALOADER.NUM_WORKERS,
+    )
+    for batch in loader:
+        yield batch[0]
+
+
+class _GroupMapper:
+    """Read an image once for every distinct test geometry."""
+
+    def __init__(self, peers: Sequence[SegmentorPeer], tta: bool) -> None:
+        self.geometries = [
+            (0, 0) if tta else (peer.cfg.INPUT.MIN_SIZE_TEST, peer.cfg.INPUT.MAX_SIZE_TEST)
+            for peer in peers
+        ]
+        self.mappers = {size: TestMapper(*size) for size in self.geometries}
+
+    def __call__(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        samples = {size: mapper(record) for size, mapper in self.mappers.items()}
+        return [samples[size] for size in self.geometries]
+
+
+def _evaluator(dataset: str) -> DatasetEvaluator:
+    kind = MetadataCatalog.get(dataset).get("evaluator_type")
+    if kind == "cityscapes_sem_seg":
+        try:
+            return CityscapesSemSegEvaluator(dataset)
+        except ImportError as error:
+            raise DataError(f"{dataset}: needs pip install cityscapesscripts ({error})") from error
+    if kind in ("sem_seg", "ade20k_panoptic_seg"):
+        return LabelEvaluator(dataset)
+    raise DataError(
+        f"{dataset}: evaluator type {kind!r}; semantic datasets are of sem_seg or "
+        "cityscapes_sem_seg"
+    )
+
+
+def _flat(results: dict[str, float]) -> dict[str, float]:
+    """Name the metrics alike: Cityscapes' evaluator calls its mean ``IoU``."""
+    if "mIoU" in results:
+        return dict(results)
+    return {"mIoU" if name == "IoU" else name: value for name, value in results.items()}
+
+
+@contextmanager
+def _evaluating(peers: Sequence[SegmentorPeer]) -> Iterator[None]:
+    """Evaluate, then put every module's mode back as it was."""
+    modes = [[(module, module.training) for module in peer.module.modules()] for peer in peers]
+    for peer in peers:
+        peer.module.eval()
+    try:
+        yield
+    finally:
+        for module, training in (pair for of_peer in modes for pair in of_peer):
+            module.training = training
+
+
+def _progress(samples: Iterator[Any]) -> Iterator[Any]:
+    """Tell now and then how far an evaluation is."""
+    begun = told = time.monotonic()
+    for done, sample in enumerate(samples, 1):
+        yield sample
+        if time.monotonic() - told > _LOG_SECONDS:
+            told = time.monotonic()
+            _logger.info("evaluated %d images, %.2f s each", done, (told - begun) / done)

@@ -1,0 +1,196 @@
+"""Weights of segmentors: Detectron2's files without their code, and backbones of other hosts."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from iopath.common.file_io import PathManager as _PathManager
+from torch import Tensor, nn
+
+from common.checkpoint import CheckpointError, load_weights, read_weights
+
+_logger = logging.getLogger(__name__)
+
+# What arrays are pickled with, by numpy 1 and 2; nothing of it runs code that the file brings.
+_ALLOWED = {
+    *(
+        (f"numpy.{core}.multiarray", name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+}
+_ENOUGH = 0.9
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds containers and arrays of numbers, and refuses everything else by its name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """Read one of Detectron2's ``.pkl`` files: containers and numpy arrays, nothing that runs.
+
+    Raises:
+        CheckpointError: Missing or broken, or it asks for anything else; names it.
+    """
+    try:
+        content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, or no pickle: {error}. Checkpoints never execute code here; save the "
+            "weights alone (torch.save(model.state_dict(), ...) or safetensors)"
+        ) from error
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise CheckpointError(
+            f"{path}: missing or broken file ({error}); fetch it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, expected names and arrays"
+        )
+    return dict(content)
+
+
+def read_segmentor(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a ``.pkl``, ``.pth`` or ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: As ``read_pickle`` and ``common.checkpoint.read_weights``.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; check MODEL.WEIGHTS")
+    if path.suffix != ".pkl":
+        return read_weights(path)
+    content: Any = read_pickle(path)
+    content = content.get("model", content)
+    arrays = {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
+    if not arrays or any(array.dtype.hasobject for array in arrays.values()):
+        raise CheckpointError(f"{path}: holds no arrays of weights")
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def load_peer_weights(module: nn.Module, source: str, who: str) -> None:
+    """Load a whole segmentor, or the backbone it shall start from.
+
+    Args:
+        module: The segmentor.
+        source: A file; ``detectron2://`` or ``https://`` for Detectron2's own download and cache;
+            ``timm:NAME`` for a backbone of timm's.
+        who: Names the peer in errors.
+
+    Raises:
+        CheckpointError: Not there, unsafe, or weights of another model.
+    """
+    weights = _timm(source) if source.startswith("timm:") else read_segmentor(_local(source))
+    own = module.state_dict()
+    if not set(own) - set(weights):
+        load_weights(module, weights, f"{who}: {source}")
+        return
+    given = sum(name in weights for name in own)
+    if given > len(own) / 2:
+        load_weights(module, weights, f"{who}: {source}")  # refuses, and says what differs
+    _load_backbone(module, to_detectron2(weights), f"{who}: {source}")
+
+
+def _load_backbone(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load what fits a backbone, by Detectron2's own matching of names."""
+    own = {name: x for name, x in module.state_dict().items() if "backbone" in name}
+    body = {name for name in own if ".fpn_" not in name and "num_batches_tracked" not in name}
+    matched = align_and_update_state_dicts(own, dict(weights), c2_conversion=False)
+    fits = {name: x for name, x in matched.items() if name in body and own[name].shape == x.shape}
+    if not body or len(fits) < _ENOUGH * len(body):
+        missing = sorted(body - set(fits))[:4]
+        raise CheckpointError(
+            f"{source}: neither a checkpoint of this {type(module).__name__} nor of its backbone; "
+            f"{len(fits)} of the backbone's {len(body)} tensors fit, missing {', '.join(missing)}"
+        )
+    module.load_state_dict({**module.state_dict(), **fits})
+    _logger.info("%s: the backbone's %d tensors; the head starts anew", source, len(fits))
+
+
+_TORCHVISION = (
+    (r"^conv1\.", "stem.conv1."),
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^layer(\d)\.", lambda found: f"res{int(found[1]) + 1}."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+)
+_TIMM_SWIN = re.compile(r"^layers\.(\d)\.downsample\.")
+
+
+def to_detectron2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a backbone of torchvision's or timm's (ResNet, Swin) as Detectron2's projects do."""
+    if "layer1.0.conv1.weight" in weights:
+        return {_renamed(name): x for name, x in weights.items() if not name.startswith("fc.")}
+    if (
+        "layers.1.downsample.norm.weight" in weights
+        and "layers.3.downsample.norm.weight" in weights
+    ):
+        # timm merges patches at a stage's beginning, Swin's authors at the end of the one before
+        weights = {
+            _TIMM_SWIN.sub(lambda found: f"layers.{int(found[1]) - 1}.downsample.", name): x
+            for name, x in weights.items()
+        }
+    return {
+        name: x for name, x in weights.items() if not name.startswith(("head.", "norm.", "fc."))
+    }
+
+
+def _renamed(name: str) -> str:
+    for pattern, to in _TORCHVISION:
+        name = re.sub(pattern, to, name)
+    return name
+
+
+def _timm(source: str) -> dict[str, Tensor]:
+    import timm
+
+    name = source.removeprefix("timm:")
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        raise CheckpointError(
+            f"{source}: {error}. Without a network, give the path of a local file as WEIGHTS"
+        ) from error
+
+
+def _local(source: str) -> Path:
+    if "://" not in source:
+        return Path(source).expanduser()
+    try:
+        return Path(_paths().get_local_path(source))
+    except Exception as error:
+        raise CheckpointError(
+            f"{source}: cannot be fetched ({error}); without a network, give the path of a local file"
+        ) from error
+
+
+def _paths() -> _PathManager:
+    from detectron2.utils.file_io import PathManager
+
+    return PathManager
