@@ -14,6 +14,7 @@ from scipy import stats
 ENOUGH_SEEDS = 5
 TARGETS = ("mean", "strongest", "weakest", "ensemble")
 FLIPS = ("fixed", "broken")
+UNITS = ("epoch", "iteration")
 
 Result = Mapping[str, Any]
 Table = dict[str, dict[int, Result]]
@@ -86,7 +87,8 @@ def summarise(
     Args:
         results: One an arm and seed: ``arm``, ``seed``, ``before`` and ``after`` (values by peer);
             where there are such ``fixed`` and ``broken`` (counts by peer), ``ensemble_before``,
-            ``ensemble_after``, ``oracle_before``, ``oracle_after``, ``lessons`` (rows by epoch).
+            ``ensemble_after``, ``oracle_before``, ``oracle_after``, ``lessons`` (rows by
+            epoch or iteration).
         names: The peers'.
         control: The arm that the others are compared with.
         arms: Which, in order; None: as they come in the results.
@@ -276,15 +278,21 @@ def _mean(values: Sequence[Any]) -> float | None:
 
 def _mean_lessons(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float | None]]:
     """Average rows of the same epoch over the seeds, number by number."""
+    unit = unit_of([row for run in runs for row in run])
     epochs: dict[int, list[Mapping[str, Any]]] = {}
     for run in runs:
         for row in run:
-            epochs.setdefault(int(row["epoch"]), []).append(row)
-    return [{"epoch": epoch, **_mean_row(rows)} for epoch, rows in sorted(epochs.items())]
+            epochs.setdefault(int(row[unit]), []).append(row)
+    return [{unit: epoch, **_mean_row(rows)} for epoch, rows in sorted(epochs.items())]
+
+
+def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say in what the rows count: epochs, or iterations where the host has no epochs."""
+    return next((unit for unit in UNITS if rows and unit in rows[0]), UNITS[0])
 
 
 def _mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    keys = dict.fromkeys(key for row in rows for key in row if key != "epoch")
+    keys = dict.fromkeys(key for row in rows for key in row if key not in UNITS)
     return {key: _mean([row.get(key) for row in rows]) for key in keys}
 
 

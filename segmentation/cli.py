@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from segmentation.trainer import (
     METRIC,
     TransferTrainer,
     build_with_weights,
-    current_world,
     evaluate_run,
     log_metrics,
+    summary_of,
 )
 
 _logger = logging.getLogger("segmentation")
@@ -63,14 +64,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
     options = parser().parse_args(arguments)
-    setup_logger(name="segmentation")
     try:
         run = load_run(options.config_file, options.opts or [], options.allow_unsafe_config)
         check_machine(options, run)
         check_classes({peer.name: peer.cfg for peer in run.peers})
         check_folder(run, options)
     except _FAULTS as error:
-        _logger.error("error: %s", error)
+        sys.stderr.write(f"error: {error}\n")
         return 1
     if options.num_gpus * options.num_machines <= 1:
         return work(run, options)
@@ -94,7 +94,7 @@ def work(run: RunConfig, options: argparse.Namespace) -> int:
         else:
             train(run, options.resume)
     except _FAULTS as error:
-        _logger.error("error: %s", error)
+        sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
 
@@ -169,18 +169,13 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
 
 def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:
     """Write OUTPUT_DIR/report.html: each peer before and after, and who taught whom."""
-    history = [
-        {name: value for name, value in row.items() if "/IoU-" not in name}
-        for row in trainer.history
-    ]
     return write_run_report(
         run.output_dir / "report.html",
         names=run.names,
-        history=history,
+        history=[summary_of(row) for row in trainer.history],
         lessons=trainer.lessons,
         metric=METRIC,
         settings=settings(run),
-        unit="iteration",
     )
 
 
@@ -204,11 +199,11 @@ def settings(run: RunConfig) -> dict[str, Any]:
 
 
 def _start(run: RunConfig) -> None:
-    rank = comm.get_rank()
-    current_world(run.cfg.MODEL.DEVICE)
     run.output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("fvcore", "detectron2", "segmentation", "common"):
-        setup_logger(str(run.output_dir), distributed_rank=rank, name=name)
+        setup_logger(str(run.output_dir), distributed_rank=comm.get_rank(), name=name)
+    for name in ("detectron2.evaluation", "detectron2.data.common"):  # say again what is told
+        logging.getLogger(name).setLevel(logging.WARNING)
     _logger.info("machine:\n%s", collect_env_info())
     torch.backends.cudnn.benchmark = run.cfg.CUDNN_BENCHMARK
     if not comm.is_main_process():

@@ -21,7 +21,7 @@ class MissingDetectron2Error(ImportError):
 
 def available(module: str) -> bool:
     """Whether a top-level module can be found, without importing it."""
-    return module in sys.modules or importlib.util.find_spec(module) is not None
+    return sys.modules.get(module) is not None or importlib.util.find_spec(module) is not None
 
 
 def require() -> None:

@@ -21,7 +21,7 @@ from common.peers import check_names
 from common.roles import check_rule
 from common.transfer import SCORES
 from segmentation import compat
-from segmentation.mask2former import add_mask2former_config
+from segmentation.mask2former_config import add_mask2former_config
 
 GRANULARITIES = ("image", "pixel")
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -163,13 +163,7 @@ def class_masks(labels: torch.Tensor, ignore: int) -> Instances:
 
 
 def peer_view(sample: Mapping[str, Any], order: str) -> dict[str, Any]:
-    """Return a sample with its RGB channels in a peer's order.
-
-    Raises:
-        DataError: An order that is neither RGB nor BGR.
-    """
-    if order not in FORMATS:
-        raise DataError(f"INPUT.FORMAT is {order!r}; choose from {', '.join(FORMATS)}")
+    """Return a sample with its RGB channels in a peer's order, one of ``FORMATS``."""
     image = sample["image"]
     return {**sample, "image": image if order == "RGB" else image[list(FORMATS[order])]}
 

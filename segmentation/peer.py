@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.peers import Peer
 from common.transfer import PeerOutput, confidence
-from segmentation.data import peer_view
+from segmentation.data import FORMATS, peer_view
 
 STRIDE = 4
 _PREDICTORS = ("sem_seg_head.predictor", "sem_seg_head.coarse_sem_seg_head.predictor")
@@ -103,6 +103,11 @@ class SegmentorPeer(Peer):
         **rest: Any,
     ) -> None:
         super().__init__(name, module, **rest)
+        if cfg.INPUT.FORMAT not in FORMATS:
+            raise SegmentorError(
+                f"peer {name!r}: INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; choose from "
+                f"{', '.join(FORMATS)}"
+            )
         self.cfg = cfg
         self.scheduler: Any = None
         self.granularity = granularity

@@ -69,6 +69,7 @@ class TransferTrainer(TrainerBase):
         self.lessons: list[dict[str, float]] = []
         self.best: dict[str, list[float]] = {}
         self.dataset = load_datasets(run.cfg.DATASETS.TRAIN)
+        seed_all_rng(self.seed)  # of weights that no file gives
         self.peers = PeerGroup([self._build_peer(peer) for peer in run.peers])
         self.transfer = build_transfer(run, self.seed + self.world.rank)
         amp = AMP_DTYPES[run.transfer.AMP_DTYPE] if run.cfg.SOLVER.AMP.ENABLED else None
@@ -259,7 +260,7 @@ class TransferTrainer(TrainerBase):
             log_metrics(metrics, [*self.peers.names, "ensemble"])
             write_csv(self.folder / "summary.csv", self.history)
             write_csv(self.folder / "ledger.csv", self.lessons)
-        return {name: value for name, value in metrics.items() if "/IoU-" not in name}
+        return summary_of(metrics)
 
     def _resume(self, record: dict[str, Any]) -> None:
         checkpoints.load(self.folder, list(self.peers), record)
@@ -349,6 +350,11 @@ def evaluate_run(
         if i == 0:
             metrics |= found
     return metrics
+
+
+def summary_of(metrics: dict[str, float]) -> dict[str, float]:
+    """Leave out the classes' own values."""
+    return {k: v for k, v in metrics.items() if "/IoU-" not in k and "/ACC-" not in k}
 
 
 def log_metrics(metrics: dict[str, float], names: Sequence[str], suffix: str = "") -> None:

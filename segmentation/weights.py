@@ -53,8 +53,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
         content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, or no pickle: {error}. Checkpoints never execute code here; save the "
-            "weights alone (torch.save(model.state_dict(), ...) or safetensors)"
+            f"{path}: refused, or no pickle: {error}. Checkpoints never execute code here; save "
+            "the weights alone (torch.save(model.state_dict(), ...) or safetensors)"
         ) from error
     except (
         OSError,
@@ -186,7 +186,8 @@ def _local(source: str) -> Path:
         return Path(_paths().get_local_path(source))
     except Exception as error:
         raise CheckpointError(
-            f"{source}: cannot be fetched ({error}); without a network, give the path of a local file"
+            f"{source}: cannot be fetched ({error}); without a network, give the path of a local "
+            "file"
         ) from error
 
 

@@ -25,6 +25,7 @@ from common.report.page import (
     figure_grid,
     figure_tag,
     paragraphs,
+    picture_section,
     section,
     settings_table,
     tag,
@@ -48,6 +49,9 @@ def write_comparison(
     settings: Mapping[str, Any],
     notes: Sequence[str] = (),
     data_examples: tuple[bytes, str] | None = None,
+    pictures: Sequence[tuple[bytes, str]] = (),
+    chosen: str = "best",
+    chance: str = "random",
 ) -> Path:
     """Write the comparison of several arms, each over several seeds.
 
@@ -64,6 +68,8 @@ def write_comparison(
         settings: Plain values, shown as they are.
         notes: Sentences to add.
         data_examples: A PNG and its caption.
+        pictures: PNGs of results, and their captions.
+        chosen, chance: As ``common.statistics.summarise``.
 
     Returns:
         Where it lies.
@@ -72,7 +78,14 @@ def write_comparison(
         ValueError: As ``common.statistics.summarise``.
     """
     summary = summarise(
-        results, names, control, arms=arms, metric=metric, lower_is_better=lower_is_better
+        results,
+        names,
+        control,
+        arms=arms,
+        metric=metric,
+        lower_is_better=lower_is_better,
+        chosen=chosen,
+        chance=chance,
     )
     body = [
         section("In short", *_comparison_words(summary), *paragraphs(notes)),
@@ -85,6 +98,7 @@ def write_comparison(
             figure_grid([before_after_figure(summary), *flips_figure(summary)]),
         ),
         *_comparison_teaching(summary),
+        *picture_section(pictures),
         section("Settings", settings_table(settings)),
     ]
     return write_page(path, title, body)
@@ -360,7 +374,7 @@ def _teaching_table(names: Sequence[str], lessons: Mapping[str, Sequence[Row]]) 
         for arm, found in lessons.items()
         for pair in pair_lessons(names, found)
     ]
-    head = ["Arm", "Teacher to student", "First epoch", "Last epoch", "All epochs", "Gap"]
+    head = ["Arm", "Teacher to student", "At first", "At last", "All the time", "Gap"]
     caption = (
         "Of all samples, how many a teacher taught a student, mean over seeds. Gap: the teacher's "
         "score minus the student's. Last column: of the samples taught."

@@ -21,6 +21,7 @@ from common.report.numbers import (
 )
 from common.report.page import Html, data_table, figure_grid, figure_tag, section
 from common.report.plots import MARKERS, color_of, draw, draw_legend, epoch_axis, short_name
+from common.statistics import unit_of
 
 
 def pair_lessons(names: Sequence[str], lessons: Sequence[Row]) -> list[Pair]:
@@ -72,7 +73,7 @@ def _pair_table(pairs: Sequence[Pair]) -> Html:
     tells = any(is_finite(pair.teacher_right) for pair in pairs)
     head = ["Teacher to student", "Share", "Gap", "KL"]
     caption = (
-        "Every pair, over all epochs. Share: of all samples, how many this teacher taught this "
+        "Every pair, over the whole run. Share: of all samples, how many this teacher taught this "
         "student. Gap: the teacher's score minus the student's. KL: in nats."
     )
     if tells:
@@ -91,19 +92,22 @@ def teaching_over_time(names: Sequence[str], lessons: Sequence[Row]) -> list[Htm
     figures = []
     if anybody_taught(names, lessons):
         shares = {name: series_of(lessons, f"{name}/teaches") for name in names}
-        figures.append(_teaches_figure(epochs_of(lessons), shares))
+        figures.append(_teaches_figure(lessons, shares))
     keys = {"transfer/taught": "samples taught", "transfer/entropy": "entropy of who teaches"}
     known = {
         title: series_of(lessons, key) for key, title in keys.items() if has_values(lessons, key)
     }
     if known:
-        figures.append(_entropy_figure(epochs_of(lessons), known))
+        figures.append(_entropy_figure(lessons, known))
     return figures
 
 
-def _teaches_figure(epochs: Sequence[int], shares: Mapping[str, Sequence[float]]) -> Html:
+def _teaches_figure(lessons: Sequence[Row], shares: Mapping[str, Sequence[float]]) -> Html:
     """Stack who taught in each epoch; more than 1 in all where a sample has several teachers."""
-    edges = [epochs[0] - 0.5, *(epoch + 0.5 for epoch in epochs)]
+    epochs, unit = epochs_of(lessons), unit_of(lessons)
+    # an epoch is a bar around its number, iterations reach from one row to the next
+    first, half = (epochs[0] - 0.5, 0.5) if unit == "epoch" else (0, 0)
+    edges = [first, *(epoch + half for epoch in epochs)]
     columns = {name: np.nan_to_num(np.array(column)) for name, column in shares.items()}
     whole = np.sum(list(columns.values()), axis=0)
 
@@ -121,25 +125,27 @@ def _teaches_figure(epochs: Sequence[int], shares: Mapping[str, Sequence[float]]
                 label=short_name(name, list(columns)),
             )
             below = below + column
-        epoch_axis(axes, "share of the taught samples")
+        epoch_axis(axes, "share of the taught samples", unit)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(0, max(1.0, float(whole.max())))
         draw_legend(figure, axes)
 
-    caption = "Who taught, as a share of the taught samples in each epoch."
+    caption = "Who taught, as a share of the taught samples."
     if whole.max() > 1.02:
         caption += " More than 1 in all: a sample can have several teachers."
-    return figure_tag(draw(paint, 2.6), f"Share taught by {listed(shares)} per epoch", caption)
+    return figure_tag(draw(paint, 2.6), f"Share taught by {listed(shares)} per {unit}", caption)
 
 
-def _entropy_figure(epochs: Sequence[int], known: Mapping[str, Sequence[float]]) -> Html:
+def _entropy_figure(lessons: Sequence[Row], known: Mapping[str, Sequence[float]]) -> Html:
+    epochs = epochs_of(lessons)
+
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for i, (title, values) in enumerate(known.items()):
             axes.plot(
                 epochs, values, "-" + MARKERS[i], color=("#555555", "#b07c00")[i], label=title
             )
-        epoch_axis(axes, "")
+        epoch_axis(axes, "", unit_of(lessons))
         axes.set_ylim(-0.03, 1.03)
         draw_legend(figure, axes)
 
@@ -147,7 +153,7 @@ def _entropy_figure(epochs: Sequence[int], known: Mapping[str, Sequence[float]])
         "Share of samples on which somebody taught, and the entropy of who teaches: 1 where all "
         "teach equally often, 0 where one peer always does."
     )
-    return figure_tag(draw(paint, 2.6), f"{listed(known)} per epoch", caption)
+    return figure_tag(draw(paint, 2.6), f"{listed(known)} per {unit_of(lessons)}", caption)
 
 
 def heat_map(names: Sequence[str], pairs: Sequence[Pair]) -> Html:
@@ -176,7 +182,7 @@ def heat_map(names: Sequence[str], pairs: Sequence[Pair]) -> Html:
         axes.set_ylabel("teacher")
 
     alt = "; ".join(f"{p.teacher} taught {p.student} {as_percent(p.share)}" for p in pairs)
-    caption = "Share of all samples that a teacher (row) taught a student (column), all epochs."
+    caption = "Share of all samples that a teacher (row) taught a student (column)."
     return figure_tag(draw(paint, 1.6 + 0.5 * len(names)), alt, caption)
 
 

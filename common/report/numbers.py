@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from common.statistics import unit_of
+
 Row = Mapping[str, Any]
 
 
@@ -16,8 +18,9 @@ MISSING = "–"
 
 
 def epochs_of(rows: Sequence[Row]) -> list[int]:
-    """Return the epochs of the rows."""
-    return [int(row["epoch"]) for row in rows]
+    """Return the epochs of the rows, or their iterations."""
+    unit = unit_of(rows)
+    return [int(row[unit]) for row in rows]
 
 
 def series_of(rows: Sequence[Row], key: str) -> list[float]:

@@ -128,6 +128,14 @@ def figure_tag(image: bytes, alt: str, caption: str, kind: str = "svg+xml") -> H
     return tag("figure", picture, tag("figcaption", caption))
 
 
+def picture_section(pictures: Sequence[tuple[bytes, str]]) -> list[Html]:
+    """Show PNGs with their captions, one below the other; nothing where there are none."""
+    if not pictures:
+        return []
+    shown = [figure_tag(image, caption, caption, kind="png") for image, caption in pictures]
+    return [section("Examples", *shown)]
+
+
 def figure_grid(figures: Iterable[Html]) -> Html:
     """Lay figures out side by side where there is room."""
     return tag("div", *figures, class_="figures")

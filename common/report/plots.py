@@ -66,9 +66,9 @@ def draw_lines(axes: Axes, names: Sequence[str], rows: Sequence[Row], what: str)
         axes.plot(epochs_of(rows), values, f"-{marker}", color=color_of(i), label=label)
 
 
-def epoch_axis(axes: Axes, label: str) -> None:
-    """Label an axis of whole epochs."""
-    axes.set_xlabel("epoch")
+def epoch_axis(axes: Axes, label: str, unit: str) -> None:
+    """Label an axis of whole epochs or iterations."""
+    axes.set_xlabel(unit)
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left, right = axes.get_xlim()

@@ -31,18 +31,20 @@ from common.report.page import (
     figure_grid,
     figure_tag,
     paragraphs,
+    picture_section,
     section,
     settings_table,
     tag,
     write_page,
 )
 from common.report.plots import draw, draw_legend, draw_lines, epoch_axis
+from common.statistics import unit_of
 
 RUN_CAUTION = (
     "One run proves nothing about who should teach whom: part of any change comes from training "
     "longer, part from chance. Evidence needs the control, which is the same run without transfer "
-    "(--rule none, same seed), and several seeds of both. Each best epoch was chosen on the same "
-    "data it is measured on, so its number is optimistic; the last epoch was not chosen."
+    "(--rule none, same seed), and several seeds of both. Each best checkpoint was chosen on the "
+    "same data it is measured on, so its number is optimistic; the last was not chosen."
 )
 
 
@@ -56,6 +58,7 @@ def write_run_report(
     settings: Mapping[str, Any],
     lower_is_better: bool = False,
     notes: Sequence[str] = (),
+    pictures: Sequence[tuple[bytes, str]] = (),
 ) -> Path:
     """Write the report of one run.
 
@@ -63,12 +66,13 @@ def write_run_report(
         path: The HTML file; written whole or not at all.
         names: The peers'.
         history: One row an evaluation, the first of them the start (``Progress.history``):
-            ``epoch`` and ``PEER/METRIC``; other metrics are shown where they are there.
-        lessons: One row an epoch (``Progress.lessons``); may be empty.
+            ``epoch`` or ``iteration``, and ``PEER/METRIC``; other metrics are shown too.
+        lessons: One row a stretch of training (``Progress.lessons``); may be empty.
         metric: Which metric of a peer counts.
         settings: Plain values, shown as they are.
         lower_is_better: Of the metric.
         notes: Sentences to add.
+        pictures: PNGs and their captions.
 
     Returns:
         Where it lies.
@@ -88,8 +92,9 @@ def write_run_report(
             *paragraphs(notes),
         ),
         section("Peers", _outcome_table(outcomes, metric, show)),
-        section("Over the epochs", figure_grid(_run_figures(names, history, lessons, metric))),
+        section("Over the run", figure_grid(_run_figures(names, history, lessons, metric))),
         *teaching_section(names, lessons),
+        *picture_section(pictures),
         section("Settings", settings_table(settings)),
     ]
     return write_page(path, f"Run report: {listed(names)}", body)
@@ -132,7 +137,7 @@ def _outcome(name: str, history: Sequence[Row], metric: str, lower_is_better: bo
         name=name,
         before=before,
         best=float(best[key]),
-        best_epoch=int(best["epoch"]),
+        best_epoch=int(best[unit_of(history)]),
         last=last,
         change=last - before,
         gain=sign * (last - before),
@@ -152,9 +157,10 @@ def _run_lead(
     """Say the outcome in plain words, from the numbers alone."""
     names = listed([outcome.name for outcome in outcomes])
     direction = "lower" if lower_is_better else "higher"
-    epochs = int(history[-1]["epoch"])
+    unit = unit_of(history)
+    epochs = int(history[-1][unit])
     together = "were trained together" if len(outcomes) > 1 else "was trained alone"
-    length = f"for {epochs} epoch{'s' * (epochs != 1)}"
+    length = f"for {epochs} {unit}{'s' * (epochs != 1)}"
     sentences = [f"{names} {together} {length}; measured by {metric} ({direction} is better)."]
     if len(history) == 1:
         return f"{sentences[0]} Only the start was measured."
@@ -168,7 +174,7 @@ def _run_lead(
 
 def _who_gained(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
     groups = {
-        "Better at the last epoch than at the start": [o for o in outcomes if o.gain > 0],
+        "Better at the end than at the start": [o for o in outcomes if o.gain > 0],
         "Worse": [o for o in outcomes if o.gain < 0],
         "Unchanged": [o for o in outcomes if o.gain == 0],
     }
@@ -228,7 +234,7 @@ def _taught(lessons: Sequence[Row]) -> list[str]:
 
 def _told(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
     return [
-        f"{o.name}: {show(o.before)} before, best {show(o.best)} (epoch {o.best_epoch}), last "
+        f"{o.name}: {show(o.before)} before, best {show(o.best)} (at {o.best_epoch}), last "
         f"{show(o.last)}."
         for o in outcomes
     ]
@@ -236,7 +242,7 @@ def _told(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
 
 def _outcome_table(outcomes: Sequence[_Outcome], metric: str, show: Show) -> Html:
     flips = any(o.fixed is not None or o.broken is not None for o in outcomes)
-    head = ["Peer", "Before", "Best", "At epoch", "Last", "Change"]
+    head = ["Peer", "Before", "Best", "Best at", "Last", "Change"]
     rows = [
         [
             o.name,
@@ -253,7 +259,7 @@ def _outcome_table(outcomes: Sequence[_Outcome], metric: str, show: Show) -> Htm
     if flips:
         head += ["Fixed", "Broken"]
         caption += (
-            " Fixed and broken: samples that were wrong before and right at the last epoch, and "
+            " Fixed and broken: samples that were wrong before and right at the end, and "
             "the other way round."
         )
     return data_table(caption, head, rows)
@@ -281,20 +287,21 @@ def _metric_figure(names: Sequence[str], history: Sequence[Row], metric: str) ->
                 values = series_of(history, f"{who}/{metric}")
                 color = "#222222" if who == "ensemble" else "#8a919a"
                 axes.plot(epochs_of(history), values, style, color=color, label=who)
-        epoch_axis(axes, metric)
+        epoch_axis(axes, metric, unit_of(history))
         draw_legend(figure, axes)
 
-    caption = f"{metric} after each epoch; epoch 0 is the start."
+    caption = f"{metric} at each evaluation; 0 is the start."
     if "oracle" in group:
         caption += " Oracle: right where at least one peer is right."
     return figure_tag(draw(paint, 2.6), f"{metric} of {listed([*names, *group])}", caption)
 
 
 def _change_figure(names: Sequence[str], history: Sequence[Row], metric: str) -> Html:
+    unit = unit_of(history)
     keys = [f"{name}/{metric}" for name in names]
     start = {key: as_float(history[0].get(key)) for key in keys}
     rows = [
-        {"epoch": row["epoch"], **{key: as_float(row.get(key)) - start[key] for key in keys}}
+        {unit: row[unit], **{key: as_float(row.get(key)) - start[key] for key in keys}}
         for row in history
     ]
 
@@ -302,7 +309,7 @@ def _change_figure(names: Sequence[str], history: Sequence[Row], metric: str) ->
         axes = figure.subplots()
         axes.axhline(0, color="#8a919a", linewidth=1)
         draw_lines(axes, names, rows, metric)
-        epoch_axis(axes, f"change of {metric}")
+        epoch_axis(axes, f"change of {metric}", unit)
         draw_legend(figure, axes)
 
     alt = f"Change of {metric} since the start of {listed(names)}"
@@ -313,10 +320,12 @@ def _loss_figure(names: Sequence[str], lessons: Sequence[Row], what: str, title:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         draw_lines(axes, names, lessons, what)
-        epoch_axis(axes, title)
+        epoch_axis(axes, title, unit_of(lessons))
         if axes.dataLim.y0 >= 0:
             axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1e-6))
         draw_legend(figure, axes)
 
-    caption = f"{title}, mean over each epoch's training batches."
-    return figure_tag(draw(paint, 2.6), f"{title} of {listed(names)} per epoch", caption)
+    caption = f"{title}, mean over the training batches up to each point."
+    return figure_tag(
+        draw(paint, 2.6), f"{title} of {listed(names)} per {unit_of(lessons)}", caption
+    )

@@ -157,7 +157,7 @@ def assert_stands_alone(page):
 def test_run_table_has_the_numbers(tmp_path):
     page = run(tmp_path)
     assert page.rows("top1 of every peer") == [
-        ["Peer", "Before", "Best", "At epoch", "Last", "Change", "Fixed", "Broken"],
+        ["Peer", "Before", "Best", "Best at", "Last", "Change", "Fixed", "Broken"],
         ["a", "70.00", "72.00", "2", "72.00", "+2.00", "22", "14"],
         ["b", "69.00", "69.00", "0", "67.00", "-2.00", "22", "14"],
     ]
@@ -172,7 +172,7 @@ def test_run_pairs_weigh_epochs_by_what_was_taught(tmp_path):
 
 def test_run_says_who_gained_and_who_lost(tmp_path):
     text = run(tmp_path).text
-    assert "Better at the last epoch than at the start: a (+2.00)." in text
+    assert "Better at the end than at the start: a (+2.00)." in text
     assert "Worse: b (-2.00)." in text
     assert "The strongest peer was and is a, 70.00 before and 72.00 now." in text
     assert "went from 80.00 to 84.00, 12.00 better than the strongest single peer" in text
@@ -182,7 +182,7 @@ def test_run_says_who_gained_and_who_lost(tmp_path):
 
 def test_run_where_lower_is_better(tmp_path):
     page = run(tmp_path, lower_is_better=True)
-    assert "Better at the last epoch than at the start: b (-2.00)." in page.text
+    assert "Better at the end than at the start: b (-2.00)." in page.text
     assert "The strongest peer was b with 69.00 and is b" not in page.text
     assert "12.00" not in page.rows("top1 of every peer")[1]
     assert "17.00 worse than the strongest single peer" in page.text
@@ -385,3 +385,13 @@ def test_text_is_an_aligned_table():
     assert lines[head + 2].split()[:4] == ["best", "+1.10", "[+1.01,", "+1.19]"]
     assert max(map(len, lines)) <= 110
     assert "- best against the control none" in text
+
+
+def test_runs_that_count_iterations(tmp_path):
+    def counted(rows):
+        return [{"iteration": 500 * row.pop("epoch"), **row} for row in rows]
+
+    rows, taught = counted(history("ab")), counted(lessons("ab"))
+    page = run(tmp_path, history=rows, lessons=taught, pictures=[(b"png", "A scene.")])
+    assert "for 1000 iterations" in page.text and "epoch" not in page.text
+    assert "Examples" in page.text and "A scene." in page.text

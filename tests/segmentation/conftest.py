@@ -1,0 +1,35 @@
+import pytest
+
+
+@pytest.fixture(scope="session")
+def scenes_root(tmp_path_factory):
+    from tests.segmentation.runs import make_scenes
+
+    return make_scenes(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture
+def datasets(scenes_root, monkeypatch):
+    """A folder of data sets with a few scenes, where Detectron2 looks for it."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes_root))
+    yield scenes_root
+    for name in [name for name in DatasetCatalog.list() if name.startswith("scenes_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Detectron2 logs to the output of the first test for ever; each test gets its own."""
+    import logging
+
+    yield
+    try:
+        from detectron2.utils.logger import setup_logger
+    except ImportError:
+        return
+    setup_logger.cache_clear()
+    for name in ("fvcore", "detectron2", "segmentation", "common"):
+        logging.getLogger(name).handlers.clear()

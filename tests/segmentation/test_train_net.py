@@ -1,0 +1,230 @@
+"""Whole runs through the command line's own functions."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from common.checkpoint import CheckpointError, read_file
+from segmentation import checkpoints
+from segmentation.cli import main
+from segmentation.config import load_run
+from segmentation.trainer import TransferTrainer
+from tests.segmentation.runs import write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(folder, peer, file="model_final.pth"):
+    return read_file(folder / peer / file)["model"]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, scenes_root):
+    """A run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(scenes_root))
+        assert main(["--config-file", str(write_run(folder, RULE="random"))]) == 0
+    return folder
+
+
+def test_a_run_leaves_what_its_users_expect(finished):
+    out = finished / "out"
+    for peer in ("fpn", "deeplab"):
+        assert (out / peer / "model_final.pth").is_file()
+        assert (out / peer / "model_best.pth").is_file()
+        assert (out / peer / "last_checkpoint").read_text() == "model_final.pth"
+        assert "SemanticSegmentor" in (out / peer / "config.yaml").read_text()
+    metrics = (out / "metrics.json").read_text()
+    for name in ("fpn/loss_sem_seg", "deeplab/lr", "fpn/mIoU", "ensemble/mIoU", "transfer/taught"):
+        assert f'"{name}"' in metrics
+    assert any(out.glob("events.out.tfevents.*"))
+    rows = (out / "summary.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["iteration", "0", "3", "6"]
+    assert "fpn" in (out / "report.html").read_text()
+
+
+def test_old_checkpoints_are_pruned(finished):
+    files = sorted(path.name for path in (finished / "out" / "fpn").glob("model_0*.pth"))
+    assert files == ["model_0000001.pth", "model_0000003.pth"]
+    assert read_file(finished / "out" / "fpn" / "model_0000003.pth")["iteration"] == 3
+
+
+@pytest.mark.parametrize("peer", ["fpn", "deeplab"])
+@pytest.mark.parametrize("file", ["model_final.pth", "model_best.pth"])
+def test_a_peers_file_loads_strictly_in_plain_detectron2(finished, peer, file):
+    run = load_run([finished / "run.yaml"])
+    cfg = next(p.cfg for p in run.peers if p.name == peer)
+    module = build_model(cfg)
+    path = finished / "out" / peer / file
+    unmatched = DetectionCheckpointer(module)._load_model(
+        {"model": dict(weights(path.parents[1], peer, file)), "matching_heuristics": False}
+    )
+    assert not unmatched.missing_keys and not unmatched.unexpected_keys
+    assert not unmatched.incorrect_shapes
+    assert same(module.state_dict(), weights(path.parents[1], peer, file))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, scenes_root, workers):
+    run = write_run(tmp_path, RULE="random")
+    command = [sys.executable, "segmentation/train_net.py", "--config-file", str(run)]
+    command += ["--resume", "DATALOADER.NUM_WORKERS", str(workers)]
+    environment = os.environ | {"DETECTRON2_DATASETS": str(scenes_root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    record = tmp_path / "out" / checkpoints.RECORD
+    while not record.exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    at = read_file(record)["iteration"]
+    assert 2 <= at < 6
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"resumed after iteration {at}" in done.stdout + done.stderr
+    for peer in ("fpn", "deeplab"):
+        for file in ("model_final.pth", "model_best.pth"):
+            assert same(
+                weights(tmp_path / "out", peer, file), weights(finished / "out", peer, file)
+            )
+    mine, whole = (
+        read_file(folder / "out" / checkpoints.RECORD) for folder in (tmp_path, finished)
+    )
+    for rows in ("history", "lessons"):
+        assert str(mine[rows]) == str(whole[rows])  # as text: NaN where a class is not there
+
+
+def test_eval_only_measures_the_weights_that_are_given(finished, datasets, capsys):
+    options = ["--config-file", str(finished / "run.yaml"), "--eval-only"]
+    for peer in ("fpn", "deeplab"):
+        path = finished / "out" / peer / "model_final.pth"
+        options += [f"PEER.{peer}.MODEL.WEIGHTS", str(path)]
+    output = finished / "evaluated"
+    assert main([*options, "OUTPUT_DIR", str(output)]) == 0
+    header, row = (line.split(",") for line in (output / "evaluation.csv").read_text().splitlines())
+    last = read_file(finished / "out" / checkpoints.RECORD)["history"][-1]
+    found = dict(zip(header, map(float, row), strict=True))
+    assert str(found) == str({name: x for name, x in last.items() if name != "iteration"})
+
+
+def test_eval_only_with_resume_takes_the_last_checkpoint(finished, datasets):
+    options = ["--config-file", str(finished / "run.yaml"), "--eval-only", "--resume"]
+    assert main([*options, "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(48, 64)"]) == 0
+    text = (finished / "out" / "evaluation.csv").read_text()
+    last = read_file(finished / "out" / checkpoints.RECORD)["history"][-1]
+    assert str(last["fpn/mIoU"]) in text
+    assert "fpn/mIoU_TTA" in (finished / "out" / "evaluation_tta.csv").read_text()
+
+
+def test_three_peers_pixels_accumulation_and_a_frozen_one(tmp_path, datasets):
+    run = write_run(tmp_path, ("fpn", "deeplab", "deeplab_v3"), GRANULARITY="pixel", ACCUMULATE=2)
+    text = run.read_text().replace("NAME: deeplab_v3", "FROZEN: true\n    NAME: deeplab_v3")
+    run.write_text(text)
+    options = [
+        "SOLVER.MAX_ITER",
+        "2",
+        "SOLVER.AMP.ENABLED",
+        "True",
+        "TRANSFER.AMP_DTYPE",
+        "bfloat16",
+    ]
+    assert main(["--config-file", str(run), *options]) == 0
+    assert not (tmp_path / "out" / "deeplab_v3" / "model_final.pth").exists()
+    lessons = read_file(tmp_path / "out" / checkpoints.RECORD)["lessons"][-1]
+    assert 0 < lessons["transfer/taught"] <= 1
+    assert lessons["deeplab_v3/transfer_loss"] == 0 or lessons["deeplab_v3/teaches"] >= 0
+
+
+def test_a_fresh_run_is_not_written_over_an_older_one(finished, datasets, capsys):
+    assert main(["--config-file", str(finished / "run.yaml")]) == 1
+    assert "holds an earlier run; give --resume" in capsys.readouterr().err
+
+
+def test_other_peers_are_refused_at_resume(finished, datasets, tmp_path):
+    options = ["OUTPUT_DIR", str(finished / "out")]
+    run = load_run([write_run(tmp_path, ("deeplab", "fpn"), RULE="random")], options)
+    with pytest.raises(
+        CheckpointError, match="had the peers fpn, deeplab, this one has deeplab, fpn"
+    ):
+        TransferTrainer(run, resume=True)
+
+
+def test_peers_of_two_moments_are_refused(finished, datasets, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "out", tmp_path / "out")
+    shutil.copy(tmp_path / "out/fpn/model_0000003.pth", tmp_path / "out/fpn/model_final.pth")
+    run = load_run([write_run(tmp_path, RULE="random")])
+    with pytest.raises(CheckpointError, match="of iteration 3, the run's record is of 5"):
+        TransferTrainer(run, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["DATASETS.TRAIN", "('nothing_train',)"], "unknown dataset 'nothing_train'; choose from"),
+        (["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], "no dataset: set DATASETS.TRAIN"),
+        (["DATASETS.TRAIN", "('scenes_other',)"], "has scenes_train, scenes_val; make demo"),
+        (["DATASETS.TEST", "('ade20k_sem_seg_val',)"], "have other classes"),
+        (
+            ["PEER.fpn.MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7"],
+            "'fpn' has 7 classes, scenes_train has 11",
+        ),
+        (["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "254"], "ignores the label 254, scenes_train 255"),
+        (["PEER.fpn.MODEL.WEIGHTS", "none.pth"], "none.pth: no such file"),
+        (["MODEL.DEVICE", "cuda"], "there is no GPU; give MODEL.DEVICE cpu"),
+        (["PEER.fpn.INPUT.FORMAT", "YUV"], "'YUV'; choose from RGB, BGR"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH is 0"),
+        (["INPUT.RANDOM_FLIP", "up"], "'up'; choose from none, horizontal, vertical"),
+        (["SOLVER.OPTIMIZER", "LION"], "'LION'; choose from SGD, ADAMW"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, datasets, capfd, options, message):
+    if options[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main(["--config-file", str(write_run(tmp_path)), *options]) == 1
+    told = capfd.readouterr()
+    assert message in told.err + told.out
+    assert "Traceback" not in told.err + told.out
+
+
+def test_without_detectron2_it_is_said_how_to_get_it(tmp_path):
+    """In a process of its own, where Detectron2 cannot be found."""
+    script = (
+        "import sys\n"
+        "sys.modules['detectron2'] = None\n"
+        "import common.trainer, classification.train, segmentation, saliency\n"
+        "from segmentation.train_net import main\n"
+        "sys.exit(main(['--config-file', 'x.yaml']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1
+    assert "make setup-segmentation" in done.stderr and "Traceback" not in done.stderr
