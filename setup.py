@@ -66,6 +66,8 @@ setup(
             "webdataset>=1,<2",
             "ruff>=0.9",
             "mypy>=1.14",
+            "setuptools>=68",
+            "wheel",
             "types-PyYAML",
         ],
     },

@@ -21,9 +21,10 @@ from common.report import write_run_report
 from common.roles import NonFiniteError
 from common.trainer import write_csv
 from segmentation import checkpoints
-from segmentation.config import ConfigError, RunConfig, load_run
-from segmentation.data import DataError, check_classes
-from segmentation.peer import SegmentorError, SegmentorPeer
+from segmentation.config import RunConfig, load_run
+from segmentation.data import check_classes
+from segmentation.errors import ConfigError, DataError, SegmentorError
+from segmentation.peer import SegmentorPeer
 from segmentation.trainer import (
     METRIC,
     TransferTrainer,

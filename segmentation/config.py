@@ -21,6 +21,8 @@ from common.peers import check_names
 from common.roles import check_rule
 from common.transfer import SCORES
 from segmentation import compat
+from segmentation.errors import ConfigError
+from segmentation.mask2former import Mask2Former
 from segmentation.mask2former_config import add_mask2former_config
 
 GRANULARITIES = ("image", "pixel")
@@ -46,10 +48,6 @@ SHARED_KEYS = (
     "MODEL.DEVICE",
     "SEED",
 )
-
-
-class ConfigError(ValueError):
-    """A run file, a config or an option that cannot be used; names the value and the choices."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +293,7 @@ def _peer_config(
     _merge_options(cfg, common, "the command line")
     _merge_options(cfg, own, f"the command line, {PEER_PREFIX}{spec['NAME']}")
     if cfg.MODEL.META_ARCHITECTURE == "MaskFormer" and "MaskFormer" not in META_ARCH_REGISTRY:
-        cfg.MODEL.META_ARCHITECTURE = "Mask2Former"  # ours reads the original's keys
+        cfg.MODEL.META_ARCHITECTURE = Mask2Former.__name__  # ours reads the original's keys
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         raise ConfigError(
             f"{where}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}; choose from "

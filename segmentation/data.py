@@ -20,13 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.seeding import generators_kept, seed_generators
 from segmentation import scenes
+from segmentation.errors import DataError
 
 FORMATS = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}
 _CROPS_TRIED = 10
-
-
-class DataError(ValueError):
-    """Data that is missing, broken or of other classes; names the file or the value."""
 
 
 class SharedMapper:

@@ -20,7 +20,8 @@ from detectron2.evaluation import (
 from torch import Tensor
 
 from common import distributed
-from segmentation.data import DataError, TestMapper, load_datasets, peer_view, read_labels
+from segmentation.data import TestMapper, load_datasets, peer_view, read_labels
+from segmentation.errors import DataError
 from segmentation.peer import SegmentorPeer
 
 _logger = logging.getLogger(__name__)

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from common.peers import Peer
 from common.transfer import PeerOutput, confidence
 from segmentation.data import FORMATS, peer_view
+from segmentation.errors import SegmentorError
 
 STRIDE = 4
 _PREDICTORS = ("sem_seg_head.predictor", "sem_seg_head.coarse_sem_seg_head.predictor")
-
-
-class SegmentorError(ValueError):
-    """A model that is no semantic segmentor of a known kind."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from detectron2.solver.build import (
 )
 from torch import nn
 
-from segmentation.config import ConfigError
+from segmentation.errors import ConfigError
 
 __all__ = ["build_clip", "build_lr_scheduler", "build_optimizer"]
 

@@ -24,8 +24,9 @@ from common.peers import PeerGroup
 from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
 from segmentation import checkpoints, solver
-from segmentation.config import AMP_DTYPES, ConfigError, PeerConfig, RunConfig
+from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig
 from segmentation.data import SharedMapper, build_train_loader, check_classes, load_datasets
+from segmentation.errors import ConfigError
 from segmentation.evaluation import evaluate_group
 from segmentation.hooks import PeerSchedules, PeriodicSave, SameBatches
 from segmentation.peer import SegmentorPeer, make_batch

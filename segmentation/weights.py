@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
-from iopath.common.file_io import PathManager as _PathManager
+from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, load_weights, read_weights
+from segmentation.mask2former import load_transformers
 
 _logger = logging.getLogger(__name__)
 
@@ -32,6 +34,10 @@ _ALLOWED = {
     ("_codecs", "encode"),
 }
 _ENOUGH = 0.9
+# What segmentors add to a backbone, or what is computed anew.
+_NOT_IN_BACKBONES = re.compile(
+    r"\.fpn_|num_batches_tracked|relative_position_index|^backbone\.norm\d\."
+)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -99,13 +105,14 @@ def load_peer_weights(module: nn.Module, source: str, who: str) -> None:
     Args:
         module: The segmentor.
         source: A file; ``detectron2://`` or ``https://`` for Detectron2's own download and cache;
-            ``timm:NAME`` for a backbone of timm's.
+            ``hf:NAME`` or ``hf:FOLDER`` for a Mask2Former of transformers; ``timm:NAME`` for a
+            backbone of timm's.
         who: Names the peer in errors.
 
     Raises:
         CheckpointError: Not there, unsafe, or weights of another model.
     """
-    weights = _timm(source) if source.startswith("timm:") else read_segmentor(_local(source))
+    weights = _read(source)
     own = module.state_dict()
     if not set(own) - set(weights):
         load_weights(module, weights, f"{who}: {source}")
@@ -116,10 +123,19 @@ def load_peer_weights(module: nn.Module, source: str, who: str) -> None:
     _load_backbone(module, to_detectron2(weights), f"{who}: {source}")
 
 
+def _read(source: str) -> dict[str, Tensor]:
+    kind, _, name = source.partition(":")
+    if kind == "timm":
+        return _timm(source, name)
+    if kind == "hf":
+        return _transformers(source, name)
+    return read_segmentor(_local(source))
+
+
 def _load_backbone(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load what fits a backbone, by Detectron2's own matching of names."""
     own = {name: x for name, x in module.state_dict().items() if "backbone" in name}
-    body = {name for name in own if ".fpn_" not in name and "num_batches_tracked" not in name}
+    body = {name for name in own if not _NOT_IN_BACKBONES.search(name)}
     matched = align_and_update_state_dicts(own, dict(weights), c2_conversion=False)
     fits = {name: x for name, x in matched.items() if name in body and own[name].shape == x.shape}
     if not body or len(fits) < _ENOUGH * len(body):
@@ -167,10 +183,16 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _timm(source: str) -> dict[str, Tensor]:
-    import timm
+def _transformers(source: str, name: str) -> dict[str, Tensor]:
+    try:
+        return load_transformers(name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{source}: {error}. Without a network, give a local folder: hf:FOLDER"
+        ) from error
 
-    name = source.removeprefix("timm:")
+
+def _timm(source: str, name: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
@@ -183,15 +205,9 @@ def _local(source: str) -> Path:
     if "://" not in source:
         return Path(source).expanduser()
     try:
-        return Path(_paths().get_local_path(source))
+        return Path(PathManager.get_local_path(source))
     except Exception as error:
         raise CheckpointError(
             f"{source}: cannot be fetched ({error}); without a network, give the path of a local "
             "file"
         ) from error
-
-
-def _paths() -> _PathManager:
-    from detectron2.utils.file_io import PathManager
-
-    return PathManager

@@ -9,8 +9,8 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 from torch import nn
 
 from common.transfer import KnowledgeTransfer
+from segmentation.errors import SegmentorError
 from segmentation.peer import (
-    SegmentorError,
     dense_score,
     find_prediction,
     make_batch,

@@ -62,11 +62,18 @@ MASK2FORMER = [
     *("MODEL.MASK_FORMER.DICE_WEIGHT", 5.0, "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 64),
     *("INPUT.FORMAT", "RGB"),
 ]
+SWIN = [
+    *MASK2FORMER,
+    *("MODEL.BACKBONE.NAME", "D2SwinTransformer", "MODEL.SWIN.EMBED_DIM", 16),
+    *("MODEL.SWIN.DEPTHS", [1, 1, 2, 1], "MODEL.SWIN.NUM_HEADS", [1, 2, 4, 8]),
+    *("MODEL.SWIN.WINDOW_SIZE", 7, "MODEL.SWIN.DROP_PATH_RATE", 0.0),
+]
 ARCHITECTURES = {
     "fpn": FPN,
     "deeplab": DEEPLAB,
     "deeplab_v3": DEEPLAB_V3,
-    # MASK2FORMER_HERE
+    "mask2former": MASK2FORMER,
+    "swin": SWIN,
 }
 
 

@@ -1,0 +1,13 @@
+"""What is wrong with a run: each says the value, and the way out."""
+
+
+class ConfigError(ValueError):
+    """A run file, a config or an option that cannot be used; names the value and the choices."""
+
+
+class DataError(ValueError):
+    """Data that is missing, broken or of other classes; names the file or the value."""
+
+
+class SegmentorError(ValueError):
+    """A model that is no semantic segmentor of a known kind."""

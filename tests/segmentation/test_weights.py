@@ -1,0 +1,152 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
+
+from common.checkpoint import CheckpointError
+from segmentation.weights import load_peer_weights, read_segmentor
+from tests.segmentation.test_mask2former import build
+
+
+def write_pickle(path, model, **rest):
+    arrays = {name: x.numpy() for name, x in model.state_dict().items()}
+    path.write_bytes(pickle.dumps({"model": arrays, **rest}))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors"])
+def test_whole_models_load_from_every_kind_of_file(tmp_path, suffix):
+    from safetensors.torch import save_file
+
+    model, path = build("swin"), tmp_path / f"model{suffix}"
+    if suffix == ".pkl":
+        write_pickle(path, model, __author__="third party")
+    elif suffix == ".pth":
+        torch.save({"model": model.state_dict(), "iteration": 3}, path)
+    else:
+        save_file({name: x.clone() for name, x in model.state_dict().items()}, path)
+    other = build("swin", seed=4)
+    load_peer_weights(other, str(path), "x")
+    assert all(torch.equal(x, other.state_dict()[k]) for k, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_pickles_of_old_and_new_numpy(tmp_path, protocol):
+    path = tmp_path / "old.pkl"
+    content = pickle.dumps({"model": {"a": np.arange(3.0)}}, protocol=protocol)
+    path.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    if protocol == 4:  # there the length of the name is written before it
+        path.write_bytes(content)
+    assert read_segmentor(path)["a"].tolist() == [0, 1, 2]
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path):
+    path, proof = tmp_path / "bad.pkl", tmp_path / "proof"
+    path.write_bytes(pickle.dumps({"model": {"a": np.zeros(2)}, "x": Payload(proof)}))
+    with pytest.raises(CheckpointError, match=r"bad\.pkl: refused.*mkdir.*never execute code"):
+        read_segmentor(path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1]), pickle.dumps({"a": 1})])
+def test_broken_pickles_are_refused(tmp_path, content):
+    path = tmp_path / "broken.pkl"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"broken\.pkl"):
+        read_segmentor(path)
+
+
+def test_a_truncated_pickle_is_refused(tmp_path):
+    path = write_pickle(tmp_path / "cut.pkl", build("swin"))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"cut\.pkl"):
+        read_segmentor(path)
+
+
+def test_another_models_file_is_refused(tmp_path):
+    path = write_pickle(tmp_path / "swin.pkl", build("swin"))
+    with pytest.raises(CheckpointError, match=r"'x'.*swin\.pkl.*missing"):
+        load_peer_weights(build("mask2former"), str(path), "peer 'x'")
+    more = build("swin", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7)
+    with pytest.raises(CheckpointError, match=r"class_embed\.weight \[5, 32\] \(model: \[8,"):
+        load_peer_weights(more, str(path), "peer 'x'")
+
+
+def test_torchvisions_resnet_starts_the_backbone(tmp_path):
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    for kind in ("mask2former", "fpn"):
+        model = build(kind)
+        load_peer_weights(model, str(tmp_path / "resnet18.pth"), "x")
+        bottom = model.backbone.bottom_up if kind == "fpn" else model.backbone
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            expected = theirs.eval().layer4(
+                theirs.layer3(
+                    theirs.layer2(
+                        theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x)))))
+                    )
+                )
+            )
+            found = bottom.eval()(x)["res5"]
+        torch.testing.assert_close(found, expected)
+
+
+def small_swin():
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        embed_dim=16,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 4, 8),
+        img_size=64,
+        strict_img_size=False,
+    )
+
+
+def test_timms_swin_starts_the_backbone(tmp_path):
+    theirs = small_swin()
+    torch.save(theirs.state_dict(), tmp_path / "swin.pth")
+    model = build("swin")
+    load_peer_weights(model, str(tmp_path / "swin.pth"), "x")
+    own = model.state_dict()
+    given = theirs.state_dict()
+    for ours, name in (
+        ("backbone.layers.0.downsample.reduction.weight", "layers.1.downsample.reduction.weight"),
+        ("backbone.layers.3.blocks.0.attn.qkv.weight", "layers.3.blocks.0.attn.qkv.weight"),
+        ("backbone.patch_embed.proj.weight", "patch_embed.proj.weight"),
+    ):
+        assert torch.equal(own[ours], given[name])
+
+
+def test_a_file_of_something_else_starts_no_backbone(tmp_path):
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="neither a checkpoint of this Mask2Former"):
+        load_peer_weights(build("mask2former"), str(tmp_path / "other.pth"), "x")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("none.pkl", "none.pkl: no such file; check MODEL.WEIGHTS"),
+        ("hf:facebook/none", "hf:facebook/none: .*give a local folder: hf:FOLDER"),
+        ("timm:resnet18.none", "timm:resnet18.none: .*give the path of a local file"),
+        ("detectron2://none.pkl", "cannot be fetched"),
+    ],
+)
+def test_sources_that_are_not_there(source, message):
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        load_peer_weights(build("swin"), source, "x")
