@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-
-from segmentation import compat
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; see ``segmentation.cli``, which needs Detectron2 to be there."""
+    compat = importlib.import_module("segmentation.compat")
     try:
         compat.require()
     except compat.MissingDetectron2Error as error:
@@ -20,4 +20,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Python puts this folder first, where mask2former.py would hide the package of that name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     sys.exit(main())
