@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from common.roles import assign_roles, check_rule
 
 SCORES = ("loss", "confidence")
+_STRETCH = 2**17  # numbers of one peer, half a megabyte
 
 
 @dataclass
@@ -219,7 +221,8 @@ def pairwise_kl(
 ) -> Tensor:
     """Compute KL(p_t || p_s) for every ordered pair, from N softmaxes.
 
-    Only the N log-probabilities are kept for the backward pass; no copy per pair is made.
+    Only the N log-probabilities are kept for the backward pass; no copy per pair is made. Where
+    there are positions, all else is as small as one stretch of them.
 
     Args:
         logits: N tensors [B, C, S*] of one shape, in any floating dtype.
@@ -232,7 +235,11 @@ def pairwise_kl(
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (temperature).
     """
     with torch.autocast(logits[0].device.type, enabled=False):
-        return _PairwiseKL.apply(temperature, detach_teacher, *logits)
+        if logits[0].dim() == 2:
+            return _PairwiseKL.apply(temperature, detach_teacher, *logits)
+        flat = [z.flatten(2) for z in logits]
+        kl = _PairwiseKLAtPositions.apply(temperature, detach_teacher, *flat)
+        return kl.unflatten(3, logits[0].shape[2:])
 
 
 class _PairwiseKL(torch.autograd.Function):
@@ -245,7 +252,7 @@ class _PairwiseKL(torch.autograd.Function):
             log_p /= temperature
         log_p = torch.log_softmax(log_p, dim=2)
         with _full_precision(log_p.device):
-            cross = _dot_pairs(log_p.exp(), log_p)
+            cross = torch.einsum("tbc,sbc->tsb", log_p.exp(), log_p)
         own = torch.stack([cross[t, t] for t in range(len(logits))])
         kl = own.unsqueeze(1) - cross
         ctx.save_for_backward(log_p, kl if not detach_teacher else None)
@@ -261,10 +268,11 @@ class _PairwiseKL(torch.autograd.Function):
         p = log_p.exp()
         with _full_precision(log_p.device):
             # student s: sum_t grad[t, s] * (p_s - p_t)
-            grads = _mix(_minus_off_diagonal(grad.transpose(0, 1)), p)
+            weight = _minus_off_diagonal(grad.transpose(0, 1))
+            grads = torch.einsum("stb,tbc->sbc", weight, p)
             if kl is not None:
                 # teacher t: p_t * sum_s grad[t, s] * (log p_t - log p_s - KL_ts)
-                surprise = _mix(_minus_off_diagonal(grad), log_p)
+                surprise = torch.einsum("tsb,sbc->tbc", _minus_off_diagonal(grad), log_p)
                 grads += p * (surprise - (grad * kl).sum(dim=1).unsqueeze(2))
         given = [
             grads[i].to(dtype) if ctx.needs_input_grad[i + 2] else None
@@ -273,18 +281,62 @@ class _PairwiseKL(torch.autograd.Function):
         return None, None, *given
 
 
-def _dot_pairs(p: Tensor, q: Tensor) -> Tensor:
-    """Return sum_c p[t] * q[s] [N(t), N(s), B, S*] of two [N, B, C, S*]."""
-    if p.dim() == 3:
-        return torch.einsum("tbc,sbc->tsb", p, q)
-    return torch.stack([(p * q[s]).sum(dim=2) for s in range(len(q))], dim=1)
+class _PairwiseKLAtPositions(torch.autograd.Function):
+    """The same for logits [B, C, S], a stretch of one sample's positions at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, temperature: float, detach_teacher: bool, *logits: Tensor) -> Tensor:
+        peers, dtype = len(logits), _wide(logits[0][:0]).dtype
+        log_p = [torch.empty(z.shape, dtype=dtype, device=z.device) for z in logits]
+        kl = logits[0].new_zeros((peers, peers, len(logits[0]), logits[0].shape[2]), dtype=dtype)
+        for b, at in _stretches(logits[0]):
+            here = []
+            for z, to in zip(logits, log_p, strict=True):
+                x = z[b, :, at].to(dtype)
+                x = torch.log_softmax(x if temperature == 1.0 else x / temperature, dim=0)
+                to[b, :, at] = x
+                here.append(x)
+            p = [x.exp() for x in here]
+            for t, s in itertools.combinations(range(peers), 2):
+                ratio = here[t] - here[s]
+                kl[t, s, b, at] = torch.linalg.vecdot(p[t], ratio, dim=0)
+                kl[s, t, b, at] = -torch.linalg.vecdot(p[s], ratio, dim=0)
+        ctx.save_for_backward(*log_p, kl if not detach_teacher else None)
+        ctx.temperature = temperature
+        ctx.dtypes = [z.dtype for z in logits]
+        return kl * temperature**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *log_p, kl = ctx.saved_tensors
+        grad = grad * ctx.temperature
+        needed = [i for i in range(len(log_p)) if ctx.needs_input_grad[i + 2]]
+        grads = {i: torch.empty_like(log_p[i], dtype=ctx.dtypes[i]) for i in needed}
+        for b, at in _stretches(log_p[0]):
+            weight = grad[:, :, b, at]  # the diagonal does not count
+            here = [x[b, :, at] for x in log_p]
+            p = [x.exp() for x in here]
+            for i in needed:
+                others = [j for j in range(len(p)) if j != i]
+                g = p[i] * sum(weight[t, i] for t in others)
+                for t in others:
+                    g.addcmul_(p[t], weight[t, i], value=-1)
+                if kl is not None:
+                    for s in others:
+                        surprise = here[i] - here[s] - kl[i, s, b, at]
+                        g.addcmul_(p[i] * weight[i, s], surprise)
+                grads[i][b, :, at] = g
+        return None, None, *(grads.get(i) for i in range(len(log_p)))
 
 
-def _mix(weight: Tensor, p: Tensor) -> Tensor:
-    """Return sum_t weight[s, t] * p[t] [N(s), B, C, S*]; weight [N(s), N(t), B, S*]."""
-    if p.dim() == 3:
-        return torch.einsum("stb,tbc->sbc", weight, p)
-    return torch.stack([(weight[s].unsqueeze(2) * p).sum(dim=0) for s in range(len(p))])
+def _stretches(x: Tensor) -> Iterator[tuple[int, slice]]:
+    """Cut [B, C, S] into samples, and on the CPU into what stays in its cache."""
+    length = x.shape[2]
+    step = max(1, _STRETCH // x.shape[1]) if x.device.type == "cpu" else max(1, length)
+    for b in range(x.shape[0]):
+        for start in range(0, length, step):
+            yield b, slice(start, min(start + step, length))
 
 
 def _minus_off_diagonal(weight: Tensor) -> Tensor:
