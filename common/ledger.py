@@ -114,10 +114,10 @@ class Ledger:
         taught = (result.roles > 0).to(self._interval.dtype)
         gap = result.score.unsqueeze(1) - result.score.unsqueeze(0)
         batch = taught.shape[2]
-        per_batch = taught[0, 0].numel() / batch
+        share = _share_of_sample(result).to(taught.dtype)
 
         def pairs(x: Tensor) -> Tensor:
-            return (taught * x).flatten(2).sum(dim=2).flatten() / per_batch
+            return (taught * x * share).flatten(2).sum(dim=2).flatten()
 
         ones = torch.ones((), dtype=taught.dtype, device=taught.device)
         if result.correct is None:
@@ -135,12 +135,12 @@ class Ledger:
             pairs(result.kl),
             pairs(right),
             pairs(student),
-            somebody.flatten(1).sum(dim=1) / per_batch,
+            (somebody * share).flatten(1).sum(dim=1),
             result.task_loss,
             result.transfer_loss,
             (~torch.isfinite(result.task_loss)).to(taught.dtype),
             ones.new_full((1,), batch),
-            (somebody.amax(dim=0).sum() / per_batch).unsqueeze(0),
+            (somebody.amax(dim=0) * share).sum().unsqueeze(0),
             ones.unsqueeze(0),
         ]
         self._interval += torch.cat([x.to(self._interval.dtype) for x in row])
@@ -211,6 +211,15 @@ class Ledger:
             teacher_right=right * tells,
             student_right=student_right * tells,
         )
+
+
+def _share_of_sample(result: TransferResult) -> Tensor:
+    """Return what part of its sample each entry of the score is [B, S*]: valid positions share."""
+    like = result.score[0]
+    if result.mask is None:
+        return torch.full_like(like, len(like) / like.numel())
+    valid = result.mask.flatten(1).sum(dim=1).clamp(min=1)
+    return result.mask / valid.view(-1, *[1] * (like.dim() - 1))
 
 
 def _entropy(shares: Tensor) -> float:

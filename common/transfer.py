@@ -51,6 +51,7 @@ class TransferResult:
         score: What the roles were made from [N, B, (S*)].
         kl: KL(p_t || p_s) [N(t), N(s), B, (S*)], with the roles' shape; no gradient.
         correct: [N, B, (S*)] bool, or None where a peer does not tell.
+        mask: Which positions count [B, S*], bool, where the roles are per position; None: all.
     """
 
     total: Tensor
@@ -60,6 +61,7 @@ class TransferResult:
     score: Tensor
     kl: Tensor
     correct: Tensor | None
+    mask: Tensor | None = None
 
 
 class KnowledgeTransfer:
@@ -152,6 +154,7 @@ class KnowledgeTransfer:
         )
         for i in self.frozen:
             roles[:, i] = 0
+        mask, at_positions = _common_mask(outputs), score.dim() > 2
         total = torch.stack([task_losses[i] for i in learning]).sum() if learning else 0.0
         if self.rule == "none":
             kl = torch.zeros_like(roles)
@@ -160,11 +163,10 @@ class KnowledgeTransfer:
             kl = pairwise_kl(
                 [output.logits for output in outputs], self.temperature, self.detach_teacher
             )
-            mask = _common_mask(outputs)
             per_student = _reduce(kl, roles, mask)
             total = total + self.weight_at(step) * per_student.sum()
             kl = _at_roles(kl.detach(), roles, mask)
-            if mask is not None and roles.dim() == mask.dim() + 2:
+            if mask is not None and at_positions:
                 roles = roles * mask
         return TransferResult(
             total=torch.as_tensor(total),
@@ -174,6 +176,7 @@ class KnowledgeTransfer:
             score=score,
             kl=kl,
             correct=_stack_correct(outputs),
+            mask=mask if at_positions else None,
         )
 
     def weight_at(self, step: int | None) -> float:

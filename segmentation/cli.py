@@ -25,6 +25,7 @@ from segmentation.config import RunConfig, load_run
 from segmentation.data import check_classes
 from segmentation.errors import ConfigError, DataError, SegmentorError
 from segmentation.peer import SegmentorPeer
+from segmentation.pictures import teaching_pictures
 from segmentation.trainer import (
     METRIC,
     TransferTrainer,
@@ -177,6 +178,7 @@ def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:
         lessons=trainer.lessons,
         metric=METRIC,
         settings=settings(run),
+        pictures=[teaching_pictures(list(trainer.peers), run.cfg.DATASETS.TEST[0])],
     )
 
 

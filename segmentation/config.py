@@ -132,8 +132,8 @@ def load_run(
     WEIGHTS and OPTS, the command line's ``KEY VALUE``, and its ``PEER.NAME.KEY VALUE``.
 
     Args:
-        files: One run file with TRANSFER.PEERS, or two and more configs, one a peer, named after
-            the files.
+        files: One run file with TRANSFER.PEERS, or configs, one a peer, named after the files; a
+            single one needs ``TRANSFER.RULE none``.
         options: The command line's pairs of keys and values; keys that begin with ``TRANSFER.``
             are the run's.
         allow_unsafe: Let YAML files run the Python they hold, as Detectron2 itself does.
@@ -175,7 +175,9 @@ def _read_files(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a run file's content, and the peers where every file is one."""
     if len(files) == 1:
-        return _read_yaml(files[0], allow_unsafe), []
+        content = _read_yaml(files[0], allow_unsafe)
+        if "TRANSFER" in content:
+            return content, []
     specs: list[dict[str, Any]] = []
     for file in files:
         name, used = file.stem, [spec["NAME"] for spec in specs]

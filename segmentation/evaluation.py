@@ -71,7 +71,7 @@ def evaluate_group(
     evaluators = {name: _evaluator(dataset) for name in names}
     for evaluator in evaluators.values():
         evaluator.reset()
-    with torch.no_grad(), _evaluating(peers):
+    with torch.no_grad(), evaluating(peers):
         for inputs in _progress(_loader(peers, dataset, tta)):
             mean: Tensor | None = None
             for peer, sample in zip(peers, inputs, strict=True):
@@ -172,7 +172,7 @@ def _flat(results: dict[str, float]) -> dict[str, float]:
 
 
 @contextmanager
-def _evaluating(peers: Sequence[SegmentorPeer]) -> Iterator[None]:
+def evaluating(peers: Sequence[SegmentorPeer]) -> Iterator[None]:
     """Evaluate, then put every module's mode back as it was."""
     modes = [[(module, module.training) for module in peer.module.modules()] for peer in peers]
     for peer in peers:

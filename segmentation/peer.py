@@ -118,12 +118,7 @@ class SegmentorPeer(Peer):
 
     def forward(self, batch: Batch) -> PeerOutput:
         """Run the host's own training forward once; gradient reaches task_loss and logits."""
-        inputs = [self.view(sample) for sample in batch.samples]
-        if self.multiple > 1:
-            inputs = pad(inputs, self.multiple, self.cfg.MODEL.PIXEL_MEAN, batch.ignore)
-        with _scope(self.name):
-            losses = self.model(inputs)
-        logits = self._logits(padded_size(self.module, inputs), batch.grid)
+        losses, logits = self._run(batch)
         score, valid = dense_score(logits, batch.target, batch.ignore, self.granularity)
         if self.frozen:
             task_loss = -score.mean()  # for the record alone; nothing is learned from it
@@ -137,6 +132,10 @@ class SegmentorPeer(Peer):
             mask=valid,
             correct=self._correct(logits, batch),
         )
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Return logits [B, C, h, w] on the common grid, with the module in the mode it is in."""
+        return self._run(batch)[1]
 
     def view(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Return a sample as this peer wants it; no output size, so nothing is enlarged in vain."""
@@ -155,6 +154,14 @@ class SegmentorPeer(Peer):
         means = {name: float(x) / self._batches for name, x in self._losses.items()}
         self._losses, self._batches = {}, 0
         return means
+
+    def _run(self, batch: Batch) -> tuple[Any, Tensor]:
+        inputs = [self.view(sample) for sample in batch.samples]
+        if self.multiple > 1:
+            inputs = pad(inputs, self.multiple, self.cfg.MODEL.PIXEL_MEAN, batch.ignore)
+        with _scope(self.name):
+            output = self.model(inputs)
+        return output, self._logits(padded_size(self.module, inputs), batch.grid)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._caught = output

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.ledger import Ledger
-from common.transfer import TransferResult
+from common.transfer import KnowledgeTransfer, PeerOutput, TransferResult
 
 
 def result_of(roles, score, kl, correct, task_loss=(1.0, 2.0)):
@@ -90,3 +90,25 @@ def test_losses_that_are_not_finite_are_counted():
     ledger.add(result_of(ROLES, SCORE, KL, CORRECT, task_loss=(float("nan"), 1.0)))
     ledger.add(result_of(ROLES, SCORE, KL, CORRECT))
     assert ledger.read().not_finite == {"a": 1, "b": 0}
+
+
+def test_positions_that_do_not_count_take_no_share():
+    """Two samples of 4 positions; 2 of the first count, 1 of them taught; none of the second."""
+    score = torch.zeros(2, 2, 4)
+    score[0, 0] = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    mask = torch.tensor([[True, True, False, False], [False] * 4])
+    outputs = [
+        PeerOutput(torch.zeros(()), s, torch.randn(2, 3, 4), mask=mask, correct=s > 0)
+        for s in score
+    ]
+    result = KnowledgeTransfer("best")(outputs)
+    assert torch.equal(result.mask, mask)
+    ledger = Ledger(["a", "b"])
+    ledger.add(result)
+    lessons = ledger.read()
+    assert lessons.samples == 2
+    assert lessons.taught == pytest.approx(0.5 / 2)
+    assert lessons.teaches == {"a": 1.0, "b": 0.0}
+    pair = lessons.pairs[0]
+    assert (pair.share, pair.gap, pair.teacher_right) == pytest.approx((0.25, 1.0, 1.0))
+    assert pair.kl == pytest.approx(float(result.kl[0, 1, 0, 0]))

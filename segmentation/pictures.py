@@ -1,0 +1,125 @@
+"""Pictures of what peers see and who would teach whom."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from common.report.plots import color_of
+from common.roles import assign_roles
+from segmentation.data import TestMapper, load_datasets, read_labels
+from segmentation.evaluation import evaluating
+from segmentation.peer import Batch, SegmentorPeer, dense_score, make_batch
+
+_INCH = 1.5
+
+
+def teaching_pictures(
+    peers: Sequence[SegmentorPeer], dataset: str, count: int = 4
+) -> tuple[bytes, str]:
+    """Draw a few images: the truth, each peer's prediction, and who does best where.
+
+    Args:
+        peers: On one device; their modes are put back.
+        dataset: A registered name; its first images are taken.
+        count: How many.
+
+    Returns:
+        A PNG, and a caption.
+    """
+    records = load_datasets([dataset])[:count]
+    ignore = int(MetadataCatalog.get(dataset).ignore_label)
+    palette = _palette(dataset, ignore)
+    columns = ["image", "truth", *(peer.name for peer in peers), "best at each pixel"]
+    figure = Figure(
+        figsize=(_INCH * len(columns), _INCH * len(records) + 0.4), layout="constrained"
+    )
+    axes = figure.subplots(len(records), len(columns), squeeze=False)
+    for row, record in zip(axes, records, strict=True):
+        batch = _batch(record, peers, ignore)
+        predictions, teacher, of_image = _lessons(peers, batch)
+        shown = [
+            batch.samples[0]["image"].permute(1, 2, 0).cpu().numpy(),
+            palette[batch.target[0].cpu().numpy()],
+            *(palette[prediction.cpu().numpy()] for prediction in predictions),
+            _teacher_map(teacher, len(peers)),
+        ]
+        for axis, picture in zip(row, shown, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[-1].set_xlabel(f"image: {of_image}", fontsize=8)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=8)
+    handles = [Patch(color=color_of(i), label=peer.name) for i, peer in enumerate(peers)]
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(peers), fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    caption = (
+        f"The first images of {dataset}. Predictions are on the common grid, a quarter of the "
+        "image. Last column: which peer's cross entropy is lowest at each pixel; below it, whose "
+        "mean over the image is. White: ignored, or nobody is better than all others."
+    )
+    return file.getvalue(), caption
+
+
+def _batch(record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int) -> Batch:
+    settings = peers[0].cfg.INPUT
+    sample = TestMapper(settings.MIN_SIZE_TEST, settings.MAX_SIZE_TEST)(record)
+    labels = torch.from_numpy(read_labels(record["sem_seg_file_name"], dtype=np.int64))
+    size = sample["image"].shape[-2:]
+    resized = torch.nn.functional.interpolate(labels[None, None].double(), size=size)
+    sample["sem_seg"] = resized[0, 0].long()
+    device = next(peers[0].module.parameters()).device
+    return make_batch([sample], device, ignore)
+
+
+@torch.no_grad()
+def _lessons(peers: Sequence[SegmentorPeer], batch: Batch) -> tuple[list[Tensor], Tensor, str]:
+    """Return predictions [h, w], the best peer at each pixel [h, w] or -1, and of the image."""
+    with evaluating(peers):
+        logits = [peer.predict(batch) for peer in peers]
+    scores = [dense_score(z, batch.target, batch.ignore, "pixel") for z in logits]
+    valid = scores[0][1]
+    pixel = torch.stack([score for score, _ in scores])
+    image = torch.stack([dense_score(z, batch.target, batch.ignore)[0] for z in logits])
+    names = [*(peer.name for peer in peers), "nobody"]
+    best = torch.where(valid, _best(pixel), -1)[0]
+    return [z[0].argmax(dim=0) for z in logits], best, names[int(_best(image)[0])]
+
+
+def _best(score: Tensor) -> Tensor:
+    """Return which peer teaches [B, (S*)] under the rule ``best``; -1: nobody."""
+    if len(score) < 2:
+        return torch.full_like(score[0], -1, dtype=torch.long)
+    teaches = assign_roles(score, "best").amax(dim=1) > 0
+    return torch.where(teaches.any(dim=0), teaches.int().argmax(dim=0), -1)
+
+
+def _teacher_map(teacher: Tensor, peers: int) -> np.ndarray:
+    colors = np.array([*(to_rgb(color_of(i)) for i in range(peers)), (1.0, 1.0, 1.0)])
+    return colors[teacher.cpu().numpy()]
+
+
+def _palette(dataset: str, ignore: int) -> np.ndarray:
+    """Return a colour for every label [256, 3] uint8: the dataset's own where it has some."""
+    colors = np.full((256, 3), 255, dtype=np.uint8)
+    own = MetadataCatalog.get(dataset).get("stuff_colors")
+    if own:
+        colors[: len(own)] = own
+    else:
+        tab = np.uint8(255 * np.array(colormaps["tab20"].colors))
+        colors[0] = 40
+        colors[1:] = tab[np.arange(255) % len(tab)]
+    colors[ignore] = 255
+    return colors
