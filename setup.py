@@ -25,10 +25,9 @@ SEGMENTATION = [
     "pycocotools>=2.0.2",
     "tabulate",
     "termcolor>=1.1",
-    "tqdm>4.29",
     "yacs>=0.1.8",
 ]
-DEMO = [*CLASSIFICATION, "mlxtend>=0.23,<1", "pillow>=10"]
+DEMO = [*CLASSIFICATION, "mlxtend>=0.23,<1", "pillow>=10", "scikit-learn>=1.4"]
 
 setup(
     name="peer-transfer",
@@ -50,6 +49,7 @@ setup(
         "numpy>=1.26,<3",
         "safetensors>=0.4.3,<1",
         "matplotlib>=3.8,<4",
+        "tqdm>=4.60,<5",
     ],
     extras_require={
         "classification": CLASSIFICATION,
@@ -62,7 +62,6 @@ setup(
             "transformers>=4.50,<6",
             "pytest>=8",
             "pytest-xdist>=3.5",
-            "scikit-learn>=1.4",
             "webdataset>=1,<2",
             "ruff>=0.9",
             "mypy>=1.14",

@@ -9,28 +9,17 @@ both together under every rule, through ``classification/train.py``'s own code.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import io
-import json
-import logging
-import multiprocessing
-import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from classification.digits import mosaic, write_digits, write_splits
 from classification.train import run
-from common.checkpoint import atomic_write
+from common.demo import fingerprint, once, parser, side_by_side, write_json
 from common.report import comparison_text, write_comparison
 from common.statistics import summarise
 
@@ -51,18 +40,12 @@ METRIC = "top1"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and say where its report is."""
-    parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help=f"{FULL[0]} seeds, not {QUICK[0]}")
-    parser.add_argument("--seeds", type=int, help="another number of seeds")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--cache", type=Path, default=Path(".demo"), help="data and checkpoints")
-    parser.add_argument("--output", type=Path, default=Path("demo_report"))
-    asked = parser.parse_args(arguments)
+    asked = parser(__doc__.splitlines()[0], QUICK[0], FULL[0], "demo_report").parse_args(arguments)
     seeds, epochs = FULL if asked.full else QUICK
     seeds = asked.seeds or seeds
     begun = time.monotonic()
     digits = write_digits(asked.cache / "digits")
-    folder = asked.cache / fingerprint()
+    folder = asked.cache / fingerprint(HERE)
     for seed in range(seeds):
         write_splits(digits, folder / f"seed-{seed}", OWN_CLASSES, seed)
     results = run_all(folder, seeds, epochs, max(1, min(asked.jobs or 1, seeds * len(ARMS))))
@@ -75,61 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def fingerprint() -> str:
-    """Name the cache after the code and settings that made it, so that no stale result is shown."""
-    files = sorted(
-        path
-        for folder in (HERE, HERE.parent / "common")
-        for path in [*folder.rglob("*.py"), *folder.rglob("demo/*.yaml")]
-        if path.parent.name != "report" and path.name != "statistics.py"
-    )
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def run_all(folder: Path, seeds: int, epochs: int, jobs: int) -> list[dict[str, Any]]:
     """Pretrain and fine-tune every seed, several runs side by side, each on one core."""
-    pretraining = [(folder, seed, name) for seed in range(seeds) for name in OWN_CLASSES]
-    total = len(pretraining) + seeds * len(ARMS)
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool,
-        tqdm(total=total, unit="run", desc="pretraining", smoothing=0.1) as bar,
-    ):
-        start: dict[tuple[int, str], float] = {}
-        for job, found in _finished(
-            {pool.submit(pretrain, *job): job[1:] for job in pretraining}, bar
-        ):
-            start[job] = found
-        bar.set_description("fine-tuning")
-        tuning = {}
-        for seed in range(seeds):
-            stronger = max(OWN_CLASSES, key=lambda name, seed=seed: start[seed, name])
-            for arm in ARMS:
-                tuning[pool.submit(finetune, folder, seed, arm, stronger, epochs)] = (seed, arm)
-        found = dict(_finished(tuning, bar))
-    return [found[seed, arm] for seed in range(seeds) for arm in ARMS]
-
-
-def _finished(futures: Mapping[Future, Any], bar: tqdm) -> Any:
-    for future in as_completed(futures):
-        yield futures[future], future.result()
-        bar.update()
-
-
-def _quiet() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.basicConfig(level=logging.ERROR)
+    pairs = [(seed, name) for seed in range(seeds) for name in OWN_CLASSES]
+    order = [(seed, arm) for seed in range(seeds) for arm in ARMS]
+    with side_by_side(jobs, len(pairs) + len(order)) as workers:
+        start = workers.run("pretraining", pretrain, {pair: (folder, *pair) for pair in pairs})
+        stronger = {
+            seed: max(OWN_CLASSES, key=lambda name, seed=seed: start[seed, name])
+            for seed in range(seeds)
+        }
+        found = workers.run(
+            "fine-tuning",
+            finetune,
+            {(seed, arm): (folder, seed, arm, stronger[seed], epochs) for seed, arm in order},
+        )
+    return [found[key] for key in order]
 
 
 def pretrain(folder: Path, seed: int, name: str) -> float:
     """Train one peer on its own classes; return its top-1 on all of them. Done once a seed."""
     place, data = folder / f"seed-{seed}", folder / f"seed-{seed}" / f"pretrain-{name}"
-    told = place / f"{name}.json"
-    if not told.exists():
+
+    def make() -> float:
         shutil.rmtree(place / f"{name}-run", ignore_errors=True)
         progress = run(
             [
@@ -138,16 +89,17 @@ def pretrain(folder: Path, seed: int, name: str) -> float:
             ],
             bars=False,
         )
-        _write_json(told, progress.history[-1][f"{name}/{METRIC}"])
-    return json.loads(told.read_text())
+        return progress.history[-1][f"{name}/{METRIC}"]
+
+    return once(place / f"{name}.json", make)
 
 
 def finetune(folder: Path, seed: int, arm: str, stronger: str, epochs: int) -> dict[str, Any]:
     """Fine-tune both peers under one rule; return what the report needs of the last epoch."""
-    place = folder / f"seed-{seed}"
-    told = place / f"arm-{arm}-{epochs}.json"
-    if not told.exists():
-        shutil.rmtree(place / f"arm-{arm}-{epochs}", ignore_errors=True)
+    place, title = folder / f"seed-{seed}", f"arm-{arm}-{epochs}"
+
+    def make() -> dict[str, Any]:
+        shutil.rmtree(place / title, ignore_errors=True)
         peers = []
         for name in OWN_CLASSES:
             file = place / f"{name}-run" / name / "last.safetensors"
@@ -155,10 +107,11 @@ def finetune(folder: Path, seed: int, arm: str, stronger: str, epochs: int) -> d
         rule = f"one_way:{stronger}" if arm == "one_way" else arm
         asked = [str(place / "tune"), "-c", str(CONFIGS / "finetune.yaml"), *peers]
         asked += ["--rule", rule, "--seed", str(seed), "--epochs", str(epochs)]
-        asked += ["--output", str(place), "--experiment", f"arm-{arm}-{epochs}"]
+        asked += ["--output", str(place), "--experiment", title]
         progress = run(asked, bars=False)
-        _write_json(told, _result(arm, seed, progress.history, progress.lessons))
-    return json.loads(told.read_text())
+        return _result(arm, seed, progress.history, progress.lessons)
+
+    return once(place / f"{title}.json", make)
 
 
 def _result(
@@ -183,10 +136,6 @@ def _result(
     }
 
 
-def _write_json(path: Path, content: Any) -> None:
-    atomic_write(path, lambda to: to.write_text(json.dumps(content)))
-
-
 def write_report(
     folder: Path,
     results: Sequence[Mapping[str, Any]],
@@ -194,7 +143,7 @@ def write_report(
     epochs: int,
 ) -> Path:
     """Write ``index.html`` and the raw ``results.json``."""
-    _write_json(folder / "results.json", list(results))
+    write_json(folder / "results.json", list(results))
     picture = io.BytesIO()
     mosaic(digits).save(picture, "PNG")
     return write_comparison(

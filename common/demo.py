@@ -1,0 +1,130 @@
+"""What the demos share: runs side by side on one machine, each done once for the code at hand."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import atomic_write
+
+COMMON = Path(__file__).parent
+
+
+def parser(about: str, quick: int, full: int, output: str) -> argparse.ArgumentParser:
+    """Return the arguments that every demo takes.
+
+    Args:
+        about: A sentence.
+        quick: Seeds without ``--full``.
+        full: Seeds with it.
+        output: The default folder of the report.
+    """
+    built = argparse.ArgumentParser(prog="make demo", description=about)
+    built.add_argument("--full", action="store_true", help=f"{full} seeds, not {quick}")
+    built.add_argument("--seeds", type=int, help="another number of seeds")
+    built.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    built.add_argument("--cache", type=Path, default=Path(".demo"), help="data and checkpoints")
+    built.add_argument("--output", type=Path, default=Path(output))
+    return built
+
+
+def fingerprint(folder: Path) -> str:
+    """Name a cache after the code and settings that fill it, so that no stale result is shown.
+
+    Args:
+        folder: Of the demo; it and ``common/`` count, but for what only draws reports.
+
+    Returns:
+        12 hexadecimal digits.
+    """
+    files = sorted(
+        path
+        for place in (folder, COMMON)
+        for path in [*place.rglob("*.py"), *place.rglob("demo/*.yaml")]
+        if path.parent.name != "report" and path.name != "statistics.py"
+    )
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def once(told: Path, make: Callable[[], Any]) -> Any:
+    """Return what a file tells; where there is none, make it and write it down.
+
+    Args:
+        told: A JSON file.
+        make: Returns plain containers.
+    """
+    if not told.exists():
+        write_json(told, make())
+    return json.loads(told.read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain containers, whole or not at all."""
+    atomic_write(path, lambda to: to.write_text(json.dumps(content)))
+
+
+class SideBySide:
+    """Runs jobs in processes of their own, each on one core.
+
+    Args:
+        pool: Where they run.
+        bar: Counts them.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor, bar: tqdm) -> None:
+        self.pool = pool
+        self.bar = bar
+
+    def run(
+        self, title: str, function: Callable[..., Any], jobs: Mapping[Any, Iterable[Any]]
+    ) -> dict[Any, Any]:
+        """Call a function of a module once for every job.
+
+        Args:
+            title: Of this part of the work.
+            function: Importable by name.
+            jobs: Its arguments, by key.
+
+        Returns:
+            What it returned, by key.
+        """
+        self.bar.set_description(title)
+        futures = {self.pool.submit(function, *given): key for key, given in jobs.items()}
+        found = {}
+        for future in as_completed(futures):
+            found[futures[future]] = future.result()
+            self.bar.update()
+        return found
+
+
+@contextmanager
+def side_by_side(jobs: int, total: int) -> Iterator[SideBySide]:
+    """Open processes for ``total`` runs, ``jobs`` at a time, with a bar of progress."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool,
+        tqdm(total=total, unit="run", smoothing=0.1) as bar,
+    ):
+        yield SideBySide(pool, bar)
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.ERROR)
