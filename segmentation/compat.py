@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from types import ModuleType
 
 HOW_TO_GET_IT = (
@@ -38,6 +39,8 @@ def mend() -> None:
     """Apply the mends that this machine needs; without Detectron2, nothing is done."""
     if not available("detectron2"):
         return
+    # Detectron2's and fvcore's own use, at import; nothing that a user could change.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
     _without_compiled_code()
     _meta_internal_cityscapes()
     _without_deformable_attention()
