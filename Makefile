@@ -1,19 +1,22 @@
-# make demo [FULL=1]   models teach each other on real digits; writes demo_report/index.html
-# make test            all tests but the slow ones;  make test-all: all of them
-# make check           formatting, lint, types
-# make setup-segmentation   Detectron2 and what segmentation/ needs (part of make test)
+# make demo [TASK=segmentation] [FULL=1]   models teach each other on real digits, or on scenes
+#                                          composed of them; writes into demo_report/
+# make test                 all tests but the slow ones;  make test-all: all of them
+# make check                formatting, lint, types
+# make setup-segmentation   Detectron2 and what segmentation/ needs (part of make test and of
+#                           make demo TASK=segmentation)
 #
 # Everything is installed into .venv on the first call. Choose another build of torch with
 #   make demo TORCH="torch torchvision --index-url URL_OF_YOUR_BUILD"
 PYTHON ?= python3
 TORCH ?= torch torchvision
+TASK ?= classification
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
 .PHONY: demo test test-all check clean setup-segmentation
 
-demo: $(VENV)/.demo
-	$(RUN) -m classification.demo $(if $(FULL),--full)
+demo: $(VENV)/.demo $(if $(filter segmentation,$(TASK)),$(VENV)/.detectron2)
+	$(RUN) -m $(TASK).demo $(if $(FULL),--full)
 
 test: $(VENV)/.dev $(VENV)/.original
 	$(RUN) -m pytest -m "not slow" -n 2
