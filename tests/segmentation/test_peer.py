@@ -19,6 +19,7 @@ from segmentation.peer import (
     padded_size,
     to_grid,
 )
+from tests.segmentation.original import mended
 from tests.segmentation.toy import ARCHITECTURES, CLASSES, make_peer, make_samples
 
 CPU = torch.device("cpu")
@@ -101,6 +102,26 @@ def test_every_architecture_gives_losses_and_logits_with_gradient(kind):
     peer.module.zero_grad()
     output.logits.square().sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in peer.module.parameters())
+
+
+def test_the_original_mask2former_is_a_peer_as_ours_is():
+    mended()
+    original = ["MODEL.META_ARCHITECTURE", "MaskFormer", "DATASETS.TRAIN", ("ade20k_sem_seg_val",)]
+    theirs = make_peer("mask2former", *original)
+    ours = make_peer("mask2former")
+    assert type(theirs.module).__module__.startswith("mask2former.")
+    ours.module.load_state_dict(theirs.module.state_dict())
+    batch, outputs = batch_of(), []
+    for peer in (ours, theirs):
+        peer.train()
+        torch.manual_seed(1)
+        outputs.append(peer.forward(batch))
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(outputs[1].score, outputs[0].score, atol=1e-3, rtol=1e-3)
+    outputs[1].task_loss.backward(retain_graph=True)
+    theirs.module.zero_grad()
+    outputs[1].logits.square().sum().backward()
+    assert theirs.module.sem_seg_head.predictor.mask_embed.layers[0].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from segmentation.errors import DataError
+from segmentation.evaluation import augmented, evaluate_group, predict
+from tests.segmentation.toy import make_cfg, make_peer, make_samples
+
+NAME = "by_hand"
+
+
+class Says(nn.Module):
+    """Predicts what it was told, at the size that is asked for."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, inputs):
+        return [{"sem_seg": self.logits} for _ in inputs]
+
+
+class Told:
+    """As much of a peer as evaluation needs."""
+
+    dense = True
+
+    def __init__(self, name, logits):
+        self.name = name
+        self.module = Says(logits)
+        self.cfg = make_cfg("fpn", "INPUT.MIN_SIZE_TEST", 0, "DATALOADER.NUM_WORKERS", 0)
+
+    def probabilities(self, sem_seg):
+        return sem_seg.softmax(dim=0)
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """One image of 2 x 3 pixels; the last is ignored."""
+    Image.fromarray(np.zeros((2, 3, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    labels = np.array([[0, 0, 1], [1, 2, 255]], dtype=np.uint8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    record = {
+        "file_name": str(tmp_path / "image.png"),
+        "sem_seg_file_name": str(tmp_path / "labels.png"),
+        "height": 2,
+        "width": 3,
+    }
+    DatasetCatalog.register(NAME, lambda: [record])
+    MetadataCatalog.get(NAME).set(
+        stuff_classes=["a", "b", "c"], ignore_label=255, evaluator_type="sem_seg"
+    )
+    yield NAME
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def saying(labels, weight=8.0):
+    """Logits [3, 2, 3] for a map of labels."""
+    one_hot = np.eye(3, dtype=np.float32)[np.array(labels)]
+    return (weight * one_hot).transpose(2, 0, 1)
+
+
+def test_metrics_by_hand(by_hand):
+    # one of two pixels of a is called b; what is said of the ignored pixel does not count
+    found = evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand)
+    assert found["one/pACC"] == pytest.approx(100 * 4 / 5)
+    assert found["one/IoU-a"] == pytest.approx(50)
+    assert found["one/IoU-b"] == pytest.approx(100 * 2 / 3)
+    assert found["one/mIoU"] == pytest.approx(100 * (1 / 2 + 2 / 3 + 1) / 3)
+    assert found["one/fwIoU"] == pytest.approx(100 * (2 * 1 / 2 + 2 * 2 / 3 + 1) / 5)
+    assert found["one/mACC"] == pytest.approx(100 * (1 / 2 + 1 + 1) / 3)
+    assert not any(name.startswith("ensemble") for name in found)
+
+
+def test_the_ensemble_is_the_mean_of_probabilities(by_hand):
+    truth = [[0, 0, 1], [1, 2, 2]]
+    wrong = [[1, 1, 2], [2, 0, 0]]
+    sure, unsure = Told("sure", saying(truth)), Told("unsure", saying(wrong, weight=1.0))
+    found = evaluate_group([sure, unsure], by_hand)
+    assert found["unsure/pACC"] == 0
+    assert found["ensemble/mIoU"] == found["sure/mIoU"] == 100
+
+
+def test_modes_are_put_back(by_hand):
+    peer = Told("one", saying([[0, 1, 1], [1, 2, 0]]))
+    peer.module.train()
+    evaluate_group([peer], by_hand)
+    assert peer.module.training
+
+
+def test_a_dataset_of_another_kind_is_refused(by_hand):
+    MetadataCatalog.remove(by_hand)
+    MetadataCatalog.get(by_hand).set(evaluator_type="coco", ignore_label=255)
+    with pytest.raises(DataError, match="by_hand: evaluator type 'coco'"):
+        evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand)
+
+
+def make_sample():
+    sample = make_samples(sizes=((32, 48),))[0]
+    return {name: sample[name] for name in ("image", "height", "width")}
+
+
+@pytest.mark.parametrize("kind", ["fpn", "mask2former"])
+def test_predictions_are_probabilities_at_the_files_resolution(kind):
+    peer = make_peer(kind)
+    peer.module.eval()
+    sample = {**make_sample(), "height": 40, "width": 60}
+    with torch.no_grad():
+        p = predict(peer, sample)
+    assert p.shape[1:] == (40, 60)
+    torch.testing.assert_close(p.sum(dim=0), torch.ones(40, 60))
+
+
+def test_tta_is_the_mean_over_sizes_and_flips():
+    options = ["TEST.AUG.MIN_SIZES", (32, 64), "TEST.AUG.MAX_SIZE", 128, "TEST.AUG.FLIP", True]
+    peer = make_peer("fpn", *options)
+    peer.module.eval()
+    sample = make_sample()
+    with torch.no_grad():
+        p = augmented(peer, sample)
+        mirrored = augmented(peer, {**sample, "image": sample["image"].flip(-1)})
+        same_size = predict(peer, sample)
+    torch.testing.assert_close(p.sum(dim=0), torch.ones(32, 48))
+    torch.testing.assert_close(mirrored.flip(-1), p, atol=0.02, rtol=0)
+    assert not torch.allclose(p, same_size)
+
+
+def test_one_size_and_no_flip_is_no_augmentation():
+    peer = make_peer("fpn", "TEST.AUG.MIN_SIZES", (32,), "TEST.AUG.FLIP", False)
+    peer.module.eval()
+    sample = make_sample()
+    with torch.no_grad():
+        torch.testing.assert_close(augmented(peer, sample), predict(peer, sample))
+
+
+def test_tta_without_sizes_is_refused():
+    peer = make_peer("fpn", "TEST.AUG.MIN_SIZES", ())
+    with pytest.raises(DataError, match="MIN_SIZES is empty"):
+        augmented(peer, make_sample())
