@@ -19,8 +19,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
-from classification.options import OptionError, mixes
+from classification.options import mixes
 from common.distributed import World
+from common.options import OptionError
 from common.seeding import generators_kept, seed_generators
 
 

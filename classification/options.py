@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +13,18 @@ import yaml
 from timm.utils import ParseKwargs
 
 from common.checkpoint import read_metadata
-from common.peers import check_names
-from common.roles import RULES
-from common.transfer import SCORES, KnowledgeTransfer
-
-
-class OptionError(ValueError):
-    """An argument that cannot be used; says which, and what to do."""
+from common.options import (
+    OptionError,
+    add_transfer_options,
+    check_least,
+    number,
+    number_repeats,
+    own_options,
+    peer_mapping,
+    read_values,
+    transfer_of,
+    truth,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,6 @@ PEER_OPTIONS = (
 PEER_ALIASES = {"compile": "torchcompile", "ema": "model_ema", "kwargs": "model_kwargs"}
 EXPORT = ".safetensors"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-MANY = ("+", 2, 3)
 PEER_OWN = ("name", "checkpoint", "frozen", "published")
 
 # timm's arguments that have no meaning here, and what to use instead.
@@ -147,18 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
         "frozen, published, compile, and any option marked * below; repeat for every peer; "
         "replaces the peers of a YAML file",
     )
-    add("--rule", default="best", help=f"who teaches whom: {', '.join(RULES)}, one_way:NAME")
-    add("--score", default="loss", choices=SCORES, help="what the rule compares")
-    add("--temperature", type=float, default=1.0)
-    add("--transfer-weight", type=float, default=1.0, help="lambda of the transfer loss")
-    add("--transfer-warmup-steps", type=int, default=0, help="optimizer steps to the full weight")
-    add(
-        "--detach-teacher",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="no gradient through the teacher (--no-detach-teacher: as in the paper's scripts)",
-    )
-    add("--margin", type=float, default=None, help="teach only where the score gap exceeds this")
+    add_transfer_options(group)
     add("--trust-remote-code", **flag, help="* run code from a Hugging Face model's repository")
 
     group = parser.add_argument_group("data")
@@ -347,18 +338,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         raise OptionError("no peers: give --peer MODEL for every model, or a `peers:` list in YAML")
     peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
     peers = [_from_export(peer) for peer in peers]
-    names = [peer.name for peer in peers]
-    try:
-        check_names(names)
-        KnowledgeTransfer(
-            options.rule,
-            options.temperature,
-            options.transfer_weight,
-            margin=options.margin,
-            names=names,
-        )
-    except ValueError as error:
-        raise OptionError(str(error)) from error
+    transfer_of(options, [peer.name for peer in peers])
     return options, peers
 
 
@@ -384,124 +364,21 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise OptionError(f"{path}: not plain YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise OptionError(f"{path}: expected `option: value` lines")
-    actions = _actions(parser)
-    values = {}
-    for key, value in content.items():
-        dest = str(key).replace("-", "_")
-        if "--" + str(key).replace("_", "-") in REJECTED:
-            reason = REJECTED["--" + str(key).replace("_", "-")]
+    for key in content if isinstance(content, dict) else ():
+        option = "--" + str(key).replace("_", "-")
+        if option in REJECTED:
+            reason = REJECTED[option]
             raise OptionError(f"{path}: {key} is timm's, but not taken here: {reason}")
-        if dest == "peers" and not isinstance(value, list):
-            raise OptionError(f"{path}: peers is {value!r}; expected a list of them")
-        if dest not in actions:
-            raise OptionError(f"{path}: unknown option {key!r}{_near(dest, actions)}")
-        values[dest] = value if dest == "peers" else _coerce(actions[dest], value, str(path))
-    return values
-
-
-def _near(word: str, choices: Any) -> str:
-    near = difflib.get_close_matches(word, list(choices), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def _coerce(action: argparse.Action, value: Any, where: str) -> Any:
-    """Turn a YAML or peer value into what the flag itself would give."""
-    if value is None:
-        return None
-    if isinstance(action, ParseKwargs):
-        if not isinstance(value, Mapping):
-            raise OptionError(f"{where}: {action.dest} is {value!r}; expected key: value pairs")
-        return dict(value)
-    if isinstance(action.const, bool) or isinstance(action, argparse.BooleanOptionalAction):
-        return _flag(value, f"{where}: {action.dest}")
-    if isinstance(value, (list, tuple)) != (action.nargs in MANY):
-        raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
-    if action.dest == "torchcompile" and (value is True or value == "true"):
-        return "inductor"
-    values = value if isinstance(value, (list, tuple)) else [value]
-    if isinstance(action.nargs, int) and len(values) != action.nargs:
-        raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
-    try:
-        made = [action.type(item) if callable(action.type) else str(item) for item in values]
-    except (TypeError, ValueError) as error:
-        raise OptionError(
-            f"{where}: {action.dest} is {value!r}; expected {_kind(action)}"
-        ) from error
-    if action.choices is not None and any(item not in action.choices for item in made):
-        raise OptionError(
-            f"{where}: {action.dest} is {value!r}; choose from {', '.join(action.choices)}"
-        )
-    return made if isinstance(value, (list, tuple)) else made[0]
-
-
-def _kind(action: argparse.Action) -> str:
-    kind = getattr(action.type, "__name__", "str")
-    count = f"{action.nargs} " if isinstance(action.nargs, int) else ""
-    return f"a list of {count}{kind}" if action.nargs in MANY else f"one {kind}"
-
-
-def _flag(value: Any, where: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if str(value).lower() not in known:
-        raise OptionError(f"{where} is {value!r}; expected true or false")
-    return known[str(value).lower()]
-
-
-def _peer_mapping(asked: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Turn ``MODEL,key=value`` or a YAML entry into a mapping with ``model``."""
-    if isinstance(asked, Mapping):
-        if "model" not in asked:
-            raise OptionError(f"peer {dict(asked)!r}: it needs a `model:`")
-        return dict(asked)
-    model, *pairs = asked.split(",")
-    entry: dict[str, Any] = {"model": model.strip()}
-    if not entry["model"] or "=" in entry["model"]:
-        raise OptionError(f"peer {asked!r}: expected MODEL[,key=value...]")
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        key = key.strip()
-        if not sign:
-            raise OptionError(f"peer {asked!r}: {pair!r} is not key=value")
-        outer, dot, inner = key.partition(".")
-        if dot:
-            entry.setdefault(outer, {})[inner] = _literal(value)
-        else:
-            entry[key] = value
-    return entry
-
-
-def _literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
+    return read_values(_actions(parser), content, str(path))
 
 
 def _peer_spec(
     parser: argparse.ArgumentParser, options: argparse.Namespace, asked: str | Mapping[str, Any]
 ) -> PeerSpec:
-    entry = _peer_mapping(asked)
-    where = f"peer {entry['model']!r}"
     actions = _actions(parser)
-    own = argparse.Namespace(**vars(options))
-    for key in [key for key in entry if key not in ("model", *PEER_OWN)]:
-        dest = PEER_ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
-        if dest not in PEER_OPTIONS:
-            choices = [*PEER_OWN, *PEER_ALIASES, *PEER_OPTIONS]
-            raise OptionError(
-                f"{where}: unknown key {key!r}{_near(dest, choices)}; keys: {', '.join(choices)}"
-            )
-        action, value = actions[dest], entry[key]
-        if isinstance(value, str) and action.nargs in MANY:
-            value = value.split("+")
-        value = _coerce(action, value, where)
-        if dest in ("model_kwargs", "opt_kwargs"):
-            value = {**getattr(options, dest), **(value or {})}
-        setattr(own, dest, value)
+    entry = peer_mapping(asked, alone=("frozen",))
+    where = f"peer {entry['model']!r}"
+    own = own_options(options, actions, entry, PEER_OPTIONS, PEER_ALIASES, PEER_OWN)
     checkpoint = entry.get("checkpoint")
     if isinstance(checkpoint, str) and "+" in checkpoint and not Path(checkpoint).exists():
         checkpoint = checkpoint.split("+")
@@ -509,17 +386,10 @@ def _peer_spec(
         name=str(entry.get("name", "")),
         model=str(entry["model"]),
         checkpoint=checkpoint,
-        frozen=_flag(entry.get("frozen", False), f"{where}: frozen"),
-        published=_number(entry.get("published"), f"{where}: published"),
+        frozen=truth(entry.get("frozen", False), f"{where}: frozen"),
+        published=number(entry.get("published"), f"{where}: published"),
         options=own,
     )
-
-
-def _number(value: Any, where: str) -> float | None:
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{where} is {value!r}; expected a number") from error
 
 
 def _from_export(peer: PeerSpec) -> PeerSpec:
@@ -567,20 +437,14 @@ def _three(values: Any) -> list[int]:
 
 def _name_peers(peers: list[PeerSpec]) -> list[PeerSpec]:
     """Name unnamed peers after their model, with a number where it repeats."""
-    named: list[PeerSpec] = []
-    for peer in peers:
-        name = peer.name
-        if not name:
-            base = peer.model.removeprefix("hf:").rstrip("/").rsplit("/", 1)[-1].split(".")[0]
-            if peer.model.endswith(EXPORT):
-                base = Path(peer.model).resolve().parent.name
-            taken = [other.name for other in named]
-            name, number = base, 1
-            while name in taken:
-                number += 1
-                name = f"{base}-{number}"
-        named.append(replace(peer, name=name))
-    return named
+    names = number_repeats((peer.name, _base_name(peer.model)) for peer in peers)
+    return [replace(peer, name=name) for peer, name in zip(peers, names, strict=True)]
+
+
+def _base_name(model: str) -> str:
+    if model.endswith(EXPORT):
+        return Path(model).resolve().parent.name
+    return model.removeprefix("hf:").rstrip("/").rsplit("/", 1)[-1].split(".")[0]
 
 
 def mixes(options: argparse.Namespace) -> bool:
@@ -603,10 +467,7 @@ def _check_ranges(options: argparse.Namespace) -> None:
         "validation_batch_size": 1,
         "train_batches_per_epoch": 1,
     }
-    for name, least in at_least.items():
-        given = getattr(options, name)
-        if given is not None and given < least:
-            raise OptionError(f"--{name.replace('_', '-')} is {given}; expected {least} or more")
+    check_least(options, at_least)
     if not options.data:
         raise OptionError(
             "no data: give the dataset's folder, for instance `train.py /data/imagenet`"

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import logging
-import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +16,15 @@ import torch
 import yaml
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from classification.data import View
 from classification.models import create_classifier
-from classification.options import OptionError, PeerSpec
+from classification.options import PeerSpec
 from classification.peer import ClassifierPeer, image_channels, image_size
-from common import distributed
-from common.checkpoint import list_runs
 from common.distributed import World
-from common.report import write_run_report
+from common.options import OptionError
+from common.outputs import log_table, make_folder, new_folder, plain
+from common.outputs import writers as open_writers
 from common.trainer import Trainer, Writer
 
 _logger = logging.getLogger("train")
@@ -47,53 +41,14 @@ FREE_TO_CHANGE = frozenset(
 EXPORT_TOLERANCE = 0.05
 
 
-def start_logging() -> None:
-    """Log plain lines to stderr; of timm's own only warnings."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("timm").setLevel(logging.WARNING)
-
-
-def plain(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as plain containers, as they go into a run file."""
-    return json.loads(json.dumps(vars(options), default=str))
-
-
-def progress_bars(show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
-    """Return a wrapper that shows a bar over an iterable, on a terminal only."""
-    show = show and sys.stderr.isatty()
-    return lambda batches, title: tqdm(
-        batches, desc=title, leave=False, disable=not show, dynamic_ncols=True
-    )
-
-
 def folder_of(options: argparse.Namespace, specs: Sequence[PeerSpec], world: World) -> Path:
-    """Make the output folder, one for all ranks; a fresh run never writes into an older run's.
-
-    Raises:
-        OptionError: It holds run files and this is no resume, or it cannot be written.
-    """
-    folder = distributed.gather_objects(_choose_folder(options, specs))[0]
-    if list_runs(folder) and not options.resume:
-        raise OptionError(
-            f"{folder}: holds the run files of an earlier run; give --resume {folder} to go on "
-            "with it, or another --experiment"
-        )
-    if world.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise OptionError(f"--output: {error}; give a folder that can be written") from error
-    return folder
-
-
-def _choose_folder(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> Path:
-    output = Path(options.output or "output/train")
+    """Make the output folder; see ``common.outputs.make_folder``."""
     if getattr(options, "in_place", False):
-        return output
-    names = "-".join([options.rule.replace(":", "-"), *[spec.name for spec in specs]])[:80]
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return output / (options.experiment or f"{stamp}-{names}")
+        chosen = Path(options.output)
+    else:
+        names = [spec.name for spec in specs]
+        chosen = new_folder(options.output, options.experiment, options.rule, names)
+    return make_folder(chosen, bool(options.resume), world)
 
 
 def write_arguments(folder: Path, options: argparse.Namespace) -> None:
@@ -156,16 +111,14 @@ def _gflops(module: nn.Module, view: View) -> str:
             return "?"
 
 
-def log_table(rows: Sequence[dict[str, str]], peers: Sequence[ClassifierPeer]) -> None:
+def log_peers(rows: Sequence[dict[str, str]], peers: Sequence[ClassifierPeer]) -> None:
     """Log the resolved peers."""
-    rows = [
-        {**row, "lr": "-" if peer.frozen else f"{_peak_lr(peer):g}"}
-        for row, peer in zip(rows, peers, strict=True)
-    ]
-    columns = list(rows[0])
-    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
-    for cells in (columns, *([row[column] for column in columns] for row in rows)):
-        _logger.info("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip())
+    log_table(
+        [
+            {**row, "lr": "-" if peer.frozen else f"{_peak_lr(peer):g}"}
+            for row, peer in zip(rows, peers, strict=True)
+        ]
+    )
 
 
 def _peak_lr(peer: ClassifierPeer) -> float:
@@ -176,20 +129,11 @@ def _peak_lr(peer: ClassifierPeer) -> float:
 def writers(options: argparse.Namespace, folder: Path, world: World, updates: int) -> list[Writer]:
     """Open TensorBoard, the CSV of training scalars, and wandb if asked.
 
-    What a killed run wrote of steps after ``updates``, which are made again, is dropped.
+    Raises:
+        OptionError: wandb is asked for and not installed.
     """
-    if not world.is_main:
-        return []
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1 if updates else None)
-    _trim(folder / "scalars.csv", updates)
-
-    def to_board(scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            board.add_scalar(name.replace("->", "_to_"), value, step)
-        board.flush()
-
-    found: list[Writer] = [to_board, lambda scalars, step: _append(folder, scalars, step)]
-    if options.log_wandb:
+    found = open_writers(folder, world, updates)
+    if options.log_wandb and world.is_main:
         try:
             import wandb
         except ImportError as error:
@@ -202,19 +146,6 @@ def writers(options: argparse.Namespace, folder: Path, world: World, updates: in
         )
         found.append(lambda scalars, step: wandb.log(dict(scalars), step=step))
     return found
-
-
-def _trim(path: Path, updates: int) -> None:
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if int(row[0]) <= updates]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-
-
-def _append(folder: Path, scalars: Mapping[str, float], step: int) -> None:
-    with (folder / "scalars.csv").open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([step, name, value] for name, value in scalars.items())
 
 
 def check_exports(
@@ -257,35 +188,8 @@ def reload(model: str, path: Path, described: Mapping[str, str]) -> nn.Module:
     return create_classifier(model, str(path), num_classes=classes, **arguments)
 
 
-def finish(trainer: Trainer, options: argparse.Namespace) -> None:
-    """Write the report and log the outcome."""
-    progress, metric = trainer.progress, trainer.plan.metric
-    report = write_run_report(
-        trainer.folder / "report.html",
-        names=trainer.peers.names,
-        history=progress.history,
-        lessons=progress.lessons,
-        metric=metric,
-        settings=_settings(options),
-        lower_is_better=trainer.plan.lower_is_better,
-    )
-    start = progress.history[0]
-    for name in trainer.peers.names:
-        best = progress.best[name]
-        before = start[f"{name}/{metric}"]
-        _logger.info(
-            "%s: %s %.3f -> %.3f (%+.3f) at epoch %d",
-            name,
-            metric,
-            before,
-            best.value,
-            best.value - before,
-            best.epoch,
-        )
-    _logger.info("report: %s", report)
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a reader of the report wants to know of the run."""
     names = (
         "peers data dataset rule score temperature transfer_weight transfer_warmup_steps "
         "detach_teacher margin opt lr lr_base weight_decay sched epochs batch_size "

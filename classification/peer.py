@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from classification.data import ToView, View, common_view, view_of
 from classification.losses import SampleLoss, hard, sample_loss
 from classification.models import ModelError, create_classifier, head_of
-from classification.options import OptionError, PeerSpec
+from classification.options import PeerSpec
 from common.distributed import World
+from common.options import OptionError
 from common.peers import Peer
 from common.transfer import PeerOutput, confidence
 

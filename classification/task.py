@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.data import ToView, View
-from classification.options import OptionError
 from classification.peer import classify
+from common.options import OptionError
 from common.peers import check_names
 from common.transfer import KnowledgeTransfer
 

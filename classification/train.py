@@ -18,16 +18,17 @@ from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator, brought_to
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
-from classification.options import OptionError, PeerSpec, parse
+from classification.options import PeerSpec, parse
 from classification.peer import ClassifierPeer, build_modules, build_peers
 from common import distributed
 from common.checkpoint import CheckpointError, load_run
 from common.distributed import World
 from common.engine import JointEngine
+from common.options import OptionError, transfer_of
+from common.outputs import finish, plain, progress_bars, start_logging, warn_of_changes
 from common.peers import PeerGroup
 from common.roles import NonFiniteError
 from common.trainer import Plan, Progress, Trainer
-from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger("train")
 
@@ -36,7 +37,8 @@ BASELINE_GAP = 0.5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    outputs.start_logging()
+    start_logging()
+    logging.getLogger("timm").setLevel(logging.WARNING)
     try:
         run(arguments)
     except (OptionError, ModelError, CheckpointError, NonFiniteError) as error:
@@ -78,7 +80,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     random_seed(options.seed, world.rank)
     trainer = _trainer(options, specs, views, peers, loader, held_out, epochs, world, bars)
     if world.is_main:
-        outputs.log_table(rows, peers)
+        outputs.log_peers(rows, peers)
         outputs.write_arguments(trainer.folder, options)
     if state is not None:
         source = _resumed_folder(options)
@@ -90,7 +92,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     progress = trainer.fit()
     outputs.check_exports(trainer, specs, modules)
     if world.is_main:
-        outputs.finish(trainer, options)
+        finish(trainer, outputs.settings(options))
     distributed.barrier()
     return progress
 
@@ -125,14 +127,7 @@ def _resumed_state(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> di
     if not options.resume:
         return None
     state = load_run(Path(options.resume))
-    config = outputs.plain(options)
-    changed = [
-        f"{name}: {old!r} -> {config.get(name)!r}"
-        for name, old in state["config"].items()
-        if name not in outputs.FREE_TO_CHANGE and config.get(name) != old
-    ]
-    if changed:
-        _logger.warning("resuming with other options than the run had: %s", "; ".join(changed))
+    warn_of_changes(plain(options), state["config"], outputs.FREE_TO_CHANGE)
     options.num_classes = state["config"]["resolved_num_classes"]
     if not options.output and not options.experiment:
         options.output = str(_resumed_folder(options))
@@ -190,18 +185,8 @@ def _trainer(
         raise OptionError(str(error)) from error
     modules = [peer.module for peer in peers]
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
-    transfer = KnowledgeTransfer(
-        options.rule,
-        options.temperature,
-        options.transfer_weight,
-        options.detach_teacher,
-        margin=options.margin,
-        warmup_steps=options.transfer_warmup_steps,
-        names=group.names,
-        frozen=group.frozen,
-        seed=options.seed + world.rank,
-    )
-    watch = outputs.progress_bars(bars and world.is_main)
+    transfer = transfer_of(options, group.names, group.frozen, world.rank)
+    watch = progress_bars(bars and world.is_main)
     evaluator = PeerEvaluator(
         held_out,
         views,
@@ -231,7 +216,7 @@ def _trainer(
         ),
         folder=folder,
         world=world,
-        config={**outputs.plain(options), "resolved_num_classes": modules[0].num_classes},
+        config={**plain(options), "resolved_num_classes": modules[0].num_classes},
         metadata={
             spec.name: outputs.metadata(spec, module, view)
             for spec, module, view in zip(specs, modules, views, strict=True)

@@ -13,22 +13,24 @@ from collections.abc import Sequence
 
 import torch
 
-from classification import outputs
 from classification.data import open_dataset
 from classification.evaluation import PeerEvaluator
 from classification.models import ModelError
-from classification.options import OptionError, parse
+from classification.options import parse
 from classification.peer import build_modules
 from classification.train import check_classes, start
 from common import distributed
 from common.checkpoint import CheckpointError
+from common.options import OptionError
+from common.outputs import progress_bars, start_logging
 
 _logger = logging.getLogger("validate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    outputs.start_logging()
+    start_logging()
+    logging.getLogger("timm").setLevel(logging.WARNING)
     try:
         validate(arguments)
     except (OptionError, ModelError, CheckpointError) as error:
@@ -63,7 +65,7 @@ def validate(arguments: Sequence[str] | None = None) -> dict[str, float]:
         world,
         getattr(torch, options.amp_dtype) if options.amp else None,
         dtypes=[next(module.parameters()).dtype for module in modules],
-        watch=outputs.progress_bars(world.is_main),
+        watch=progress_bars(world.is_main),
     )
     scores = evaluator.score(modules)
     metrics = scores.metrics([spec.name for spec in specs], None)

@@ -22,9 +22,10 @@ from classification.data import (
     view_of,
 )
 from classification.models import create_classifier
-from classification.options import OptionError, parse
+from classification.options import parse
 from classification.train import check_same_classes
 from common.distributed import World
+from common.options import OptionError
 
 CPU = torch.device("cpu")
 HERE = World(0, 1, 0, CPU)

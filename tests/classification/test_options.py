@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from classification.options import PEER_OPTIONS, REJECTED, OptionError, build_parser, parse
+from classification.options import PEER_OPTIONS, REJECTED, build_parser, parse
+from common.options import OptionError
 
 TIMM = json.loads(Path(__file__).with_name("timm_arguments.json").read_text())
 

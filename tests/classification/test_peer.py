@@ -14,7 +14,7 @@ from torch import nn
 from classification.evaluation import brought_to
 from classification.losses import sample_loss
 from classification.models import create_classifier
-from classification.options import OptionError, parse
+from classification.options import parse
 from classification.outputs import metadata
 from classification.peer import (
     SCHEDULES,
@@ -26,6 +26,7 @@ from classification.peer import (
 )
 from classification.train import average_buffers
 from common.distributed import World
+from common.options import OptionError
 from common.peers import PeerGroup
 from common.transfer import confidence
 from tests.launch import launch

@@ -7,8 +7,8 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter, accuracy
 
-from classification.options import OptionError
 from classification.task import PeerEnsemble, TransferTask, ensemble
+from common.options import OptionError
 from common.transfer import KnowledgeTransfer, PeerOutput
 from tests.launch import launch
 

@@ -15,11 +15,12 @@ import timm
 import torch
 import yaml
 
-from classification.options import OptionError, parse
+from classification.options import parse
 from classification.outputs import folder_of
 from classification.train import main, run
 from classification.validate import validate
 from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
+from common.options import OptionError
 from tests.launch import launch
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,276 @@
+"""What the command lines of the tasks share: options of the transfer, and of single peers."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from common.peers import check_names
+from common.roles import RULES
+from common.transfer import SCORES, KnowledgeTransfer
+
+
+class OptionError(ValueError):
+    """An argument that cannot be used; says which, and what to do."""
+
+
+def add_transfer_options(group: Any) -> None:
+    """Add the options of ``KnowledgeTransfer`` to a parser or a group of it."""
+    add = group.add_argument
+    add("--rule", default="best", help=f"who teaches whom: {', '.join(RULES)}, one_way:NAME")
+    add("--score", default="loss", choices=SCORES, help="what the rule compares")
+    add("--temperature", type=float, default=1.0)
+    add("--transfer-weight", type=float, default=1.0, help="lambda of the transfer loss")
+    add("--transfer-warmup-steps", type=int, default=0, help="optimizer steps to the full weight")
+    add(
+        "--detach-teacher",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="no gradient through the teacher (--no-detach-teacher: as in the paper's scripts)",
+    )
+    add("--margin", type=float, default=None, help="teach only where the score gap exceeds this")
+
+
+def transfer_of(
+    options: argparse.Namespace, names: Sequence[str], frozen: Sequence[str] = (), rank: int = 0
+) -> KnowledgeTransfer:
+    """Build the objective that ``add_transfer_options`` describes.
+
+    Raises:
+        OptionError: Names that cannot be peers', or an option out of its range.
+    """
+    try:
+        check_names(names)
+        return KnowledgeTransfer(
+            options.rule,
+            options.temperature,
+            options.transfer_weight,
+            options.detach_teacher,
+            margin=options.margin,
+            warmup_steps=options.transfer_warmup_steps,
+            names=names,
+            frozen=frozen,
+            seed=options.seed + rank,
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def check_least(options: argparse.Namespace, least: Mapping[str, float]) -> None:
+    """Refuse options below their least value.
+
+    Args:
+        least: By the options' dests; an option that is None is not looked at.
+
+    Raises:
+        OptionError: Names the option and its value.
+    """
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and not given >= value:
+            raise OptionError(f"--{name.replace('_', '-')} is {given}; expected {value} or more")
+
+
+def near(word: str, choices: Iterable[str]) -> str:
+    """Return a hint at the choices that a word may have meant; nothing where none is near."""
+    found = difflib.get_close_matches(word, list(choices), n=3)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def read_values(actions: Mapping[str, argparse.Action], content: Any, where: str) -> dict[str, Any]:
+    """Turn a config file's content into what the flags themselves would give.
+
+    Args:
+        actions: Of the parser, by dest.
+        content: Plain containers, as read.
+        where: Names the file in errors.
+
+    Returns:
+        Values by dest; ``peers`` as it is.
+
+    Raises:
+        OptionError: An option that does not exist (hints at near ones), or a value of another kind.
+    """
+    if not isinstance(content, dict):
+        raise OptionError(f"{where}: expected `option: value` lines")
+    values = {}
+    for key, value in content.items():
+        dest = str(key).replace("-", "_")
+        if dest == "peers" and not isinstance(value, list):
+            raise OptionError(f"{where}: peers is {value!r}; expected a list of them")
+        if dest not in actions:
+            raise OptionError(f"{where}: unknown option {key!r}{near(dest, actions)}")
+        values[dest] = value if dest == "peers" else coerce(actions[dest], value, where)
+    return values
+
+
+def coerce(action: argparse.Action, value: Any, where: str) -> Any:
+    """Turn a YAML or peer value into what the flag itself would give.
+
+    Raises:
+        OptionError: Names the value and what was expected.
+    """
+    if value is None:
+        return None
+    if isinstance(action.default, dict):
+        if not isinstance(value, Mapping):
+            raise OptionError(f"{where}: {action.dest} is {value!r}; expected key: value pairs")
+        return dict(value)
+    if isinstance(action.const, bool) or isinstance(action, argparse.BooleanOptionalAction):
+        return truth(value, f"{where}: {action.dest}")
+    if isinstance(value, (list, tuple)) != takes_many(action):
+        raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
+    if isinstance(action.const, str) and (value is True or value == "true"):
+        return action.const
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
+    try:
+        made = [action.type(item) if callable(action.type) else str(item) for item in values]
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"{where}: {action.dest} is {value!r}; expected {_kind(action)}"
+        ) from error
+    if action.choices is not None and any(item not in action.choices for item in made):
+        raise OptionError(
+            f"{where}: {action.dest} is {value!r}; choose from {', '.join(action.choices)}"
+        )
+    return made if isinstance(value, (list, tuple)) else made[0]
+
+
+def takes_many(action: argparse.Action) -> bool:
+    """Whether an option takes a list."""
+    return action.nargs == "+" or (isinstance(action.nargs, int) and action.nargs > 0)
+
+
+def _kind(action: argparse.Action) -> str:
+    kind = getattr(action.type, "__name__", "str")
+    count = f"{action.nargs} " if isinstance(action.nargs, int) else ""
+    return f"a list of {count}{kind}" if takes_many(action) else f"one {kind}"
+
+
+def truth(value: Any, where: str) -> bool:
+    """Read a truth value.
+
+    Raises:
+        OptionError: It is none.
+    """
+    if isinstance(value, bool):
+        return value
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in known:
+        raise OptionError(f"{where} is {value!r}; expected true or false")
+    return known[str(value).lower()]
+
+
+def number(value: Any, where: str) -> float | None:
+    """Read a number, or nothing.
+
+    Raises:
+        OptionError: It is none.
+    """
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{where} is {value!r}; expected a number") from error
+
+
+def peer_mapping(asked: str | Mapping[str, Any], alone: Iterable[str] = ()) -> dict[str, Any]:
+    """Turn ``MODEL,key=value`` or a YAML entry into a mapping with ``model``.
+
+    Args:
+        asked: ``outer.inner=value`` makes a mapping of its own.
+        alone: Keys that mean true where they stand alone.
+
+    Raises:
+        OptionError: No model, or something that is no key.
+    """
+    if isinstance(asked, Mapping):
+        if "model" not in asked:
+            raise OptionError(f"peer {dict(asked)!r}: it needs a `model:`")
+        return dict(asked)
+    model, *pairs = asked.split(",")
+    entry: dict[str, Any] = {"model": model.strip()}
+    if not entry["model"] or "=" in entry["model"]:
+        raise OptionError(f"peer {asked!r}: expected MODEL[,key=value...]")
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        key = key.strip()
+        if not sign and key not in alone:
+            raise OptionError(f"peer {asked!r}: {pair!r} is not key=value")
+        outer, dot, inner = key.partition(".")
+        if dot:
+            entry.setdefault(outer, {})[inner] = literal(value)
+        else:
+            entry[key] = value if sign else True
+    return entry
+
+
+def literal(value: str) -> Any:
+    """Read a number, a list or a truth value as Python writes it; else keep the text."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def own_options(
+    options: argparse.Namespace,
+    actions: Mapping[str, argparse.Action],
+    entry: Mapping[str, Any],
+    may_set: Sequence[str],
+    aliases: Mapping[str, str],
+    reserved: Sequence[str],
+) -> argparse.Namespace:
+    """Return the run's options with a peer's own values in place.
+
+    Args:
+        options: The run's.
+        actions: Of the parser, by dest.
+        entry: From ``peer_mapping``; lists are written with ``+`` on a command line.
+        may_set: Dests that a peer may set.
+        aliases: Other names of them.
+        reserved: Keys that are no options.
+
+    Raises:
+        OptionError: A key that does not exist (lists the choices), or a value of another kind.
+    """
+    where = f"peer {entry['model']!r}"
+    own = argparse.Namespace(**vars(options))
+    for key in [key for key in entry if key not in ("model", *reserved)]:
+        dest = aliases.get(key.replace("-", "_"), key.replace("-", "_"))
+        if dest not in may_set:
+            choices = [*reserved, *aliases, *may_set]
+            raise OptionError(
+                f"{where}: unknown key {key!r}{near(dest, choices)}; keys: {', '.join(choices)}"
+            )
+        action, value = actions[dest], entry[key]
+        if isinstance(value, str) and takes_many(action):
+            value = value.split("+")
+        value = coerce(action, value, where)
+        if isinstance(action.default, dict):
+            value = {**getattr(options, dest), **(value or {})}
+        setattr(own, dest, value)
+    return own
+
+
+def number_repeats(names: Iterable[tuple[str, str]]) -> list[str]:
+    """Give every peer a name of its own.
+
+    Args:
+        names: The name that was given or nothing, and the one to fall back on, a peer each.
+
+    Returns:
+        Given names as they are; others get a number where they repeat.
+    """
+    found: list[str] = []
+    for given, base in names:
+        name, count = given or base, 1
+        while not given and name in found:
+            count += 1
+            name = f"{base}-{count}"
+        found.append(name)
+    return found

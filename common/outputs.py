@@ -1,0 +1,181 @@
+"""What every run shows and leaves behind: logs, bars, tables, its folder, its writers."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common import distributed
+from common.checkpoint import list_runs
+from common.distributed import World
+from common.options import OptionError
+from common.report import write_run_report
+from common.trainer import Trainer, Writer
+
+_logger = logging.getLogger("train")
+
+
+def start_logging() -> None:
+    """Log plain lines to stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+
+
+def plain(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as plain containers, as they go into a run file."""
+    return json.loads(json.dumps(vars(options), default=str))
+
+
+def warn_of_changes(
+    config: Mapping[str, Any], saved: Mapping[str, Any], free: Iterable[str]
+) -> None:
+    """Tell where a resumed run has other options than it had.
+
+    Args:
+        config: The options now, plain.
+        saved: Those in the run file.
+        free: Names under which a run is still the same run.
+    """
+    changed = [
+        f"{name}: {old!r} -> {config.get(name)!r}"
+        for name, old in saved.items()
+        if name not in free and config.get(name) != old
+    ]
+    if changed:
+        _logger.warning("resuming with other options than the run had: %s", "; ".join(changed))
+
+
+def progress_bars(show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
+    """Return a wrapper that shows a bar over an iterable, on a terminal only."""
+    show = show and sys.stderr.isatty()
+    return lambda batches, title: tqdm(
+        batches, desc=title, leave=False, disable=not show, dynamic_ncols=True
+    )
+
+
+def new_folder(output: str, experiment: str, rule: str, names: Sequence[str]) -> Path:
+    """Name a run's folder after the time, the rule and the peers, or after the experiment."""
+    told = "-".join([rule.replace(":", "-"), *names])[:80]
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(output or "output/train") / (experiment or f"{stamp}-{told}")
+
+
+def make_folder(chosen: Path, resumes: bool, world: World) -> Path:
+    """Make the output folder, one for all ranks; a fresh run never writes into an older run's.
+
+    Args:
+        chosen: The first rank's counts.
+        resumes: This run goes on with another.
+
+    Raises:
+        OptionError: It holds run files and this is no resume, or it cannot be written.
+    """
+    folder = distributed.gather_objects(chosen)[0]
+    if list_runs(folder) and not resumes:
+        raise OptionError(
+            f"{folder}: holds the run files of an earlier run; give --resume {folder} to go on "
+            "with it, or another --experiment"
+        )
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OptionError(f"--output: {error}; give a folder that can be written") from error
+    return folder
+
+
+def log_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Log rows of one set of columns, aligned."""
+    columns = list(rows[0])
+    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+    for cells in (columns, *([row[column] for column in columns] for row in rows)):
+        _logger.info("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip())
+
+
+def writers(folder: Path, world: World, updates: int) -> list[Writer]:
+    """Open TensorBoard and the CSV of training scalars.
+
+    What a killed run wrote of steps after ``updates``, which are made again, is dropped.
+
+    Args:
+        folder: Of the run.
+        world: Only the main rank writes.
+        updates: Optimizer steps made so far.
+    """
+    if not world.is_main:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1 if updates else None)
+    _trim(folder / "scalars.csv", updates)
+
+    def to_board(scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            board.add_scalar(name.replace("->", "_to_"), value, step)
+        board.flush()
+
+    return [to_board, lambda scalars, step: _append(folder, scalars, step)]
+
+
+def _trim(path: Path, updates: int) -> None:
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if int(row[0]) <= updates]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+
+
+def _append(folder: Path, scalars: Mapping[str, float], step: int) -> None:
+    with (folder / "scalars.csv").open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([step, name, value] for name, value in scalars.items())
+
+
+def finish(
+    trainer: Trainer, settings: Mapping[str, Any], pictures: Sequence[tuple[bytes, str]] = ()
+) -> Path:
+    """Write the report and log each peer's best against its start.
+
+    Args:
+        trainer: After ``fit``.
+        settings: What a reader of the report wants to know of the run.
+        pictures: PNGs and their captions.
+
+    Returns:
+        The report.
+    """
+    progress, metric = trainer.progress, trainer.plan.metric
+    report = write_run_report(
+        trainer.folder / "report.html",
+        names=trainer.peers.names,
+        history=progress.history,
+        lessons=progress.lessons,
+        metric=metric,
+        settings=settings,
+        lower_is_better=trainer.plan.lower_is_better,
+        pictures=pictures,
+    )
+    start = progress.history[0]
+    for name in trainer.peers.names:
+        best = progress.best[name]
+        before = start[f"{name}/{metric}"]
+        _logger.info(
+            "%s: %s %.3f -> %.3f (%+.3f) at epoch %d",
+            name,
+            metric,
+            before,
+            best.value,
+            best.value - before,
+            best.epoch,
+        )
+    _logger.info("report: %s", report)
+    return report
