@@ -21,7 +21,9 @@ def kldiv(pred: Tensor, target: Tensor, *, eps: float = EPS) -> Tensor:
     Returns:
         Nats [B], in float32 or wider. 0 where the target is empty (sums to 0): nothing to learn
         from. Where only ``pred`` is empty, about ``-log(eps)`` less the target's entropy, and no
-        gradient to ``pred``. Gradient reaches both maps, so that two models can be compared.
+        gradient to ``pred``. Gradient reaches both maps, so that two models can be compared. It is
+        about 1 / eps where ``pred`` is 0 and ``target`` is not: more than float16 holds, so a model
+        should end in a float32 activation.
 
     Raises:
         ValueError: Shapes that differ or are not [B, H, W], or a ``pred`` that is not float.
@@ -97,7 +99,7 @@ def nss(pred: Tensor, fixations: Tensor) -> Tensor:
 
     Source: NSS of the MIT Saliency Benchmark. Unlike the published trainer's, it has a gradient.
     """
-    p, weight = _pair(pred, fixations)
+    p, weight = _pair(pred, fixations, "fixations")
     undefined = constant(p) | empty(weight)
     z = _centred(p)
     spread = z.square().sum(_PIXELS) / max(z.shape[1] * z.shape[2] - 1, 1)
@@ -198,9 +200,9 @@ def check_maps(**maps: Tensor) -> None:
             )
 
 
-def _pair(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(pred: Tensor, target: Tensor, name: str = "target") -> tuple[Tensor, Tensor]:
     """Check two maps; return both in the wider of their dtypes, at least float32."""
-    check_maps(pred=pred, target=target)
+    check_maps(**{"pred": pred, name: target})
     dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
     return pred.to(dtype), target.to(dtype)
 

@@ -322,7 +322,8 @@ class SaliencyMetrics:
         defined = ~values.isnan()
         frames = torch.ones_like(values[:, :1])
         rows = self._rows_of(video, len(pred)).to(self.device, non_blocking=True)
-        entries = torch.cat([values.nan_to_num(0.0), defined.to(values.dtype), frames], dim=1)
+        sums = values.masked_fill(~defined, 0.0)
+        entries = torch.cat([sums, defined.to(values.dtype), frames], dim=1)
         self._state.index_add_(0, rows, entries)
 
     def merge(self, other: SaliencyMetrics) -> None:
@@ -344,7 +345,7 @@ class SaliencyMetrics:
         state = self._state.new_zeros(len(videos), self._state.shape[1])
         mine = torch.tensor([place[video] for video in self._rows], dtype=torch.long)
         state[mine.to(self.device)] = self._state
-        return self._scores(videos, sum_over_ranks(state).double().cpu())
+        return self._scores(videos, sum_over_ranks(state).cpu().double())
 
     def _score(self, name: str, pred: Tensor, maps: Mapping[str, Tensor | None]) -> Tensor:
         metric = METRICS[name]
@@ -550,7 +551,7 @@ def _pack(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         Values, and which of them are chosen, [B, P]; P is the most chosen in a row, at least 1.
     """
     count = chosen.sum(1)
-    width = max(1, *count.tolist())
+    width = max([1, *count.tolist()])
     row, column = chosen.nonzero(as_tuple=True)
     place = torch.arange(len(row), device=values.device) - (count.cumsum(0) - count)[row]
     packed = values.new_zeros(len(values), width)
