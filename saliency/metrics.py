@@ -449,7 +449,8 @@ def resize_and_blur(
         pred: Maps [B, h, w] of a float dtype.
         size: Height and width to reach.
         blur: Pixels across the Gaussian, odd; 0: none.
-        sigma: Of the Gaussian, in pixels; None: OpenCV's choice for this width, 2.0 for 11.
+        sigma: Of the Gaussian, in pixels; None: by OpenCV's formula, 2.0 for 11. (OpenCV itself
+            has tables for 9 pixels and fewer.)
         interpolation: ``bilinear`` or ``bicubic``, with corners not aligned.
         antialias: Filter where the map shrinks. With ``bicubic`` this is what the official
             evaluation's resize does.
@@ -535,7 +536,7 @@ def _jittered(pred: Tensor, generator: torch.Generator | None) -> Tensor:
 def _sorted(values: Tensor) -> Tensor:
     """Sort each row; on the CPU with numpy, whose vectorised sort is many times faster."""
     if values.is_cpu:
-        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
+        return torch.from_numpy(np.sort(values.contiguous().numpy(), axis=-1))
     return values.sort(dim=-1).values
 
 
