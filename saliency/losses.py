@@ -32,8 +32,7 @@ def kldiv(pred: Tensor, target: Tensor, *, eps: float = EPS) -> Tensor:
     """
     p, g = _pair(pred, target)
     ours, theirs = _over_sum(p), _over_sum(g)
-    nats = (theirs * (eps + theirs / (ours + eps)).log()).sum(_PIXELS)
-    return nats.masked_fill(empty(g), 0.0)
+    return (theirs * (eps + theirs / (ours + eps)).log()).sum(_PIXELS)
 
 
 def cc(pred: Tensor, target: Tensor) -> Tensor:

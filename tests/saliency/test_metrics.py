@@ -272,6 +272,7 @@ def test_frames_without_a_score_are_nan():
     for value in (
         auc_judd(pred, none),
         auc_judd(pred, all_),
+        auc_judd((3 * pred).floor(), all_),
         nss(pred, none),
         auc_shuffled(pred, none, one),
         auc_shuffled(pred, one, none),
