@@ -104,8 +104,8 @@ def auc_shuffled(
 
     Returns:
         Areas [B]. NaN without fixations here or in ``other``, and for a map that is constant or not
-        finite. Officially about 1e-3 from the expectation for 500 fixations. The draws read one
-        number from the device, the expectation none.
+        finite. With 500 fixations the draws are about 1e-3 from their expectation. They wait for
+        the device (to pack the points), the expectation does not.
 
     Raises:
         ValueError: As ``auc_judd``, or a flag out of its range.
@@ -301,7 +301,7 @@ class SaliencyMetrics:
         fixations: Tensor | None = None,
         other: Tensor | None = None,
         *,
-        video: str | int | Sequence[str | int] | None = None,
+        video: str | int | Sequence[str | int | None] | None = None,
     ) -> None:
         """Add a batch of frames.
 
@@ -310,7 +310,7 @@ class SaliencyMetrics:
             density: Ground-truth maps [B, H, W].
             fixations: Fixation maps [B, H, W].
             other: Fixations of other frames [B, H, W].
-            video: Which video the frames are from, one for all or one a frame. None: they count for
+            video: Which video the frames are from, one for all or one a frame. None: it counts for
                 the mean over frames only.
 
         Raises:
@@ -359,7 +359,7 @@ class SaliencyMetrics:
             flags["generator"] = self._generator
         return metric.function(pred, *(maps[need] for need in metric.needs), **flags)
 
-    def _rows_of(self, video: str | int | Sequence[str | int] | None, frames: int) -> Tensor:
+    def _rows_of(self, video: str | int | Sequence[str | int | None] | None, frames: int) -> Tensor:
         if video is None or isinstance(video, str | int):
             return torch.full((frames,), self._row(video))
         if len(video) != frames:
@@ -375,13 +375,13 @@ class SaliencyMetrics:
     def _scores(self, videos: Sequence[str | int | None], state: Tensor) -> Scores:
         sums, counts, frames = state.split([len(self.names), len(self.names), 1], dim=1)
         means = sums / counts
-        named = [i for i, video in enumerate(videos) if video is not None]
+        named = {i: video for i, video in enumerate(videos) if video is not None}
         return Scores(
             frames=round(frames.sum().item()),
             mean=self._named(sums.sum(0) / counts.sum(0)),
             undefined={k: round(v) for k, v in self._named((frames - counts).sum(0)).items()},
-            videos={videos[i]: self._named(means[i]) for i in named},
-            video_mean=self._named(means[named].nanmean(0)),
+            videos={video: self._named(means[i]) for i, video in named.items()},
+            video_mean=self._named(means[list(named)].nanmean(0)),
             flags={name: dict(flags) for name, flags in self.flags.items()},
         )
 
