@@ -46,16 +46,16 @@ ARMS = {
     ),
 }
 ARMS_OF = {"two": tuple(ARMS), "three": ("none", "image")}
-QUICK = (3, {"two": 40, "three": 30})  # seeds, and iterations of fine-tuning
+QUICK = (3, {"two": 50, "three": 30})  # seeds, and iterations of fine-tuning
 FULL = (10, {"two": 80, "three": 80})
 SCENES = {"pretrain": 400, "tune": 16, "val": 60}
 PRETRAINING = {
-    "fpn": ["SOLVER.MAX_ITER", 160, "SOLVER.BASE_LR", 1e-3],
+    "fpn": ["SOLVER.MAX_ITER", 320, "SOLVER.BASE_LR", 1e-3],
     "deeplab": [
-        *("SOLVER.MAX_ITER", 160, "SOLVER.BASE_LR", 1e-2),
+        *("SOLVER.MAX_ITER", 240, "SOLVER.BASE_LR", 1e-2),
         *("SOLVER.BACKBONE_MULTIPLIER", 0.2),  # its head's last layer starts near zero
     ],
-    "mask2former": ["SOLVER.MAX_ITER", 200, "SOLVER.BASE_LR", 1.5e-3],
+    "mask2former": ["SOLVER.MAX_ITER", 400, "SOLVER.BASE_LR", 1.5e-3],
 }
 METRIC = "mIoU"
 

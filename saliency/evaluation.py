@@ -1,0 +1,239 @@
+"""Every peer on held-out videos, and the group as an ensemble, by the benchmark's metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.distributed import World
+from common.peers import PeerGroup
+from saliency.clips import ClipView
+from saliency.data import EvalLoader
+from saliency.images import read_fixations, scale_fixations
+from saliency.layouts import VideoSet
+from saliency.metrics import METRICS, SaliencyMetrics, Scores, resize_and_blur
+from saliency.options import LOWER_IS_BETTER
+from saliency.peer import check_output
+
+Watch = Callable[[Iterable[Any], str], Iterable[Any]]
+_logger = logging.getLogger("train")
+
+ENSEMBLE = "ensemble"
+OTHERS = 10  # frames whose fixations are pooled for shuffled AUC, as the official evaluation does
+
+
+def has_fixations(videos: VideoSet) -> bool:
+    """Whether any frame of a split has fixations."""
+    return any(file is not None for video in videos.videos for file in video.fixations)
+
+
+def metrics_for(videos: VideoSet, asked: Sequence[str] | None, shuffled: bool = False) -> list[str]:
+    """Choose the metrics: those asked for, else all that the data allows; CC and KL always.
+
+    Args:
+        videos: To be evaluated.
+        asked: Names of ``METRICS``, or nothing.
+        shuffled: Whether shuffled AUC, which is slower, is among all.
+
+    Raises:
+        ValueError: A metric that needs fixations, of data without any.
+    """
+    fixated = has_fixations(videos)
+    chosen = [
+        name
+        for name in (asked or METRICS)
+        if asked or (name != "auc_shuffled" or shuffled) and (fixated or not _needs_fixations(name))
+    ]
+    lacking = [name for name in chosen if _needs_fixations(name) and not fixated]
+    if lacking:
+        raise ValueError(
+            f"{', '.join(lacking)}: {videos} has no fixations; expected VIDEO/fixation/maps/*.mat "
+            "or VIDEO/fixation/*.png; or leave these metrics out"
+        )
+    return [*chosen, *(name for name in ("cc", "kldiv") if name not in chosen)]
+
+
+def _needs_fixations(name: str) -> bool:
+    return "fixations" in METRICS[name].needs
+
+
+class OtherFixations:
+    """The fixations of other frames, for shuffled AUC: of ten frames drawn from the whole split.
+
+    What is drawn for a frame depends on the seed and the frame alone.
+
+    Args:
+        videos: Of the split.
+        seed: Of the draws.
+    """
+
+    def __init__(self, videos: VideoSet, seed: int = 0) -> None:
+        self.videos = videos
+        self.seed = seed
+        self.places = [
+            (number, frame)
+            for number, video in enumerate(videos.videos)
+            for frame, file in enumerate(video.fixations)
+            if file is not None
+        ]
+        self._points: dict[tuple[int, int], tuple[np.ndarray, tuple[int, ...]]] = {}
+
+    def around(self, targets: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor:
+        """Return bool [B, H, W]: where people looked in frames drawn for each target."""
+        found = np.zeros((len(targets), *size), bool)
+        for row, target in zip(found, targets, strict=True):
+            generator = np.random.default_rng((self.seed, *target))
+            for place in generator.choice(len(self.places), OTHERS).tolist():
+                row |= self._read(self.places[place], size)
+        return torch.from_numpy(found)
+
+    def _read(self, place: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+        """Return a frame's fixations at a size; of each file only the points are kept."""
+        if place not in self._points:
+            video = self.videos.videos[place[0]]
+            points = read_fixations(video.path(str(video.fixations[place[1]])))
+            self._points[place] = np.flatnonzero(points), points.shape
+        points, shape = self._points[place]
+        whole = np.zeros(shape, bool)
+        whole.flat[points] = True
+        return whole if shape == size else scale_fixations(whole, size) > 0
+
+
+class SaliencyEvaluator:
+    """Evaluates models over a split: each map resized to the ground truth's size, and blurred.
+
+    Args:
+        loader: Of this process's share.
+        world: Where this process stands.
+        metrics: Names of ``METRICS``.
+        blur: See ``saliency.metrics.resize_and_blur``.
+        amp_dtype: Autocast the forwards to it.
+        flags: Of the metrics' definitions, see ``SaliencyMetrics``.
+        seed: Of what the metrics draw.
+        watch: Wraps the batches, for instance in a progress bar.
+        on_maps: Called with a model's name, the targets (video, frame), and its maps [B, h, w] at
+            the ground truth's size.
+    """
+
+    def __init__(
+        self,
+        loader: EvalLoader,
+        world: World,
+        metrics: Sequence[str],
+        *,
+        blur: int = 11,
+        amp_dtype: torch.dtype | None = None,
+        flags: Mapping[str, Mapping[str, Any]] | None = None,
+        seed: int = 0,
+        watch: Watch = lambda batches, title: batches,
+        on_maps: Callable[[str, Sequence[tuple[int, int]], Tensor], None] | None = None,
+    ) -> None:
+        self.loader = loader
+        self.world = world
+        self.names = tuple(metrics)
+        self.blur = blur
+        self.amp_dtype = amp_dtype
+        self.flags = flags
+        self.seed = seed
+        self.watch = watch
+        self.on_maps = on_maps
+        self.videos = loader.dataset.videos
+        shuffled = "auc_shuffled" in self.names
+        self.others = OtherFixations(self.videos, seed) if shuffled else None
+        self._told = False
+
+    def evaluate(self, peers: PeerGroup) -> dict[str, float]:
+        """Measure every peer (its averaged weights, if any); equal on every rank."""
+        views = [peer.view for peer in peers]
+        scores = self.score([peer.best_module for peer in peers], views, peers.names)
+        self._tell_undefined(next(iter(scores.values())))
+        return flatten(scores)
+
+    @torch.inference_mode()
+    def score(
+        self, modules: Sequence[nn.Module], views: Sequence[ClipView], names: Sequence[str]
+    ) -> dict[str, Scores]:
+        """Run the models over the split.
+
+        Returns:
+            By name, and as ``ensemble`` where there are several: the mean of their maps, each
+            divided by its sum.
+        """
+        together = [ENSEMBLE] if len(names) > 1 else []
+        running = {
+            name: SaliencyMetrics(
+                self.names, self.world.device, flags=self.flags, seed=self.seed + self.world.rank
+            )
+            for name in [*names, *together]
+        }
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        batches = zip(self.loader.batches, self.watch(self.loader, "evaluating"), strict=True)
+        for targets, batch in batches:
+            size = batch.maps.shape[-2:]
+            fixations = None if batch.fixations is None else batch.fixations > 0
+            other = None
+            if self.others is not None:
+                other = self.others.around(targets, tuple(size)).to(self.world.device)
+            mean: Tensor | float = 0.0
+            found: dict[str, Tensor] = {}
+            for name, module, view in zip(names, modules, views, strict=True):
+                found[name] = self._predict(module, batch, view, name)
+                mean = mean + over_sum(found[name])
+            if together:
+                found[ENSEMBLE] = mean
+            video = self.videos.videos[targets[0][0]].name
+            for name, maps in found.items():
+                running[name].update(maps, batch.maps, fixations, other, video=video)
+                if self.on_maps is not None:
+                    self.on_maps(name, targets, maps)
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+        return {name: metrics.compute() for name, metrics in running.items()}
+
+    def _predict(self, module: nn.Module, batch: Any, view: ClipView, name: str) -> Tensor:
+        device = self.world.device.type
+        with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            maps = check_output(module(batch.clips(view)), len(batch), name)
+        return resize_and_blur(maps, batch.maps.shape[-2:], self.blur)
+
+    def _tell_undefined(self, scores: Scores) -> None:
+        """Say once which metrics leave frames out."""
+        left = {name: count for name, count in scores.undefined.items() if count}
+        if left and self.world.is_main and not self._told:
+            told = ", ".join(f"{name} {count}" for name, count in left.items())
+            _logger.warning("of %d frames, not defined and left out: %s", scores.frames, told)
+        self._told = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: every evaluation starts anew."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up nothing."""
+
+
+def over_sum(maps: Tensor) -> Tensor:
+    """Divide each map [B, H, W] by its sum; an empty one stays empty."""
+    total = maps.sum(dim=(1, 2), keepdim=True)
+    return maps / total.clamp(min=torch.finfo(maps.dtype).tiny)
+
+
+def flatten(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Name the means over frames ``NAME/METRIC``, and ``NAME/loss``, which is KL less CC."""
+    found: dict[str, float] = {}
+    for name, its in scores.items():
+        found[f"{name}/loss"] = its.mean["kldiv"] - its.mean["cc"]
+        found |= {f"{name}/{metric}": value for metric, value in its.mean.items()}
+    return found
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a smaller value of a metric is the better one."""
+    return metric in LOWER_IS_BETTER

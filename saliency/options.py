@@ -1,0 +1,339 @@
+"""The command lines: of training, for N peers on one of the data sets, and of evaluation."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.options import (
+    OptionError,
+    add_transfer_options,
+    check_least,
+    number_repeats,
+    own_options,
+    peer_mapping,
+    read_values,
+    transfer_of,
+    truth,
+)
+from saliency.check import DEPTHS
+from saliency.clips import VIEWS, ClipView
+from saliency.layouts import LAYOUTS
+from saliency.metrics import METRICS
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("none", "cosine")
+SELECTION = ("loss", *METRICS)  # what may choose the best checkpoint
+LOWER_IS_BETTER = ("loss", "kldiv")
+LOSS_TERMS = {"kl": 1.0, "cc": -1.0, "similarity": 0.0, "nss": 0.0, "l1": 0.0}
+_FLAG = {"action": "store_true", "default": False}
+# Options that a peer may set for itself, by the names of the command line.
+PEER_OPTIONS = (
+    "backbone size view before stride mean std lr weight_decay opt clip_grad ema ema_decay "
+    "grad_checkpointing compile kwargs"
+).split()
+PEER_OWN = ("name", "checkpoint", "frozen")
+# Options under which a resumed run is still the same run.
+FREE_TO_CHANGE = frozenset(
+    (
+        "resume output experiment workers log_interval log_wandb wandb_project checkpoint_hist "
+        "recovery_interval config epochs device data_root packed check_depth val_batch_size "
+        "in_place check_data"
+    ).split()
+)
+
+
+@dataclass(frozen=True)
+class PeerSpec:
+    """One peer as asked for.
+
+    Attributes:
+        name: Unique.
+        model: A name of ``saliency.models.MODELS``, or ``MODULE:FUNCTION`` of the user's own.
+        checkpoint: Local file, or None.
+        frozen: It teaches and does not learn.
+        options: The run's options with this peer's own values in place.
+    """
+
+    name: str
+    model: str
+    checkpoint: str | None
+    frozen: bool
+    options: argparse.Namespace
+
+    def without_weights(self) -> PeerSpec:
+        """Return the same peer, to be filled with a run file's weights."""
+        options = argparse.Namespace(**{**vars(self.options), "backbone": None})
+        return replace(self, checkpoint=None, options=options)
+
+
+def add_data_options(parser: argparse.ArgumentParser, dataset: str | None) -> None:
+    """Add where the data is and how it is read.
+
+    Args:
+        dataset: The script's data set; None: ``--dataset`` chooses.
+    """
+    add = parser.add_argument_group("data").add_argument
+    if dataset is None:
+        add("--dataset", choices=tuple(LAYOUTS), default="dhf1k")
+    add("--data-root", metavar="DIR", help="of the data set, in its authors' layout")
+    add("--check-data", **_FLAG, help="only look at the data, and list what is wrong")
+    add("--check-depth", choices=DEPTHS, default="headers", help="how closely to look beforehand")
+    add("--packed", metavar="DIR", help="keep frames there at the peers' sizes, for slow disks")
+    add("-j", "--workers", type=int, default=4)
+    add("--val-stride", type=int, default=32, help="from one target of a video to the next")
+    add("--val-batch-size", type=int, default=4, help="targets a batch")
+    add("--blur", type=int, default=11, help="pixels across the Gaussian on predictions; 0: none")
+    add("--metrics", nargs="+", choices=tuple(METRICS), help="default: all that the data allows")
+
+
+def add_peer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the peers, and what each of them may set for itself (marked ``*``)."""
+    add = parser.add_argument_group("peers (* a peer may set its own)").add_argument
+    add(
+        "--peer",
+        action="append",
+        dest="peers",
+        metavar="MODEL[,key=value...]",
+        help="vinet_s, vinet_a, tmfi_net, or MODULE:FUNCTION, with keys name, checkpoint, frozen "
+        "and any option marked *; repeat for every peer",
+    )
+    add("--backbone", metavar="FILE", help="* Kinetics weights, or `kinetics` to download them")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="* of its frames")
+    add("--view", choices=tuple(VIEWS), help="* which frames it sees; default: its model's")
+    add("--before", type=int, help="* frames of the video before the target its clip begins")
+    add("--stride", type=int, help="* from one frame of its clip to the next")
+    add("--mean", type=float, nargs=3, help="*")
+    add("--std", type=float, nargs=3, help="*")
+    add("--grad-checkpointing", **_FLAG, help="* less memory, more time")
+    add("--compile", nargs="?", const="inductor", metavar="BACKEND", help="*")
+    parser.set_defaults(kwargs={})
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add device and precision."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto")
+    add("--amp", **_FLAG)
+    add("--amp-dtype", default="bfloat16", choices=("float16", "bfloat16"))
+    add("--seed", type=int, default=0)
+
+
+def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
+    """Build the parser of a training script; the defaults are those of the published runs."""
+    parser = argparse.ArgumentParser(
+        prog=f"saliency/{script}.py",
+        description="Fine-tune N video saliency models that teach each other.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML of options")
+    add_data_options(parser, dataset)
+    add_peer_options(parser)
+    add_transfer_options(parser.add_argument_group("transfer"))
+    add = parser.add_argument_group("loss (weights of its terms; 0: not computed)").add_argument
+    for term, weight in LOSS_TERMS.items():
+        add(f"--{term}", type=float, default=weight)
+    add = parser.add_argument_group("optimization (* a peer may set its own)").add_argument
+    add("--epochs", type=int, default=100)
+    add("-b", "--batch-size", type=int, default=4, help="per process")
+    add("--clips-per-video", type=int, default=1, help="targets of a video in an epoch")
+    add("--map-size", type=int, nargs=2, metavar=("H", "W"), help="of ground truth and transfer")
+    add("--grad-accum-steps", type=int, default=1)
+    add("--opt", default="adam", choices=OPTIMIZERS, help="*")
+    add("--lr", type=float, default=1e-6, help="*")
+    add("--weight-decay", type=float, default=1e-5, help="*")
+    add("--sched", default="none", choices=SCHEDULES)
+    add("--warmup-steps", type=int, default=0, help="optimizer steps to the full learning rate")
+    add("--clip-grad", type=float, help="* largest norm of each peer's own gradient")
+    add("--ema", **_FLAG, help="* average the weights, and evaluate the average")
+    add("--ema-decay", type=float, default=0.999, help="*")
+    add("--sync-bn", **_FLAG)
+    add_machine_options(parser)
+    add = parser.add_argument_group("run").add_argument
+    add("--resume", default="", metavar="PATH", help="a run file, or a folder with run files")
+    add("--output", default="", metavar="DIR")
+    add("--experiment", default="", metavar="NAME")
+    add("--eval-metric", default="loss", choices=SELECTION, help="what chooses the best weights")
+    add("--val-interval", type=int, default=1)
+    add("--log-interval", type=int, default=50)
+    add("--recovery-interval", type=int, default=0, help="optimizer steps between run files")
+    add("--checkpoint-hist", type=int, default=3)
+    add("--log-wandb", **_FLAG)
+    add("--wandb-project")
+    return parser
+
+
+def parse(
+    dataset: str | None, script: str, arguments: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[PeerSpec]]:
+    """Parse a training script's flags over a YAML file over the defaults.
+
+    Args:
+        dataset: The script's data set.
+        script: Its name.
+        arguments: None: ``sys.argv``.
+
+    Returns:
+        The run's options, ``dataset`` among them, and its peers as asked for.
+
+    Raises:
+        OptionError: An unknown key, a value of another kind or out of its range, peers or a rule
+            that do not fit.
+        SystemExit: As argparse does, for flags.
+    """
+    parser = build_parser(dataset, script)
+    known, _ = _config_parser().parse_known_args(arguments)
+    configured = _read_config(parser, Path(known.config)) if known.config else {}
+    peers_of_file = configured.pop("peers", None)
+    parser.set_defaults(**configured)
+    options = parser.parse_args(arguments)
+    options.peers = options.peers or peers_of_file
+    options.dataset = dataset or options.dataset
+    _check(options)
+    specs = [] if options.check_data and not options.peers else read_peers(parser, options)
+    if specs:
+        transfer_of(options, [spec.name for spec in specs])
+    return options, specs
+
+
+def read_peers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[PeerSpec]:
+    """Read every ``--peer``.
+
+    Raises:
+        OptionError: None, or one with a key or value that cannot be used.
+    """
+    if not options.peers:
+        raise OptionError(
+            "no peers: give --peer MODEL for every model, for instance "
+            "--peer vinet_s,checkpoint=vinet_s.pt --peer tmfi_net,checkpoint=tmfi.pth"
+        )
+    entries = [peer_mapping(asked, alone=("frozen", *_flags(parser))) for asked in options.peers]
+    names = number_repeats(
+        (str(entry.get("name", "")), _base_name(str(entry["model"]))) for entry in entries
+    )
+    return [
+        PeerSpec(
+            name=name,
+            model=str(entry["model"]),
+            checkpoint=None if entry.get("checkpoint") is None else str(entry["checkpoint"]),
+            frozen=truth(entry.get("frozen", False), f"peer {entry['model']!r}: frozen"),
+            options=_own(parser, options, entry),
+        )
+        for entry, name in zip(entries, names, strict=True)
+    ]
+
+
+def view_of(own: ClipView, options: argparse.Namespace) -> ClipView:
+    """Return a peer's view: its model's own, but for what its options change.
+
+    Raises:
+        OptionError: A number out of its range.
+    """
+    view = VIEWS[options.view] if options.view else own
+    asked = {
+        "size": options.size and tuple(options.size),
+        "before": options.before,
+        "stride": options.stride,
+        "mean": options.mean and tuple(options.mean),
+        "std": options.std and tuple(options.std),
+    }
+    if options.view:  # the frames are chosen; size and colours stay the model's
+        asked = {"size": own.size, "mean": own.mean, "std": own.std} | {
+            key: value for key, value in asked.items() if value is not None
+        }
+    try:
+        return replace(view, **{key: value for key, value in asked.items() if value is not None})
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def _base_name(model: str) -> str:
+    return model.rpartition(":")[2].rpartition(".")[2]
+
+
+def _own(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, entry: dict[str, Any]
+) -> argparse.Namespace:
+    given = {key: value for key, value in entry.items() if key != "kwargs"}
+    may_set = [name for name in PEER_OPTIONS if name == "kwargs" or hasattr(options, name)]
+    own = own_options(options, _actions(parser), given, may_set, {}, PEER_OWN)
+    own.kwargs = dict(entry.get("kwargs") or {})
+    return own
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    hidden = ("help", "config")
+    return {action.dest: action for action in parser._actions if action.dest not in hidden}
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options that may stand alone: truth values, and those with a value for that."""
+    return [
+        name.replace("_", sign)
+        for name, action in _actions(parser).items()
+        for sign in "_-"
+        if name in PEER_OPTIONS and action.const is not None
+    ]
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", default="")
+    return parser
+
+
+def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise OptionError(f"{path}: no such config file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise OptionError(f"{path}: not plain YAML ({error})") from error
+    return read_values(_actions(parser), content, str(path))
+
+
+def _check(options: argparse.Namespace) -> None:
+    check_data_options(options)
+    check_least(
+        options,
+        {
+            "epochs": 1,
+            "batch_size": 1,
+            "clips_per_video": 1,
+            "grad_accum_steps": 1,
+            "lr": 0,
+            "weight_decay": 0,
+            "warmup_steps": 0,
+            "transfer_warmup_steps": 0,
+            "clip_grad": 0,
+            "val_interval": 1,
+            "log_interval": 1,
+            "recovery_interval": 0,
+            "checkpoint_hist": 1,
+        },
+    )
+    if not any(getattr(options, term) for term in LOSS_TERMS):
+        raise OptionError("every weight of the loss is 0; give at least one, such as --kl 1")
+    if options.metrics and options.eval_metric not in ("loss", *options.metrics):
+        raise OptionError(
+            f"--eval-metric is {options.eval_metric}, which is not among --metrics "
+            f"{' '.join(options.metrics)}; add it"
+        )
+
+
+def check_data_options(options: argparse.Namespace) -> None:
+    """Refuse data options that cannot be used.
+
+    Raises:
+        OptionError: Names the option.
+    """
+    if not options.data_root:
+        raise OptionError("no data: give the folder of the data set as --data-root")
+    check_least(options, {"workers": 0, "val_stride": 1, "val_batch_size": 1, "blur": 0})
+    if options.blur and options.blur % 2 == 0:
+        raise OptionError(f"--blur is {options.blur}; expected an odd number of pixels, or 0")

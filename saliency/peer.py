@@ -1,0 +1,345 @@
+"""A video saliency model as a peer."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from common.checkpoint import load_weights, read_weights
+from common.distributed import World
+from common.options import OptionError
+from common.peers import Peer
+from common.transfer import PeerOutput, confidence
+from saliency.clips import ClipView
+from saliency.data import ClipBatch
+from saliency.losses import saliency_loss
+from saliency.models import MODELS, ModelError, create_model
+from saliency.options import LOSS_TERMS, PeerSpec, view_of
+
+SampleLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class SaliencyPeer(Peer):
+    """Sees its own clip of every sample, and tells where people look.
+
+    Args:
+        name: Unique.
+        module: Clips [B, 3, T, h, w] -> maps [B, h, w], not negative.
+        view: Of its clips.
+        loss: Prediction, ground truth [B, H, W], fixations or None -> per-sample loss [B].
+        score: ``loss`` or ``confidence``.
+        **rest: See ``common.peers.Peer``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        view: ClipView,
+        loss: SampleLoss,
+        score: str = "loss",
+        **rest: Any,
+    ) -> None:
+        super().__init__(name, module, **rest)
+        self.view = view
+        self.loss = loss
+        self.score = score
+
+    def forward(self, batch: ClipBatch) -> PeerOutput:
+        """Run the model on its clips of a batch; loss, score and logits in float32.
+
+        The map is brought to the ground truth's size first, which is common to all peers. Its
+        logits are its logarithm, one "class" a pixel: their softmax is the map over its sum.
+        """
+        maps = check_output(self.model(batch.clips(self.view)), len(batch), self.name)
+        with torch.autocast(maps.device.type, enabled=False):
+            maps = to_size(maps, batch.maps.shape[-2:])
+            per_sample = self.loss(maps, batch.maps, batch.fixations)
+            logits = log_map(maps).flatten(1)
+            score = -per_sample.detach() if self.score == "loss" else confidence(logits)
+            return PeerOutput(task_loss=per_sample.mean(), score=score, logits=logits)
+
+
+def log_map(maps: Tensor) -> Tensor:
+    """Return the logarithm of maps; where a map is zero, that of the smallest normal number.
+
+    Gradient reaches the map where it is larger.
+    """
+    return maps.clamp(min=torch.finfo(maps.dtype).tiny).log()
+
+
+def to_size(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps [B, h, w] to [B, H, W] in float32 or wider, bilinear, corners not aligned."""
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear")[:, 0]
+
+
+def check_output(maps: Tensor, batch: int, who: str) -> Tensor:
+    """Refuse what is no batch of maps.
+
+    Raises:
+        ModelError: Names the model and the shapes.
+    """
+    if maps.dim() != 3 or len(maps) != batch:
+        raise ModelError(
+            f"{who}: its model gave {list(maps.shape)}; expected one map a clip, "
+            f"[{batch}, height, width], not negative"
+        )
+    return maps
+
+
+def build_modules(specs: Sequence[PeerSpec]) -> tuple[list[nn.Module], list[ClipView]]:
+    """Create every peer's model with its weights, and resolve its view.
+
+    Raises:
+        ModelError: An unknown model, options that it refuses, or a view that it cannot take.
+        CheckpointError: A file that is missing, broken, unsafe or of another model.
+        OptionError: A view out of its range.
+    """
+    modules, views = [], []
+    for spec in specs:
+        module = _create(spec)
+        view = view_of(module.view, spec.options)
+        check_view(module, view, spec.name)
+        modules.append(module)
+        views.append(view)
+    return modules, views
+
+
+def _create(spec: PeerSpec) -> Any:
+    options = spec.options
+    where = f"peer {spec.name!r}"
+    try:
+        if ":" not in spec.model:
+            module: Any = create_model(
+                spec.model, spec.checkpoint, backbone=options.backbone, **options.kwargs
+            )
+        else:
+            module = _users_own(spec)
+    except TypeError as error:
+        raise ModelError(f"{where}: {spec.model} refuses an option: {error}") from error
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+    if options.grad_checkpointing:
+        if not hasattr(module, "set_grad_checkpointing"):
+            raise OptionError(f"{where}: {spec.model} has no gradient checkpointing")
+        module.set_grad_checkpointing(True)
+    return module
+
+
+def _users_own(spec: PeerSpec) -> nn.Module:
+    """Build a model by the user's own function."""
+    place, _, name = spec.model.partition(":")
+    try:
+        function = getattr(importlib.import_module(place), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(
+            f"{spec.model}: cannot be imported ({error}); expected MODULE:FUNCTION of a Python "
+            f"module that is installed or on PYTHONPATH, or one of {', '.join(MODELS)}"
+        ) from error
+    if spec.options.backbone:
+        raise ModelError(f"{spec.model}: takes no backbone=; hand it over as kwargs.NAME=VALUE")
+    module = function(**spec.options.kwargs)
+    if not isinstance(module, nn.Module) or not isinstance(getattr(module, "view", None), ClipView):
+        raise ModelError(
+            f"{spec.model}: gave {type(module).__name__} without a ClipView as its `view`; "
+            "expected a torch module with one"
+        )
+    if spec.checkpoint is not None:
+        load_weights(module, read_weights(spec.checkpoint), spec.checkpoint)
+    return module
+
+
+def check_view(module: nn.Module, view: ClipView, who: str) -> None:
+    """Try a view on a model, on the meta device: nothing is computed.
+
+    Raises:
+        ModelError: The model does not take such clips, or gives no maps.
+    """
+    clip = torch.empty(2, 3, view.frames, *view.size, device="meta")
+    try:
+        with torch.no_grad():
+            maps = copy.deepcopy(module).eval().to("meta")(clip)
+    except NotImplementedError:
+        return  # an operation of the user's own that knows no shapes; the first batch will tell
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(f"peer {who!r}: does not take {view}: {error}") from error
+    check_output(maps, 2, who)
+
+
+def sample_loss(options: argparse.Namespace) -> SampleLoss:
+    """Return the loss whose terms the options weigh."""
+    weights = {term: getattr(options, term) for term in LOSS_TERMS}
+    return functools.partial(saliency_loss, **weights)
+
+
+def build_peers(
+    specs: Sequence[PeerSpec],
+    modules: Sequence[nn.Module],
+    views: Sequence[ClipView],
+    run: argparse.Namespace,
+    world: World,
+    updates: int,
+) -> list[SaliencyPeer]:
+    """Give every model its optimizer, schedule and average; move it to the device.
+
+    Args:
+        specs: As asked for.
+        modules: Of the peers.
+        views: Of the peers.
+        run: The run's options.
+        world: Where this process stands.
+        updates: Optimizer steps of the whole run, for the schedule.
+    """
+    peers = []
+    for spec, module, view in zip(specs, modules, views, strict=True):
+        options = spec.options
+        module.to(world.device)
+        if run.sync_bn and world.size > 1:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        rest: dict[str, Any] = {"frozen": spec.frozen}
+        if not spec.frozen:
+            optimizer = _optimizer(spec, module)
+            rest |= {
+                "optimizer": optimizer,
+                "schedule": _schedule(optimizer, run, updates),
+                "clip": _clip(module, options),
+                "average": WeightAverage(module, options.ema_decay) if options.ema else None,
+            }
+        peer = SaliencyPeer(spec.name, module, view, sample_loss(run), run.score, **rest)
+        if options.compile:
+            peer.model = _compile(spec, module)
+        peer.distribute(world)
+        peers.append(peer)
+    return peers
+
+
+def _compile(spec: PeerSpec, module: nn.Module) -> Any:
+    try:
+        return torch.compile(module, backend=spec.options.compile)
+    except RuntimeError as error:
+        raise OptionError(
+            f"peer {spec.name!r}: compile={spec.options.compile}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _optimizer(spec: PeerSpec, module: nn.Module) -> torch.optim.Optimizer:
+    options = spec.options
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    }
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return kinds[options.opt](
+        learning, lr=options.lr, weight_decay=options.weight_decay, fused=True
+    )
+
+
+class StepSchedule:
+    """A learning rate that is a function of the optimizer steps made; nothing else is remembered.
+
+    Args:
+        optimizer: Its groups' ``lr`` at the start is the full rate.
+        shape: Steps made -> share of the full rate.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, shape: Callable[[int], float]) -> None:
+        self.optimizer = optimizer
+        self.shape = shape
+        self.full = [group["lr"] for group in optimizer.param_groups]
+        self.step_update(0)
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        """Epochs change nothing."""
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        """Set the rate for the next optimizer step."""
+        for group, full in zip(self.optimizer.param_groups, self.full, strict=True):
+            group["lr"] = full * self.shape(num_updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position tells all."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up nothing."""
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, run: argparse.Namespace, updates: int
+) -> StepSchedule | None:
+    if run.sched == "none" and not run.warmup_steps:
+        return None
+    warmup = run.warmup_steps
+
+    def shape(done: int) -> float:
+        if done < warmup:
+            return (done + 1) / (warmup + 1)
+        if run.sched == "none":
+            return 1.0
+        return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / max(updates - warmup, 1))
+
+    return StepSchedule(optimizer, shape)
+
+
+def _clip(module: nn.Module, options: argparse.Namespace) -> Callable[[], object] | None:
+    if options.clip_grad is None:
+        return None
+    return functools.partial(
+        nn.utils.clip_grad_norm_, list(module.parameters()), options.clip_grad
+    )
+
+
+class WeightAverage:
+    """An exponential moving average of weights and buffers, begun at the start's weights.
+
+    Args:
+        module: What is averaged.
+        decay: Weight of the past, in (0, 1).
+
+    Attributes:
+        module: The average.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise OptionError(f"--ema-decay is {decay}; expected between 0 and 1")
+        self._averaged = AveragedModel(
+            module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        )
+        self._averaged.n_averaged.fill_(1)  # else the first update, a resumed one too, would copy
+        self.module = self._averaged.module
+
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Move the average towards the model."""
+        self._averaged.update_parameters(model)
+
+
+def describe(spec: PeerSpec, module: nn.Module, view: ClipView) -> dict[str, str]:
+    """Return a row of the table of peers."""
+    options = spec.options
+    weights = spec.checkpoint or (options.backbone and f"backbone {options.backbone}") or "random"
+    return {
+        "peer": spec.name + (" (frozen)" if spec.frozen else ""),
+        "model": spec.model,
+        "parameters": f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M",
+        "weights": weights,
+        "optimizer": "-" if spec.frozen else options.opt,
+        "lr": "-" if spec.frozen else f"{options.lr:g}",
+        "clip": str(view),
+    }
+
+

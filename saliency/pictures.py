@@ -1,0 +1,110 @@
+"""Pictures of what peers predict and who would teach whom."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common.report.plots import color_of
+from common.roles import assign_roles
+from saliency.data import ClipBatch, EvalClips, collate
+from saliency.images import read_frame
+from saliency.layouts import VideoSet
+from saliency.losses import saliency_loss
+from saliency.peer import SaliencyPeer, to_size
+
+_INCH = 1.9
+
+
+def teaching_pictures(
+    peers: Iterable[SaliencyPeer],
+    videos: VideoSet,
+    count: int = 4,
+    sample_device: torch.device | str = "cpu",
+) -> tuple[bytes, str]:
+    """Draw a few frames under heat maps: the truth, each peer's prediction, and who does best.
+
+    Args:
+        peers: Their modes are put back; averaged weights are taken where there are any.
+        videos: Of the first ``count`` videos, the middle frame is shown.
+        count: How many.
+        sample_device: Where the peers are.
+
+    Returns:
+        A PNG, and a caption.
+    """
+    peers = list(peers)
+    dataset = EvalClips(videos, [peer.view for peer in peers])
+    columns = ["frame", "truth", *(peer.name for peer in peers)]
+    shown = range(min(count, len(videos.videos)))
+    figure = Figure(figsize=(_INCH * len(columns), 0.72 * _INCH * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), len(columns), squeeze=False)
+    for row, number in zip(axes, shown, strict=True):
+        video = videos.videos[number]
+        target = len(video) // 2
+        batch = collate([dataset[number, target]]).to(sample_device)
+        maps, best = predict(peers, batch)
+        frame = read_frame(video.path(video.frames[target]))
+        pictures = [frame, *(overlay(frame, m[0].cpu().numpy()) for m in [batch.maps, *maps])]
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(f"{video.name}, {target + 1}", fontsize=7)
+        if best is not None:
+            for spine in row[2 + best].spines.values():
+                spine.set(color=color_of(best), linewidth=3)
+            row[2 + best].set_xlabel("teaches", fontsize=8)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    caption = (
+        f"The middle frame of the first videos of {videos.split}, with heat maps scaled to their "
+        "largest value. Framed: the peer whose KL less CC is lowest on that frame, which would "
+        "teach the others there."
+    )
+    return file.getvalue(), caption
+
+
+@torch.no_grad()
+def predict(peers: Sequence[SaliencyPeer], batch: ClipBatch) -> tuple[list[Tensor], int | None]:
+    """Return each peer's maps [B, H, W], and which peer does best on the first sample, if any."""
+    size = batch.maps.shape[-2:]
+    maps = []
+    for peer in peers:
+        module = peer.best_module
+        was = module.training
+        maps.append(to_size(module.eval()(batch.clips(peer.view)), size))
+        module.train(was)
+    if len(peers) < 2:
+        return maps, None
+    score = torch.stack([-saliency_loss(m, batch.maps)[:1] for m in maps])
+    teaches = assign_roles(score, "best").amax(dim=1)[:, 0] > 0
+    return maps, int(teaches.int().argmax()) if bool(teaches.any()) else None
+
+
+def overlay(frame: np.ndarray, map_: np.ndarray, strength: float = 0.6) -> np.ndarray:
+    """Lay a heat map over a frame.
+
+    Args:
+        frame: uint8 RGB [H, W, 3].
+        map_: Not negative, [H, W]; scaled to its largest value.
+        strength: Of the heat where the map is largest; it fades with the map.
+
+    Returns:
+        uint8 RGB [H, W, 3].
+    """
+    heat = np.clip(map_ / max(float(map_.max()), 1e-12), 0, 1)
+    if heat.shape != frame.shape[:2]:
+        tensor = torch.from_numpy(np.ascontiguousarray(heat))[None].float()
+        heat = to_size(tensor, frame.shape[:2])[0].numpy()
+    colors = 255 * colormaps["inferno"](heat)[..., :3]
+    weight = strength * heat[..., None] ** 0.5
+    return (frame * (1 - weight) + colors * weight).round().astype(np.uint8)

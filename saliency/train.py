@@ -1,0 +1,382 @@
+"""Fine-tune N video saliency models that teach each other.
+
+    python saliency/train_dhf1k.py --data-root DHF1K \\
+        --peer vinet_s,checkpoint=vinet_s.pt --peer vinet_a,checkpoint=vinet_a.pt
+
+``train_hollywood2.py`` and ``train_ucf_sports.py`` do the same on their data sets, and
+``train.py --dataset NAME`` on any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from common import distributed
+from common.checkpoint import CheckpointError, load_run
+from common.distributed import World
+from common.engine import JointEngine
+from common.options import OptionError, transfer_of
+from common.outputs import (
+    finish,
+    log_table,
+    make_folder,
+    new_folder,
+    plain,
+    progress_bars,
+    start_logging,
+    warn_of_changes,
+    writers,
+)
+from common.peers import PeerGroup
+from common.roles import NonFiniteError
+from common.trainer import Plan, Progress, Trainer, Writer
+from saliency.check import check_data
+from saliency.clips import ClipView
+from saliency.data import EvalLoader, TrainLoader
+from saliency.errors import DataError
+from saliency.evaluation import SaliencyEvaluator, is_lower_better, metrics_for
+from saliency.layouts import VideoSet, open_dataset
+from saliency.models import ModelError
+from saliency.options import FREE_TO_CHANGE, LOSS_TERMS, PeerSpec, parse
+from saliency.packed import PackedFrames, pack_frames
+from saliency.peer import SaliencyPeer, build_modules, build_peers, describe
+from saliency.pictures import teaching_pictures
+
+_logger = logging.getLogger("train")
+
+FAULTS = (OptionError, ModelError, DataError, CheckpointError, NonFiniteError)
+
+
+def main(
+    dataset: str | None = None,
+    script: str = "train",
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run the command line of a data set; bad input ends in one line, not in a traceback."""
+    start_logging()
+    try:
+        run(dataset, script, arguments)
+    except FAULTS as error:
+        _logger.error("error: %s", error)
+        return 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+def run(
+    dataset: str | None, script: str, arguments: Sequence[str] | None = None, bars: bool = True
+) -> Trainer | None:
+    """Train as the arguments say.
+
+    Args:
+        dataset: One of ``saliency.layouts.LAYOUTS``; None: ``--dataset`` chooses.
+        script: Its name, for messages.
+        arguments: As on the command line; None: ``sys.argv``.
+        bars: Show progress bars where the output is a terminal.
+
+    Returns:
+        The trainer at the run's end; None with ``--check-data``.
+
+    Raises:
+        OptionError, ModelError, DataError, CheckpointError: Bad input, before any training.
+        NonFiniteError: A peer's loss is not finite.
+    """
+    options, specs = parse(dataset, script, arguments)
+    world = start(options)
+    train_set, held_out = open_splits(options, world, bars)
+    if options.check_data:
+        return None
+    state = _resumed_state(options, specs)
+    torch.manual_seed(options.seed)
+    modules, views = build_modules(specs)
+    packed = pack(options, (train_set, held_out), views, world, bars)
+    loader = _train_loader(options, train_set, views, world, packed)
+    if world.is_main:
+        rows = zip(specs, modules, views, strict=True)
+        log_table([describe(*row) for row in rows])
+        _warn_of_random_weights(specs, resumes=state is not None)
+    updates = options.epochs * -(-len(loader) // options.grad_accum_steps)
+    group = _group(build_peers(specs, modules, views, options, world, updates))
+    torch.manual_seed(options.seed + world.rank)
+    watch = progress_bars(bars and world.is_main)
+    evaluator = build_evaluator(options, held_out, views, world, packed, watch)
+    trainer = _trainer(options, group, loader, evaluator, world, watch)
+    if world.is_main:
+        _write_arguments(trainer.folder, options)
+    if state is not None:
+        trainer.resume(state, source=_folder_of(options.resume))
+        _logger.info("resumed after epoch %d", trainer.progress.epoch)
+    trainer.writers = _writers(options, trainer.folder, world, trainer.progress)
+    trainer.fit()
+    if world.is_main:
+        pictures = [teaching_pictures(trainer.peers, held_out, sample_device=world.device)]
+        finish(trainer, settings(options), pictures)
+    distributed.barrier()
+    return trainer
+
+
+def start(options: argparse.Namespace) -> World:
+    """Join the other processes and set the device up.
+
+    Raises:
+        OptionError: A device that is not there.
+    """
+    try:
+        world = distributed.start(options.device)
+    except (ValueError, RuntimeError) as error:
+        raise OptionError(f"--device {options.device}: {error}") from error
+    if not world.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    if world.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return world
+
+
+def open_splits(
+    options: argparse.Namespace, world: World, bars: bool
+) -> tuple[VideoSet, VideoSet]:
+    """List both splits, and look at all their files before anything is built.
+
+    Raises:
+        DataError: Shows what is wrong.
+    """
+    splits = tuple(
+        open_dataset(options.dataset, options.data_root, split) for split in ("train", "val")
+    )
+    if world.is_main:
+        check_data(splits, depth=options.check_depth, progress=bars and sys.stderr.isatty())
+        for split in splits:
+            frames = sum(len(video) for video in split.videos)
+            _logger.info("%s: %d videos, %d frames", split, len(split.videos), frames)
+    distributed.barrier()
+    return splits
+
+
+def pack(
+    options: argparse.Namespace,
+    splits: Sequence[VideoSet],
+    views: Sequence[ClipView],
+    world: World,
+    bars: bool,
+) -> PackedFrames | None:
+    """Pack the frames at the peers' sizes where that is asked for; the main rank does."""
+    if not options.packed:
+        return None
+    sizes = [view.size for view in views]
+    found: dict[Any, Path] = {}
+    for main_first in (True, False):
+        if world.is_main == main_first:
+            for split in splits:
+                packed = pack_frames(
+                    split, sizes, options.packed, progress=bars and world.is_main
+                )
+                found |= packed.files
+        distributed.barrier()
+    return PackedFrames(found)
+
+
+def _train_loader(
+    options: argparse.Namespace,
+    videos: VideoSet,
+    views: Sequence[ClipView],
+    world: World,
+    packed: PackedFrames | None,
+) -> TrainLoader:
+    return TrainLoader(
+        videos,
+        views,
+        world,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        workers=options.workers,
+        clips_per_video=options.clips_per_video,
+        map_size=tuple(options.map_size) if options.map_size else None,
+        fixations=bool(options.nss),
+        packed=packed,
+    )
+
+
+def build_evaluator(
+    options: argparse.Namespace,
+    videos: VideoSet,
+    views: Sequence[ClipView],
+    world: World,
+    packed: PackedFrames | None = None,
+    watch: Any = lambda batches, title: batches,
+    **rest: Any,
+) -> SaliencyEvaluator:
+    """Build the evaluator that the options describe.
+
+    Args:
+        rest: See ``SaliencyEvaluator``.
+
+    Raises:
+        OptionError: A metric that the data does not allow.
+    """
+    try:
+        metrics = metrics_for(videos, options.metrics, rest.pop("shuffled", False))
+    except ValueError as error:
+        raise OptionError(f"--metrics {error}") from error
+    chosen = getattr(options, "eval_metric", "loss")
+    if chosen not in ("loss", *metrics):
+        raise OptionError(
+            f"--eval-metric is {chosen}, which is not measured; measured: loss {' '.join(metrics)}"
+        )
+    loader = EvalLoader(
+        videos,
+        views,
+        world,
+        batch_size=options.val_batch_size,
+        stride=options.val_stride,
+        workers=options.workers,
+        fixations=any(name not in ("cc", "similarity", "kldiv") for name in metrics),
+        packed=packed,
+    )
+    return SaliencyEvaluator(
+        loader,
+        world,
+        metrics,
+        blur=options.blur,
+        amp_dtype=amp_dtype(options),
+        seed=options.seed,
+        watch=watch,
+        **rest,
+    )
+
+
+def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:
+    """Return what forwards are autocast to."""
+    return getattr(torch, options.amp_dtype) if options.amp else None
+
+
+def _group(peers: Sequence[SaliencyPeer]) -> PeerGroup:
+    try:
+        return PeerGroup(peers)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def _trainer(
+    options: argparse.Namespace,
+    group: PeerGroup,
+    loader: TrainLoader,
+    evaluator: SaliencyEvaluator,
+    world: World,
+    watch: Any,
+) -> Trainer:
+    transfer = transfer_of(options, group.names, group.frozen, world.rank)
+    if getattr(options, "in_place", False):
+        chosen = Path(options.output)
+    else:
+        chosen = new_folder(options.output, options.experiment, options.rule, group.names)
+    return Trainer(
+        peers=group,
+        engine=JointEngine(group, transfer, world.device, amp_dtype(options)),
+        transfer=transfer,
+        loader=loader,
+        evaluator=evaluator,
+        plan=Plan(
+            epochs=options.epochs,
+            accumulate=options.grad_accum_steps,
+            log_every=options.log_interval,
+            evaluate_every=options.val_interval,
+            save_every=options.recovery_interval,
+            keep=options.checkpoint_hist,
+            metric=options.eval_metric,
+            lower_is_better=is_lower_better(options.eval_metric),
+            export_suffix=".pth",  # a bare state dict, as the published checkpoints are
+        ),
+        folder=make_folder(chosen, bool(options.resume), world),
+        world=world,
+        config=plain(options),
+        after_epoch=lambda: average_buffers(group, world),
+        watch=lambda batches: watch(batches, "training"),
+    )
+
+
+def average_buffers(peers: PeerGroup, world: World) -> None:
+    """Give all ranks the mean of their BatchNorm statistics, those of averaged weights too."""
+    if world.size == 1:
+        return
+    for peer in peers:
+        learning: list[nn.Module] = [] if peer.frozen else [peer.module]
+        averaged = [] if peer.average is None else [peer.average.module]
+        for module in learning + averaged:
+            for name, buffer in module.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    buffer.copy_(distributed.sum_over_ranks(buffer.clone()) / world.size)
+
+
+def _folder_of(resume: str) -> Path:
+    path = Path(resume)
+    return path if path.is_dir() else path.parent
+
+
+def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
+    """Read the run file to resume, and make the peers' own weights unnecessary."""
+    if not options.resume:
+        return None
+    state = load_run(Path(options.resume))
+    warn_of_changes(plain(options), state["config"], FREE_TO_CHANGE)
+    if not options.output and not options.experiment:
+        options.output = str(_folder_of(options.resume))
+        options.in_place = True
+    specs[:] = [spec.without_weights() for spec in specs]
+    return state
+
+
+def _warn_of_random_weights(specs: Sequence[PeerSpec], resumes: bool) -> None:
+    for spec in specs:
+        if not resumes and spec.checkpoint is None and not spec.options.backbone:
+            _logger.warning(
+                "%s starts from random weights: give checkpoint=FILE, or backbone=kinetics",
+                spec.name,
+            )
+
+
+def _write_arguments(folder: Path, options: argparse.Namespace) -> None:
+    """Keep the arguments as a YAML file that ``--config`` takes."""
+    hidden = ("config", "resume", "in_place", "dataset", "kwargs", "check_data")
+    content = {name: value for name, value in plain(options).items() if name not in hidden}
+    (folder / "args.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def _writers(
+    options: argparse.Namespace, folder: Path, world: World, progress: Progress
+) -> list[Writer]:
+    found = writers(folder, world, progress.updates)
+    if options.log_wandb and world.is_main:
+        try:
+            import wandb
+        except ImportError as error:
+            raise OptionError("--log-wandb needs wandb: pip install wandb") from error
+        wandb.init(project=options.wandb_project, name=folder.name, config=plain(options))
+        found.append(lambda scalars, step: wandb.log(dict(scalars), step=step))
+    return found
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a reader of the report wants to know of the run."""
+    names = (
+        "peers dataset data_root rule score temperature transfer_weight transfer_warmup_steps "
+        "detach_teacher margin opt lr weight_decay sched epochs batch_size clips_per_video "
+        "grad_accum_steps map_size amp amp_dtype ema seed val_stride blur"
+    ).split()
+    values = plain(options)
+    terms = {f"loss: {term}": values[term] for term in LOSS_TERMS if values[term]}
+    return {**{name: values[name] for name in names}, **terms}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
