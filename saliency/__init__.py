@@ -1,0 +1,1 @@
+"""Video saliency models that teach each other: data, models, losses, metrics, training."""
