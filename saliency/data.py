@@ -21,8 +21,6 @@ from saliency.images import read_fixations, read_map, resize_map, scale_fixation
 from saliency.layouts import Video, VideoSet
 from saliency.packed import PackedFrames
 
-_DRAWS = 20
-
 
 @dataclass
 class ClipSample:
@@ -268,14 +266,13 @@ class TrainClips(ClipDataset):
         number = draw.index // self.clips_per_video
         video = self.videos.videos[number]
         generator = np.random.default_rng((self.seed, draw.epoch, draw.index))
-        for _ in range(_DRAWS):
-            target = int(generator.integers(len(video)))
+        for target in generator.permutation(len(video)).tolist():
             truth = self.truth(video, target)
             if truth.any():
                 return self.sample(number, target, truth)
         raise DataError(
-            f"{video.folder}: {_DRAWS} maps drawn from this video are empty (all zero); remove it, "
-            "or extract its maps anew"
+            f"{video.folder}: every map of this video is empty (all zero); remove it, or extract "
+            "its maps anew"
         )
 
 
@@ -458,14 +455,10 @@ def _batches(videos: VideoSet, batch_size: int, stride: int) -> list[list[tuple[
 
 
 def _window(views: Sequence[ClipView], stride: int) -> int:
-    """Count the resized frames to remember so that none is made twice for consecutive targets."""
-    count = 0
-    for size in {view.size for view in views}:
-        alike = [view for view in views if view.size == size]
-        before = max(view.before for view in alike)
-        after = max(view.span - 1 - view.before for view in alike)
-        count += before + after + 1 + stride
-    return count
+    """Count the frames to remember so that none is decoded twice for consecutive targets."""
+    before = max((view.before for view in views), default=0)
+    after = max((view.span - 1 - view.before for view in views), default=0)
+    return before + after + 1 + stride
 
 
 def _reading(workers: int, world: World) -> Mapping[str, Any]:

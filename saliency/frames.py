@@ -21,14 +21,14 @@ class FrameReader:
 
     Args:
         packed: Where frames are kept at their sizes; None: decode the files.
-        keep: How many resized frames stay in memory for the next calls. Evaluation of one frame
+        keep: How many frames stay in memory, resized, for the next calls. Evaluation of one target
             after the other asks for almost the same frames again and again.
     """
 
     def __init__(self, packed: PackedFrames | None = None, keep: int = 0) -> None:
         self.packed = packed
         self.keep = keep
-        self._kept: OrderedDict[tuple[str, Size], Tensor] = OrderedDict()
+        self._kept: OrderedDict[str, dict[Size, Tensor]] = OrderedDict()
 
     def read(self, video: Video, wanted: Mapping[Size, np.ndarray]) -> dict[Size, Tensor]:
         """Return the wanted frames.
@@ -61,27 +61,24 @@ class FrameReader:
             size: torch.empty(len(at), *size, 3, dtype=torch.uint8) for size, at in rows.items()
         }
         for number in sorted({number for at in rows.values() for number in at}):
-            sizes = [size for size, at in rows.items() if number in at]
-            for size, pixels in self._frame(video.path(video.frames[number]), sizes).items():
-                found[size][rows[size][number]] = pixels
+            asked = [size for size, at in rows.items() if number in at]
+            # what is kept is kept at all sizes: a peer's next clip may ask for another one
+            sizes = list(rows) if self.keep else asked
+            made = self._frame(video.path(video.frames[number]), sizes)
+            for size in asked:
+                found[size][rows[size][number]] = made[size]
         return found
 
     def _frame(self, path: str, sizes: list[Size]) -> dict[Size, Tensor]:
         """Return one frame at several sizes, decoding it at most once."""
-        image = None
-        made = {}
-        for size in sizes:
-            pixels = self._kept.get((path, size))
-            if pixels is None:
-                image = read_frame(path) if image is None else image
-                pixels = resize_frame(image, size)
-            made[size] = pixels
-            self._remember((path, size), pixels)
-        return made
-
-    def _remember(self, key: tuple[str, Size], pixels: Tensor) -> None:
+        made = self._kept.get(path, {})
+        missing = [size for size in sizes if size not in made]
+        if missing:
+            image = read_frame(path)
+            made = {**made, **{size: resize_frame(image, size) for size in missing}}
         if self.keep:
-            self._kept[key] = pixels
-            self._kept.move_to_end(key)
+            self._kept[path] = made
+            self._kept.move_to_end(path)
             if len(self._kept) > self.keep:
                 self._kept.popitem(last=False)
+        return made

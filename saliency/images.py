@@ -18,6 +18,15 @@ from saliency.errors import DataError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 FIXATION_SUFFIXES = (".mat", ".png")
 _PNG_HEAD, _PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_BROKEN_MAT = (
+    MatReadError,
+    NotImplementedError,  # HDF5, of MATLAB 7.3
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    zlib.error,
+)
 _AS_STORED = cv2.IMREAD_UNCHANGED
 _COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
@@ -53,7 +62,8 @@ def read_frame(path: str) -> np.ndarray:
 def resize_frame(image: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Resize pixels, bilinear with antialias.
 
-    Within 1 of 255 of what PIL, and so the published loaders, give.
+    Within 1 of 255 of what PIL, and so the published loaders, give; where a small image is
+    enlarged, single pixels may differ by 2.
 
     Args:
         image: uint8 [H, W, 3].
@@ -111,7 +121,7 @@ def read_fixations(path: str) -> np.ndarray:
         content = loadmat(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (MatReadError, NotImplementedError, ValueError, TypeError, zlib.error) as error:
+    except _BROKEN_MAT as error:
         raise DataError(
             f"{path}: no MATLAB file of version 7 or older that can be read: {error}"
         ) from error
