@@ -54,7 +54,7 @@ setup(
     extras_require={
         "classification": CLASSIFICATION,
         "segmentation": SEGMENTATION,
-        "saliency": ["torchvision>=0.20", "opencv-python>=4.8,<5"],
+        "saliency": ["torchvision>=0.20", "opencv-python>=4.8,<5", "scipy>=1.11", "tqdm>4.29"],
         "huggingface": ["transformers>=4.50,<6"],
         "demo": DEMO,
         "dev": [

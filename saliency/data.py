@@ -1,0 +1,479 @@
+"""Clips for N peers: every frame decoded once a sample, then seen by each peer in its own view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from common.distributed import World
+from saliency.check import refuse
+from saliency.clips import ClipView
+from saliency.errors import DataError
+from saliency.frames import FrameReader, Size
+from saliency.images import read_fixations, read_map, resize_map, scale_fixations
+from saliency.layouts import Video, VideoSet
+from saliency.packed import PackedFrames
+
+
+@dataclass
+class ClipSample:
+    """One target frame, and the frames around it.
+
+    Attributes:
+        video: Number of the video in its ``VideoSet``.
+        target: The frame to predict, from 0.
+        clips: Of each view, the numbers of its frames, int64 [T].
+        numbers: Of each size, the numbers of the distinct frames below, int64 [K].
+        frames: Of each size, uint8 RGB [K, height, width, 3].
+        map: Ground truth, float32 [H, W], in [0, 1].
+        fixations: Bool [H, W] as stored; or, at a common training size, float32 [H, W]: how many
+            fell on each pixel. All zero where the frame has none; None where nobody asked.
+    """
+
+    video: int
+    target: int
+    clips: dict[ClipView, np.ndarray]
+    numbers: dict[Size, np.ndarray]
+    frames: dict[Size, Tensor]
+    map: Tensor
+    fixations: Tensor | None
+
+
+@dataclass
+class ClipBatch:
+    """A batch for all peers: distinct frames as bytes, from which each peer's clips are taken.
+
+    Nothing is repeated: a frame is in it once a size, however many clips and samples show it. So
+    little is copied between processes and to the device, and normalisation happens there.
+
+    Attributes:
+        frames: Of each size, uint8 RGB [K, height, width, 3].
+        rows: Of each view, int64 [B, T]: which of these frames its clips show.
+        maps: float32 [B, H, W], in [0, 1].
+        fixations: Bool or float32 [B, H, W], see ``ClipSample``; or None.
+        video: Int64 [B].
+        target: Int64 [B].
+    """
+
+    frames: dict[Size, Tensor]
+    rows: dict[ClipView, Tensor]
+    maps: Tensor
+    fixations: Tensor | None
+    video: Tensor
+    target: Tensor
+    _clips: dict[tuple[ClipView, torch.dtype], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def clips(self, view: ClipView, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the clips of a view, normalised, [B, 3, T, height, width].
+
+        Peers of one view share one tensor, so none may change it in place.
+
+        Raises:
+            KeyError: The loader was not told of this view.
+        """
+        if view not in self.rows:
+            told = "; ".join(str(known) for known in self.rows)
+            raise KeyError(f"no clips of {view} in this batch; its loader was told of {told}")
+        if (view, dtype) not in self._clips:
+            rows = self.rows[view]
+            clips = self.frames[view.size].index_select(0, rows.flatten())
+            clips = clips.unflatten(0, rows.shape).permute(0, 4, 1, 2, 3)
+            self._clips[view, dtype] = view.normalise(clips, dtype)
+        return self._clips[view, dtype]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ClipBatch:
+        """Return the batch on a device."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ClipBatch:
+        """Return the batch in pinned memory; torch's loader asks for it."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, change: Any) -> ClipBatch:
+        return ClipBatch(
+            frames={size: change(x) for size, x in self.frames.items()},
+            rows={view: change(x) for view, x in self.rows.items()},
+            maps=change(self.maps),
+            fixations=None if self.fixations is None else change(self.fixations),
+            video=change(self.video),
+            target=change(self.target),
+        )
+
+
+def collate(samples: Sequence[ClipSample]) -> ClipBatch:
+    """Join samples; frames that several of them show are kept once.
+
+    Raises:
+        DataError: Maps of different sizes, which evaluation cannot stack.
+    """
+    frames: dict[Size, Tensor] = {}
+    at: dict[Size, dict[tuple[int, int], int]] = {}
+    for size in samples[0].frames:
+        at[size], parts = {}, []
+        for sample in samples:
+            for number, pixels in zip(
+                sample.numbers[size].tolist(), sample.frames[size], strict=True
+            ):
+                if (sample.video, number) not in at[size]:
+                    at[size][sample.video, number] = len(parts)
+                    parts.append(pixels)
+        frames[size] = torch.stack(parts)
+    rows = {
+        view: torch.tensor(
+            [[at[view.size][s.video, n] for n in s.clips[view].tolist()] for s in samples]
+        )
+        for view in samples[0].clips
+    }
+    fixations = None
+    if samples[0].fixations is not None:
+        fixations = _stack([sample.fixations for sample in samples], "fixations", samples)
+    return ClipBatch(
+        frames=frames,
+        rows=rows,
+        maps=_stack([sample.map for sample in samples], "maps", samples),
+        fixations=fixations,
+        video=torch.tensor([sample.video for sample in samples]),
+        target=torch.tensor([sample.target for sample in samples]),
+    )
+
+
+def _stack(maps: Sequence[Tensor], what: str, samples: Sequence[ClipSample]) -> Tensor:
+    sizes = sorted({tuple(x.shape) for x in maps})
+    if len(sizes) > 1:
+        raise DataError(
+            f"{what} of the sizes {sizes} in one batch, of video number {samples[0].video}; a "
+            "video's maps must agree; evaluate with a batch of 1"
+        )
+    return torch.stack(list(maps))
+
+
+class ClipDataset(Dataset):
+    """Reads one target frame at a time, with the clips of all views around it.
+
+    Args:
+        videos: Of one split.
+        views: What the peers see; equal ones count once.
+        map_size: Height and width to which maps and fixations are brought; None: as stored.
+        fixations: Also read fixations.
+        reader: Of the frames.
+
+    Raises:
+        DataError: The listing of the videos has fatal faults; no view.
+    """
+
+    def __init__(
+        self,
+        videos: VideoSet,
+        views: Sequence[ClipView],
+        *,
+        map_size: Size | None = None,
+        fixations: bool = False,
+        reader: FrameReader | None = None,
+    ) -> None:
+        refuse(videos.faults)
+        if not views:
+            raise DataError("no view was given; every peer has one")
+        self.videos = videos
+        self.views = tuple(dict.fromkeys(views))
+        self.map_size = map_size
+        self.fixations = fixations
+        self.reader = reader or FrameReader()
+
+    def sample(self, video: int, target: int, truth: np.ndarray | None = None) -> ClipSample:
+        """Read a sample.
+
+        Args:
+            video: Its number.
+            target: The frame to predict.
+            truth: The target's map as stored, where it is read already.
+
+        Raises:
+            DataError: A file that cannot be read; names it.
+        """
+        its = self.videos.videos[video]
+        clips = {view: view.indices(target, len(its)) for view in self.views}
+        wanted: dict[Size, list[np.ndarray]] = {}
+        for view, frames in clips.items():
+            wanted.setdefault(view.size, []).append(frames)
+        numbers = {size: np.unique(np.concatenate(parts)) for size, parts in wanted.items()}
+        if truth is None:
+            truth = self.truth(its, target)
+        return ClipSample(
+            video=video,
+            target=target,
+            clips=clips,
+            numbers=numbers,
+            frames=self.reader.read(its, numbers),
+            map=torch.from_numpy(resize_map(truth, self.map_size or truth.shape)),
+            fixations=self._fixations(its, target, truth.shape) if self.fixations else None,
+        )
+
+    def truth(self, video: Video, target: int) -> np.ndarray:
+        """Read the map of a frame, and no other."""
+        return read_map(video.path(video.maps[target]))
+
+    def _fixations(self, video: Video, target: int, size: Size) -> Tensor:
+        file = video.fixations[target]
+        points = np.zeros(size, bool) if file is None else read_fixations(video.path(file))
+        if self.map_size is not None:
+            return torch.from_numpy(scale_fixations(points, self.map_size))
+        return torch.from_numpy(points)
+
+
+class Draw(NamedTuple):
+    """A training sample asked of the data."""
+
+    index: int
+    epoch: int
+
+
+class TrainClips(ClipDataset):
+    """Draws target frames, each from a generator of its own: of the seed, the epoch and the index.
+
+    So a sample is the same whatever the number of workers and processes, and wherever a run was
+    interrupted; no generator of the process is touched. Every frame of a video can be a target,
+    unless its map is empty: an empty map has no loss, so another frame is drawn.
+
+    Args:
+        seed: Of the run.
+        clips_per_video: Targets drawn from each video in an epoch.
+        rest: See ``ClipDataset``.
+    """
+
+    def __init__(self, *given: Any, seed: int, clips_per_video: int = 1, **rest: Any) -> None:
+        super().__init__(*given, **rest)
+        if clips_per_video < 1:
+            raise DataError(f"clips_per_video is {clips_per_video}; expected at least 1")
+        self.seed = seed
+        self.clips_per_video = clips_per_video
+
+    def __len__(self) -> int:
+        return len(self.videos.videos) * self.clips_per_video
+
+    def __getitem__(self, draw: Draw) -> ClipSample:
+        number = draw.index // self.clips_per_video
+        video = self.videos.videos[number]
+        generator = np.random.default_rng((self.seed, draw.epoch, draw.index))
+        for target in generator.permutation(len(video)).tolist():
+            truth = self.truth(video, target)
+            if truth.any():
+                return self.sample(number, target, truth)
+        raise DataError(
+            f"{video.folder}: every map of this video is empty (all zero); remove it, or extract "
+            "its maps anew"
+        )
+
+
+class EvalClips(ClipDataset):
+    """Reads the target frames that it is asked for as (video, frame)."""
+
+    def __getitem__(self, target: tuple[int, int]) -> ClipSample:
+        return self.sample(*target)
+
+
+class EpochOrder(Sampler[Draw]):
+    """Orders an epoch's samples; the order depends on seed and epoch alone.
+
+    Ranks take every ``world.size``-th sample of one common order, and equally many: where it does
+    not divide, the first ones of the order are seen twice (``DistributedSampler``).
+
+    Args:
+        dataset: To be ordered.
+        world: Where this process stands.
+        seed: Of the run.
+    """
+
+    def __init__(self, dataset: TrainClips, world: World, seed: int) -> None:
+        self.order = DistributedSampler(
+            dataset, num_replicas=world.size, rank=world.rank, shuffle=True, seed=seed
+        )
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int) -> None:
+        """Prepare an epoch, without this rank's first ``start`` samples."""
+        self.epoch, self.start = epoch, start
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Draw]:
+        for k, index in enumerate(self.order):
+            if k >= self.start:
+                yield Draw(int(index), self.epoch)
+
+    def __len__(self) -> int:
+        return len(self.order) - self.start
+
+
+class TrainLoader:
+    """Training batches on the device, ``ClipBatch`` after ``ClipBatch``.
+
+    Order, targets and position restore exactly. The last batch of an epoch may be smaller.
+
+    Args:
+        videos: Of the training split.
+        views: What the peers see.
+        world: Where this process stands.
+        batch_size: Samples a batch, on this process.
+        seed: Of the run.
+        workers: Processes that read; 0: this one.
+        clips_per_video: Targets drawn from each video (shot) in an epoch.
+        map_size: Height and width of maps and fixations; None: those of the largest view.
+        fixations: Also give fixations, for losses that need them.
+        packed: Frames packed beforehand.
+
+    Raises:
+        DataError: Fatal faults in the listing, no view, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        videos: VideoSet,
+        views: Sequence[ClipView],
+        world: World,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        workers: int = 4,
+        clips_per_video: int = 1,
+        map_size: Size | None = None,
+        fixations: bool = False,
+        packed: PackedFrames | None = None,
+    ) -> None:
+        dataset = TrainClips(
+            videos,
+            views,
+            seed=seed,
+            clips_per_video=clips_per_video,
+            map_size=map_size or max((view.size for view in views), key=_area, default=None),
+            fixations=fixations,
+            reader=FrameReader(packed),
+        )
+        self.seed = seed
+        self.device = world.device
+        self.order = EpochOrder(dataset, world, seed)
+        self.batch_size = batch_size
+        self.batches = -(-len(self.order) // batch_size)
+        self._generator = torch.Generator()
+        self._loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=self.order,
+            generator=self._generator,
+            persistent_workers=workers > 0,
+            **_reading(workers, world),
+        )
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Prepare an epoch, without its first ``start`` batches."""
+        self.order.set_epoch(epoch, start * self.batch_size)
+        self._generator.manual_seed(self.seed + epoch)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        for batch in self._loader:
+            yield batch.to(self.device, non_blocking=True)
+
+
+class EvalLoader:
+    """This rank's target frames of a split, in order, none twice and none left out.
+
+    A batch is of one video, because maps and fixations stay at their own size. Ranks take
+    consecutive batches, so that frames read for one target serve the next ones; with more ranks
+    than batches, some have none.
+
+    Args:
+        videos: Of the validation split.
+        views: What the peers see.
+        world: Where this process stands.
+        batch_size: Samples a batch, at most.
+        stride: From one target of a video to the next, from frame 0 to its end.
+        workers: Processes that read; 0: this one.
+        fixations: Also give fixations.
+        packed: Frames packed beforehand.
+
+    Raises:
+        DataError: Fatal faults in the listing, no view, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        videos: VideoSet,
+        views: Sequence[ClipView],
+        world: World,
+        *,
+        batch_size: int = 1,
+        stride: int = 1,
+        workers: int = 4,
+        fixations: bool = True,
+        packed: PackedFrames | None = None,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("stride", stride)):
+            if value < 1:
+                raise DataError(f"{name} is {value}; expected at least 1")
+        reader = FrameReader(packed, keep=_window(views, stride))
+        self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
+        every = _batches(videos, batch_size, stride)
+        share = slice(*(len(every) * k // world.size for k in (world.rank, world.rank + 1)))
+        self.batches = every[share]
+        self.device = world.device
+        self._loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.batches,
+            generator=torch.Generator().manual_seed(0),
+            **_reading(workers, world),
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        for batch in self._loader:
+            yield batch.to(self.device, non_blocking=True)
+
+
+def _batches(videos: VideoSet, batch_size: int, stride: int) -> list[list[tuple[int, int]]]:
+    """List the targets of all videos, in batches of one video each."""
+    batches = []
+    for number, video in enumerate(videos.videos):
+        targets = [(number, frame) for frame in range(0, len(video), stride)]
+        batches += [targets[k : k + batch_size] for k in range(0, len(targets), batch_size)]
+    return batches
+
+
+def _window(views: Sequence[ClipView], stride: int) -> int:
+    """Count the frames to remember so that none is decoded twice for consecutive targets."""
+    before = max((view.before for view in views), default=0)
+    after = max((view.span - 1 - view.before for view in views), default=0)
+    return before + after + 1 + stride
+
+
+def _reading(workers: int, world: World) -> Mapping[str, Any]:
+    """Return what training and evaluation loaders share."""
+    return {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "pin_memory": world.device.type == "cuda",
+        "worker_init_fn": _one_thread,
+    }
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(1)  # of a reading process alone, as torch does for its own threads
+
+
+def _area(size: Size) -> int:
+    return size[0] * size[1]

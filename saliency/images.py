@@ -1,0 +1,186 @@
+"""Reading of frames, maps and fixations; every error names the file."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
+from torch import Tensor
+
+from saliency.errors import DataError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+FIXATION_SUFFIXES = (".mat", ".png")
+_PNG_HEAD, _PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_BROKEN_MAT = (
+    MatReadError,
+    NotImplementedError,  # HDF5, of MATLAB 7.3
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    zlib.error,
+)
+_AS_STORED = cv2.IMREAD_UNCHANGED
+_COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def decode(path: str, flags: int) -> np.ndarray:
+    """Decode an image file as OpenCV does, channels in its order (BGR).
+
+    Raises:
+        DataError: The file is missing, empty or broken; names it.
+    """
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    image = cv2.imdecode(content, flags) if content.size else None
+    if image is None:
+        raise DataError(
+            f"{path}: no image that can be decoded ({content.size} bytes); copy or extract it anew"
+        )
+    return image
+
+
+def read_frame(path: str) -> np.ndarray:
+    """Decode a frame, uint8 RGB [H, W, 3].
+
+    Raises:
+        DataError: See ``decode``.
+    """
+    image = decode(path, _COLOUR)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def resize_frame(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Resize pixels, bilinear with antialias.
+
+    Within 1 of 255 of what PIL, and so the published loaders, give; where a small image is
+    enlarged, single pixels may differ by 2.
+
+    Args:
+        image: uint8 [H, W, 3].
+        size: Height, width.
+
+    Returns:
+        uint8 [height, width, 3], contiguous.
+    """
+    pixels = torch.from_numpy(image)
+    if image.shape[:2] == tuple(size):
+        return pixels
+    x = pixels.permute(2, 0, 1)[None]  # channels last in memory, which is the fast way
+    x = F.interpolate(x, size, mode="bilinear", antialias=True)
+    return x[0].permute(1, 2, 0).contiguous()
+
+
+def read_map(path: str) -> np.ndarray:
+    """Decode a saliency map, float32 [H, W]: in [0, 1] where the file holds whole numbers.
+
+    The file's type decides the scale, not its largest value, so that a dark map stays dark.
+
+    Raises:
+        DataError: See ``decode``.
+    """
+    image = _gray(decode(path, _AS_STORED))
+    scale = np.iinfo(image.dtype).max if image.dtype.kind in "ui" else 1
+    return image.astype(np.float32) / np.float32(scale)
+
+
+def _gray(image: np.ndarray) -> np.ndarray:
+    """Drop transparency; weigh colours as luma."""
+    if image.ndim == 2:
+        return image
+    return cv2.cvtColor(np.ascontiguousarray(image[..., :3]), cv2.COLOR_BGR2GRAY)
+
+
+def resize_map(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a float map to (height, width), bilinear without antialias, as OpenCV does."""
+    if image.shape == tuple(size):
+        return image
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def read_fixations(path: str) -> np.ndarray:
+    """Read where people looked, bool [H, W].
+
+    A ``.mat`` file holds the variable ``I``; an image is true where it is above 0.5 as stored.
+
+    Raises:
+        DataError: The file is missing, broken, or without ``I``; names it.
+    """
+    if not path.lower().endswith(".mat"):
+        return _gray(decode(path, _AS_STORED)) > 0.5
+    try:
+        content = loadmat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except _BROKEN_MAT as error:
+        raise DataError(
+            f"{path}: no MATLAB file of version 7 or older that can be read: {error}"
+        ) from error
+    if "I" not in content:
+        names = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
+        raise DataError(f"{path}: holds {names}; expected the variable I, a map of fixations")
+    fixations = np.asarray(content["I"])
+    if fixations.ndim != 2:
+        raise DataError(f"{path}: I has the shape {fixations.shape}; expected height, width")
+    return fixations > 0.5
+
+
+def scale_fixations(fixations: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bring fixations to another size without losing any.
+
+    Args:
+        fixations: bool [H, W].
+        size: Height, width.
+
+    Returns:
+        float32 [height, width]: how many fixations fall on each pixel; the sum stays.
+    """
+    counts = np.zeros(size, np.float32)
+    y, x = np.nonzero(fixations)
+    height, width = fixations.shape
+    np.add.at(counts, (_centre(y, height, size[0]), _centre(x, width, size[1])), 1)
+    return counts
+
+
+def _centre(position: np.ndarray, old: int, new: int) -> np.ndarray:
+    """Return the pixel of the new axis in which the old pixel's centre lies."""
+    return (2 * position + 1) * new // (2 * old)
+
+
+def size_of(path: str, thorough: bool) -> tuple[int, int]:
+    """Return an image's height and width.
+
+    Args:
+        path: Of the file.
+        thorough: Decode all of it. Else a PNG's first and last bytes are read, which tells its
+            size and whether it was cut off; other formats are decoded.
+
+    Raises:
+        DataError: Names the file.
+    """
+    if thorough or not path.lower().endswith(".png"):
+        height, width = decode(path, _AS_STORED).shape[:2]
+        return height, width
+    try:
+        with open(path, "rb") as file:
+            head = file.read(24)
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - len(_PNG_TAIL)))
+            tail = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if head[:8] != _PNG_HEAD or head[12:16] != b"IHDR":
+        return size_of(path, thorough=True)  # another format under this name
+    if tail != _PNG_TAIL:
+        raise DataError(f"{path}: the file ends early; copy or extract it anew")
+    width, height = struct.unpack(">II", head[16:24])
+    return height, width
