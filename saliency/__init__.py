@@ -1,0 +1,1 @@
+"""Knowledge transfer between video saliency models."""
