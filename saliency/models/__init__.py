@@ -1,4 +1,4 @@
-"""Video saliency models by name, each [B, 3, T, H, W] -> [B, H, W] with published weights' names."""
+"""Video saliency models by name: clips in, maps out, with the published weights' names."""
 
 from __future__ import annotations
 

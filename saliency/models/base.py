@@ -90,13 +90,15 @@ class SaliencyModel(nn.Module):
         """Trade time for memory: keep a stage's input alone and compute the rest again in backward.
 
         Outputs, gradients and the running statistics of batch norm are those without it: in the
-        second computation batch norm uses the batch's statistics and updates nothing.
+        second computation batch norm updates nothing.
         """
         self.grad_checkpointing = enabled
 
     def _run(self, stage: Run, *inputs: Tensor) -> Tensor:
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return stage(*inputs)
+        if torch.compiler.is_compiling():  # updates statistics once by itself, takes no context
+            return checkpoint(stage, *inputs, use_reentrant=False)
         return checkpoint(stage, *inputs, use_reentrant=False, context_fn=self._contexts)
 
     def _contexts(self) -> tuple[nullcontext[None], _FrozenStatistics]:
@@ -127,25 +129,22 @@ class SaliencyModel(nn.Module):
 
 
 class _FrozenStatistics:
-    """While entered, batch norm that trains updates nothing; its output is the same.
+    """While entered, running statistics of batch norm stay as they are; its output is the same.
 
     A class and not a generator: backward may enter it more than once (retain_graph).
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.norms: list[nn.Module] = []
 
     def __enter__(self) -> None:
         kinds = (nn.BatchNorm3d, nn.SyncBatchNorm)
-        self.norms = [
-            norm
-            for norm in self.module.modules()
-            if isinstance(norm, kinds) and norm.training and norm.track_running_stats
-        ]
-        for norm in self.norms:
-            norm.track_running_stats = False
+        norms = [norm for norm in self.module.modules() if isinstance(norm, kinds)]
+        self.kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+        # The statistics are still handed over: checkpoint wants to see the same tensors again.
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
 
     def __exit__(self, *error: object) -> None:
-        for norm in self.norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in self.kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count
