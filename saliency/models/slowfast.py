@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,11 +74,15 @@ class SlowFast(nn.Module):
     Its stride in space is 16. Names are the published ones: ``fast_res1`` to ``fast_res4``,
     ``slow_res1`` to ``slow_res4``, lateral ``Tconv1`` to ``Tconv4``.
 
+    Attributes:
+        pretrained: None; torchvision has no weights of it.
+        left_out: Prefixes of torchvision's names that have no place here.
+
     Source: Feichtenhofer et al., ICCV 2019.
     """
 
-    pretrained = None
-    left_out = ()
+    pretrained: ClassVar[None] = None
+    left_out: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()

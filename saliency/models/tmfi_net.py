@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.video import Swin3D_S_Weights
 from torchvision.models.video.swin_transformer import PatchEmbed3d, SwinTransformer3d
 
@@ -35,11 +36,15 @@ class VideoSwin(nn.Module):
 
     Unlike torchvision's ``swin3d_s`` it has no norm after the patch embedding.
 
+    Attributes:
+        pretrained: Where torchvision publishes weights of it.
+        left_out: Prefixes of torchvision's names that have no place here.
+
     Source: Liu et al., CVPR 2022.
     """
 
-    pretrained = Swin3D_S_Weights.KINETICS400_V1
-    left_out = ("head.", "patch_embed.norm.")
+    pretrained: ClassVar[WeightsEnum | None] = Swin3D_S_Weights.KINETICS400_V1
+    left_out: ClassVar[tuple[str, ...]] = ("head.", "patch_embed.norm.")
 
     def __init__(self, trunk: nn.Module | None = None, drop_path: float = 0.2) -> None:
         super().__init__()

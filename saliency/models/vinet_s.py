@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.video import S3D_Weights, s3d
 
 from saliency.models.base import Run, SaliencyModel, View
@@ -17,11 +18,15 @@ from saliency.models.layers import Enlarge, fold
 class S3DBackbone(nn.Module):
     """torchvision's S3D up to the classifier, in four stages, with the published names.
 
+    Attributes:
+        pretrained: Where torchvision publishes weights of it.
+        left_out: Prefixes of torchvision's names that have no place here.
+
     Source: Xie et al., ECCV 2018.
     """
 
-    pretrained = S3D_Weights.KINETICS400_V1
-    left_out = ("classifier.",)
+    pretrained: ClassVar[WeightsEnum | None] = S3D_Weights.KINETICS400_V1
+    left_out: ClassVar[tuple[str, ...]] = ("classifier.",)
 
     def __init__(self, trunk: nn.Module | None = None) -> None:
         super().__init__()

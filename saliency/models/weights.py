@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def fetch_backbone(model: SaliencyModel) -> dict[str, Tensor]:
         raise ModelError(f"{model.name}: backbone={KINETICS!r}, but {_no_hub_weights(model)}")
     try:
         return dict(pretrained.get_state_dict(progress=False, check_hash=True, weights_only=True))
-    except (OSError, RuntimeError) as error:  # no connection; another file than the published one
+    except (OSError, RuntimeError, UnpicklingError) as error:  # no connection, a broken file
         raise ModelError(
             f"{model.name}: cannot fetch {pretrained.url} ({error}); fetch it elsewhere and give "
             f"backbone='/path/to/{Path(pretrained.url).name}'"
