@@ -44,11 +44,12 @@ def metrics_for(videos: VideoSet, asked: Sequence[str] | None, shuffled: bool = 
         ValueError: A metric that needs fixations, of data without any.
     """
     fixated = has_fixations(videos)
-    chosen = [
+    all_of_them = [
         name
-        for name in (asked or METRICS)
-        if asked or (name != "auc_shuffled" or shuffled) and (fixated or not _needs_fixations(name))
+        for name in METRICS
+        if (fixated or not _needs_fixations(name)) and (shuffled or name != "auc_shuffled")
     ]
+    chosen = list(asked or all_of_them)
     lacking = [name for name in chosen if _needs_fixations(name) and not fixated]
     if lacking:
         raise ValueError(

@@ -298,9 +298,7 @@ def _schedule(
 def _clip(module: nn.Module, options: argparse.Namespace) -> Callable[[], object] | None:
     if options.clip_grad is None:
         return None
-    return functools.partial(
-        nn.utils.clip_grad_norm_, list(module.parameters()), options.clip_grad
-    )
+    return functools.partial(nn.utils.clip_grad_norm_, list(module.parameters()), options.clip_grad)
 
 
 class WeightAverage:
@@ -341,5 +339,3 @@ def describe(spec: PeerSpec, module: nn.Module, view: ClipView) -> dict[str, str
         "lr": "-" if spec.frozen else f"{options.lr:g}",
         "clip": str(view),
     }
-
-

@@ -143,16 +143,15 @@ def start(options: argparse.Namespace) -> World:
     return world
 
 
-def open_splits(
-    options: argparse.Namespace, world: World, bars: bool
-) -> tuple[VideoSet, VideoSet]:
+def open_splits(options: argparse.Namespace, world: World, bars: bool) -> tuple[VideoSet, VideoSet]:
     """List both splits, and look at all their files before anything is built.
 
     Raises:
         DataError: Shows what is wrong.
     """
-    splits = tuple(
-        open_dataset(options.dataset, options.data_root, split) for split in ("train", "val")
+    splits = (
+        open_dataset(options.dataset, options.data_root, "train"),
+        open_dataset(options.dataset, options.data_root, "val"),
     )
     if world.is_main:
         check_data(splits, depth=options.check_depth, progress=bars and sys.stderr.isatty())
@@ -178,9 +177,7 @@ def pack(
     for main_first in (True, False):
         if world.is_main == main_first:
             for split in splits:
-                packed = pack_frames(
-                    split, sizes, options.packed, progress=bars and world.is_main
-                )
+                packed = pack_frames(split, sizes, options.packed, progress=bars and world.is_main)
                 found |= packed.files
         distributed.barrier()
     return PackedFrames(found)

@@ -1,4 +1,4 @@
-"""Fine-tune N video saliency models that teach each other on DHF1K; see ``saliency/train.py``."""
+"""Train on DHF1K: N video saliency models that teach each other (``saliency/train.py``)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fine-tune N video saliency models that teach each other on Hollywood-2; see ``saliency/train.py``."""
+"""Train on Hollywood-2: N video saliency models that teach each other (``saliency/train.py``)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fine-tune N video saliency models that teach each other on UCF-Sports; see ``saliency/train.py``."""
+"""Train on UCF-Sports: N video saliency models that teach each other (``saliency/train.py``)."""
 
 import sys
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from saliency.models.base import ModelError, SaliencyModel, View
+from saliency.models.base import ModelError, SaliencyModel
 from saliency.models.tmfi_net import TMFINet
 from saliency.models.vinet_a import ViNetA
 from saliency.models.vinet_s import ViNetS
@@ -20,7 +20,6 @@ __all__ = [
     "MODELS",
     "ModelError",
     "SaliencyModel",
-    "View",
     "create_model",
     "load_backbone",
     "load_published",

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from saliency.clips import ClipView
+
 Run = Callable[..., Tensor]
 
 
 class ModelError(ValueError):
     """A model that is unknown, or weights that cannot be had; says the way out."""
-
-
-@dataclass(frozen=True)
-class View:
-    """How a model sees a clip: what a data loader must hand it.
-
-    Attributes:
-        frames: Length of a clip.
-        size: Height and width in pixels that the published weights were trained at.
-        mean: Subtracted from RGB values in [0, 1].
-        std: Divided by, after that.
-    """
-
-    frames: int
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 class SaliencyModel(nn.Module):
@@ -43,14 +27,14 @@ class SaliencyModel(nn.Module):
 
     Attributes:
         name: What ``create_model`` knows it by.
-        view: The clip it was trained on.
+        view: Which frames it was trained on, and how it wants them.
         multiple: Height and width must be multiples of it.
         grad_checkpointing: Whether backward computes activations again; see
             ``set_grad_checkpointing``.
     """
 
     name: ClassVar[str]
-    view: ClassVar[View]
+    view: ClassVar[ClipView]
     multiple: ClassVar[int]
 
     def __init__(self) -> None:

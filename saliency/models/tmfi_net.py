@@ -11,7 +11,8 @@ from torchvision.models import WeightsEnum
 from torchvision.models.video import Swin3D_S_Weights
 from torchvision.models.video.swin_transformer import PatchEmbed3d, SwinTransformer3d
 
-from saliency.models.base import Run, SaliencyModel, View
+from saliency.clips import VIEWS, ClipView
+from saliency.models.base import Run, SaliencyModel
 from saliency.models.layers import Enlarge, fold
 
 
@@ -150,7 +151,7 @@ class TMFINet(SaliencyModel):
     """
 
     name: ClassVar[str] = "tmfi_net"
-    view: ClassVar[View] = View(32, (224, 384), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    view: ClassVar[ClipView] = VIEWS["tmfi_net"]
     multiple: ClassVar[int] = 32
 
     def __init__(self, drop_path: float = 0.2) -> None:

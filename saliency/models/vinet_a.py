@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saliency.models.base import Run, SaliencyModel, View
+from saliency.clips import VIEWS, ClipView
+from saliency.models.base import Run, SaliencyModel
 from saliency.models.layers import Enlarge, fold, resize_frames
 from saliency.models.slowfast import SlowFast
 
@@ -104,7 +105,7 @@ class ViNetA(SaliencyModel):
     """
 
     name: ClassVar[str] = "vinet_a"
-    view: ClassVar[View] = View(32, (256, 456), (0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
+    view: ClassVar[ClipView] = VIEWS["vinet_a"]
     multiple: ClassVar[int] = 8
 
     def __init__(self) -> None:

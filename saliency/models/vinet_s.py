@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from torchvision.models.video import S3D_Weights, s3d
 
-from saliency.models.base import Run, SaliencyModel, View
+from saliency.clips import VIEWS, ClipView
+from saliency.models.base import Run, SaliencyModel
 from saliency.models.layers import Enlarge, fold
 
 
@@ -115,7 +116,7 @@ class ViNetS(SaliencyModel):
     """
 
     name: ClassVar[str] = "vinet_s"
-    view: ClassVar[View] = View(32, (224, 384), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    view: ClassVar[ClipView] = VIEWS["vinet_s"]
     multiple: ClassVar[int] = 32
 
     def __init__(self) -> None:

@@ -1,0 +1,51 @@
+"""Small models of a user's own, for clips of few small frames."""
+
+import torch
+from torch import nn
+
+from saliency.clips import IMAGENET_MEAN, IMAGENET_STD, ClipView
+
+
+class Deep(nn.Module):
+    """Convolutions over space and time."""
+
+    def __init__(self, width=4, frames=6, size=(24, 32), stride=1, before=5, bias=0.0):
+        super().__init__()
+        self.view = ClipView(size, IMAGENET_MEAN, IMAGENET_STD, frames, stride, before)
+        self.body = nn.Sequential(
+            nn.Conv3d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm3d(width),
+            nn.ReLU(),
+            nn.Conv3d(width, width, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.head = nn.Conv2d(width, 1, 1)
+        nn.init.constant_(self.head.bias, bias)
+
+    def forward(self, x):
+        return torch.sigmoid(self.head(self.body(x).mean(dim=2))[:, 0])
+
+
+class Flat(nn.Module):
+    """Sees one frame, the target."""
+
+    def __init__(self, width=4, size=(16, 24)):
+        super().__init__()
+        self.view = ClipView(size, IMAGENET_MEAN, IMAGENET_STD, frames=1, before=0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 5, padding=2), nn.ReLU(), nn.Conv2d(width, 1, 5, padding=2)
+        )
+
+    def forward(self, x):
+        return torch.sigmoid(self.body(x[:, :, 0])[:, 0])
+
+
+def no_view():
+    return nn.Conv3d(3, 1, 1)
+
+
+def two_maps():
+    model = Deep()
+    model.head = nn.Conv2d(4, 2, 1)
+    model.forward = lambda x: model.head(model.body(x).mean(dim=2))
+    return model
