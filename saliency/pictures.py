@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from common.report.plots import color_of
@@ -108,3 +110,19 @@ def overlay(frame: np.ndarray, map_: np.ndarray, strength: float = 0.6) -> np.nd
     colors = 255 * colormaps["inferno"](heat)[..., :3]
     weight = strength * heat[..., None] ** 0.5
     return (frame * (1 - weight) + colors * weight).round().astype(np.uint8)
+
+
+def to_bytes(map_: np.ndarray) -> np.ndarray:
+    """Scale a map [H, W] from its smallest to its largest value to 0 to 255; uint8."""
+    low, high = float(map_.min()), float(map_.max())
+    return np.uint8(np.round(255 * (map_ - low) / max(high - low, 1e-12)))
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 gray [H, W] or RGB [H, W, 3]; folders are made.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
