@@ -103,26 +103,23 @@ def load_backbone(
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     backbone = model.backbone
     prefix = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
-    kept, dropped = {}, []
     outside = tuple(prefix + name for name in backbone.left_out)
     outside += _BEHIND_BACKBONE if prefix else ()
-    for name, value in weights.items():
-        if name.startswith(outside):
-            dropped.append(name)
-        else:
-            kept[name.removeprefix(prefix)] = value
+    dropped = [part for part in outside if any(name.startswith(part) for name in weights)]
+    kept = {n.removeprefix(prefix): x for n, x in weights.items() if not n.startswith(outside)}
     if prefix:
         _check_positions(backbone.state_dict(), kept, source)
         load_weights(backbone, kept, source)
     elif backbone.pretrained is None:
         raise CheckpointError(f"{source}: no backbone of {model.name}; {_no_hub_weights(model)}")
     else:
-        trunk = backbone.make_trunk()
+        with torch.random.fork_rng(devices=[]):  # its own start is overwritten
+            trunk = backbone.make_trunk()
         load_weights(trunk, kept, source)
         backbone.load_state_dict(type(backbone)(trunk).state_dict())
     if dropped:
-        groups = sorted({name.rsplit(".", 1)[0] for name in dropped})
-        _logger.info("%s: %s has no place for %s", source, model.name, ", ".join(groups))
+        parts = ", ".join(part.removesuffix(".") for part in dropped)
+        _logger.warning("%s: %s has no place for %s; dropped", source, model.name, parts)
 
 
 def fetch_backbone(model: SaliencyModel) -> dict[str, Tensor]:

@@ -69,6 +69,12 @@ def train_step(model, x):
     return y.detach(), gradients, [b.clone() for b in model.buffers()]
 
 
+def far(one, other):
+    """The largest distance of two lists' tensors, relative to their lengths."""
+    pairs = zip(one, other, strict=True)
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
+
+
 def same(one, other):
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
@@ -113,7 +119,7 @@ def test_gradients_are_the_originals(filled):
     # ReLU and max pooling switch: noise of 1e-6 in the clip moves these norms by up to 3e-4.
     rtol = 2e-4 if filled.name == "tmfi_net" else 1e-3
     for name, norm in numbers["gradient_norms"].items():
-        own = model.get_parameter(name).grad.norm().item()
+        own = model.get_parameter(name).grad.double().norm().item()
         assert own == pytest.approx(norm, rel=rtol), name
 
 
@@ -327,9 +333,10 @@ def test_torchvisions_s3d_becomes_the_backbone(torchvision_s3d, tmp_path):
 def test_torchvisions_swin_becomes_the_backbone_without_its_patch_norm(caplog):
     theirs = swin3d_s(weights=None).eval()
     model = create_model("tmfi_net").eval()
-    with caplog.at_level("INFO"):
-        load_backbone(model, theirs.state_dict(), "swin3d_s.pth")
-    assert "swin3d_s.pth: tmfi_net has no place for head, patch_embed.norm" in caplog.text
+    state = torch.get_rng_state()
+    load_backbone(model, theirs.state_dict(), "swin3d_s.pth")
+    assert torch.equal(state, torch.get_rng_state())
+    assert "swin3d_s.pth: tmfi_net has no place for head, patch_embed.norm; dropped" in caplog.text
     theirs.patch_embed.norm = nn.Identity()
     x = clip(TINY)
     with torch.no_grad():
@@ -433,9 +440,7 @@ def test_checkpointing_changes_memory_alone(filled):
     frugal.set_grad_checkpointing()
     one, other = train_step(plain, x), train_step(frugal, x)
     assert torch.equal(one[0], other[0])
-    assert all(
-        torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(one[1], other[1], strict=True)
-    )
+    assert far(one[1], other[1]) < 1e-5
     assert same(one[2], other[2])
     assert saved_bytes(frugal, x) < saved_bytes(plain, x) / 3
     frugal.set_grad_checkpointing(False)
@@ -489,8 +494,9 @@ def compiles(name, backend, checkpointing):
     own = train_step(torch.compile(compiled, backend=backend, fullgraph=True), x)
     torch.compiler.reset()
     assert torch.allclose(own[0], expected[0], atol=1e-5)
-    for mine, other in zip(own[1] + own[2], expected[1] + expected[2], strict=True):
-        assert torch.allclose(mine, other, rtol=1e-3, atol=1e-4)
+    assert far(own[1], expected[1]) < 1e-3
+    for mine, other in zip(own[2], expected[2], strict=True):
+        assert torch.allclose(mine, other, atol=1e-5)
 
 
 def test_compilation_finds_one_graph():
