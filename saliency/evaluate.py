@@ -4,8 +4,8 @@
         --peer vinet_s,checkpoint=vinet_s.pt --peer out/run/vinet_a/best.pth ...
 
 Writes OUTPUT/metrics.csv (the means over frames), OUTPUT/videos.csv (every video's),
-OUTPUT/report.html, and with ``--predictions`` the maps themselves as OUTPUT/PEER/VIDEO/FRAME.png, the layout in which
-DHF1K takes submissions.
+OUTPUT/report.html, and with ``--predictions`` the maps themselves as OUTPUT/PEER/VIDEO/FRAME.png,
+the layout in which DHF1K takes submissions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from common.outputs import log_table, progress_bars, start_logging
 from common.trainer import write_csv
 from saliency.check import check_data
 from saliency.evaluation import ENSEMBLE, flatten
-from saliency.layouts import LAYOUTS, VideoSet, open_dataset
+from saliency.layouts import VideoSet, open_dataset
 from saliency.metrics import METRICS, Scores
 from saliency.options import (
     add_data_options,

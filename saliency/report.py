@@ -54,6 +54,7 @@ def write_evaluation_report(
         for name, flags in first.flags.items()
         if flags
     ]
+    shown = {name: value for name, value in settings.items() if name not in _HIDDEN}
     body = [
         section(
             "Scores",
@@ -62,7 +63,9 @@ def write_evaluation_report(
             bullets(notes),
         ),
         section("Videos", _hardest(scores)),
-        section("Settings", settings_table({k: v for k, v in settings.items() if k not in _HIDDEN})),
+        section(
+            "Settings", settings_table({k: v for k, v in settings.items() if k not in _HIDDEN})
+        ),
     ]
     return write_page(path, f"Evaluation: {videos.name}, {videos.split}", body)
 
