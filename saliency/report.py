@@ -63,9 +63,7 @@ def write_evaluation_report(
             bullets(notes),
         ),
         section("Videos", _hardest(scores)),
-        section(
-            "Settings", settings_table({k: v for k, v in settings.items() if k not in _HIDDEN})
-        ),
+        section("Settings", settings_table(shown)),
     ]
     return write_page(path, f"Evaluation: {videos.name}, {videos.split}", body)
 
