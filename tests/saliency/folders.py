@@ -46,6 +46,7 @@ def write_video(
     size: Size = (36, 64),
     fixations: str | None = None,
     paint: Callable[[int, int, Size], np.ndarray] = picture,
+    options: Sequence[int] = (),
 ) -> Path:
     """Write frames, maps and fixations of one video.
 
@@ -56,12 +57,13 @@ def write_video(
         size: Height, width.
         fixations: ``mat`` (``fixation/maps``), ``png`` (``fixation``) or None.
         paint: Gives a frame.
+        options: Of OpenCV's PNG writer, for the frames.
     """
     names = [f"{k + 1:04d}" for k in range(frames)] if isinstance(frames, int) else frames
     for inner in ("images", "maps"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     for k, name in enumerate(names):
-        write_image(folder / "images" / f"{name}.png", paint(seed, k, size)[..., ::-1])
+        write_image(folder / "images" / f"{name}.png", paint(seed, k, size)[..., ::-1], options)
         write_image(folder / "maps" / f"{name}.png", attention(seed, k, size))
         if fixations:
             write_fixations(folder, name, looks(seed, k, size), fixations)
@@ -78,9 +80,9 @@ def write_fixations(folder: Path, name: str, points: np.ndarray, kind: str) -> N
         write_image(inner / f"{name}.png", points.astype(np.uint8))
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
+def write_image(path: Path, image: np.ndarray, options: Sequence[int] = ()) -> None:
     """Write pixels (BGR where there are three channels)."""
-    if not cv2.imwrite(str(path), np.ascontiguousarray(image)):
+    if not cv2.imwrite(str(path), np.ascontiguousarray(image), list(options)):
         raise OSError(f"{path}: cannot be written")
 
 
