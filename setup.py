@@ -27,7 +27,16 @@ SEGMENTATION = [
     "termcolor>=1.1",
     "yacs>=0.1.8",
 ]
-DEMO = [*CLASSIFICATION, "mlxtend>=0.23,<1", "pillow>=10", "scikit-learn>=1.4"]
+SALIENCY = [
+    "torchvision>=0.20",
+    "opencv-python>=4.8,<5",
+    "scipy>=1.11,<2",
+    "pillow>=10",
+    "pyyaml>=6,<7",
+    "tensorboard>=2.15,<3",
+    "av>=12",
+]
+DEMO = [*CLASSIFICATION, *SALIENCY, "mlxtend>=0.23,<1", "scikit-learn>=1.4"]
 
 setup(
     name="peer-transfer",
@@ -54,7 +63,7 @@ setup(
     extras_require={
         "classification": CLASSIFICATION,
         "segmentation": SEGMENTATION,
-        "saliency": ["torchvision>=0.20", "opencv-python>=4.8,<5", "scipy>=1.11", "tqdm>4.29"],
+        "saliency": SALIENCY,
         "huggingface": ["transformers>=4.50,<6"],
         "demo": DEMO,
         "dev": [

@@ -9,18 +9,17 @@ from saliency.clips import IMAGENET_MEAN, IMAGENET_STD, ClipView
 class Deep(nn.Module):
     """Convolutions over space and time."""
 
-    def __init__(self, width=4, frames=6, size=(24, 32), stride=1, before=5, bias=0.0):
+    def __init__(self, width=4, frames=6, size=(24, 32), stride=1, before=5, norm=True):
         super().__init__()
         self.view = ClipView(size, IMAGENET_MEAN, IMAGENET_STD, frames, stride, before)
         self.body = nn.Sequential(
             nn.Conv3d(3, width, 3, padding=1, bias=False),
-            nn.BatchNorm3d(width),
+            nn.BatchNorm3d(width) if norm else nn.Identity(),
             nn.ReLU(),
             nn.Conv3d(width, width, 3, padding=1),
             nn.ReLU(),
         )
         self.head = nn.Conv2d(width, 1, 1)
-        nn.init.constant_(self.head.bias, bias)
 
     def forward(self, x):
         return torch.sigmoid(self.head(self.body(x).mean(dim=2))[:, 0])
@@ -40,12 +39,28 @@ class Flat(nn.Module):
         return torch.sigmoid(self.body(x[:, :, 0])[:, 0])
 
 
+def plain():
+    """Without batch norm, whose statistics each process has of its own."""
+    return Deep(norm=False)
+
+
 def no_view():
     return nn.Conv3d(3, 1, 1)
 
 
-def two_maps():
-    model = Deep()
-    model.head = nn.Conv2d(4, 2, 1)
-    model.forward = lambda x: model.head(model.body(x).mean(dim=2))
-    return model
+class TwoMaps(Flat):
+    """Gives two maps a clip."""
+
+    def forward(self, x):
+        return super().forward(x).unsqueeze(1).repeat(1, 2, 1, 1)
+
+
+class Stubborn(Flat):
+    """Holds a tensor that does not move with it, so it cannot be tried on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = torch.zeros(1)
+
+    def forward(self, x):
+        return super().forward(x + self.offset)

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+
+from common.distributed import World
+from saliency.data import EvalLoader
+from saliency.evaluation import (
+    OTHERS,
+    OtherFixations,
+    SaliencyEvaluator,
+    flatten,
+    metrics_for,
+    over_sum,
+)
+from saliency.images import read_fixations
+from saliency.layouts import open_dataset
+from saliency.metrics import METRICS, resize_and_blur
+from tests.saliency.folders import write_dataset
+from tests.saliency.toy import Deep, Flat
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    write_dataset(root, {"annotation/0001": 3, "val/0601": 5, "val/0602": 7}, fixations="png")
+    return open_dataset("dhf1k", root, "val")
+
+
+@pytest.fixture
+def models():
+    torch.manual_seed(0)
+    return [Deep(), Flat()]
+
+
+def evaluator(videos, models, metrics=("cc", "kldiv", "nss"), batch=2, **rest):
+    views = [model.view for model in models]
+    loader = EvalLoader(videos, views, WORLD, batch_size=batch, workers=0)
+    return SaliencyEvaluator(loader, WORLD, metrics, **rest)
+
+
+def test_scores_are_those_of_each_frame_by_itself(videos, models):
+    found = evaluator(videos, models).score(models, [m.view for m in models], ["deep", "flat"])
+    sums = {"deep": 0.0, "flat": 0.0, "ensemble": 0.0}
+    loader = EvalLoader(videos, [m.view for m in models], WORLD, batch_size=1, workers=0)
+    with torch.no_grad():
+        for batch in loader:
+            maps = {
+                name: resize_and_blur(model.eval()(batch.clips(model.view)), (36, 64))
+                for name, model in zip(("deep", "flat"), models, strict=True)
+            }
+            maps["ensemble"] = over_sum(maps["deep"]) + over_sum(maps["flat"])
+            for name, map_ in maps.items():
+                sums[name] += METRICS["cc"].function(map_, batch.maps).item()
+    for name, total in sums.items():
+        assert found[name].mean["cc"] == pytest.approx(total / 12, rel=1e-5)
+    assert found["deep"].frames == 12 and list(found["deep"].videos) == ["0601", "0602"]
+
+
+def test_modes_are_put_back_and_batches_do_not_matter(videos, models):
+    models[0].train()
+    models[1].eval()
+    views = [m.view for m in models]
+    one = evaluator(videos, models).score(models, views, ["a", "b"])
+    two = evaluator(videos, models, batch=5).score(models, views, ["a", "b"])
+    assert models[0].training and not models[1].training
+    assert flatten(one) == pytest.approx(flatten(two), rel=1e-6)
+    assert flatten(one)["a/loss"] == one["a"].mean["kldiv"] - one["a"].mean["cc"]
+
+
+def test_one_model_has_no_ensemble(videos, models):
+    found = evaluator(videos, models[:1]).score(models[:1], [models[0].view], ["a"])
+    assert list(found) == ["a"]
+
+
+def test_metrics_are_those_that_the_data_allows(videos, tmp_path):
+    assert metrics_for(videos, None) == ["auc_judd", "similarity", "cc", "nss", "kldiv"]
+    assert "auc_shuffled" in metrics_for(videos, None, shuffled=True)
+    assert metrics_for(videos, ["nss"]) == ["nss", "cc", "kldiv"]
+    root = write_dataset(tmp_path, {"annotation/0001": 3, "val/0601": 3})
+    blind = open_dataset("dhf1k", root, "val")
+    assert metrics_for(blind, None) == ["similarity", "cc", "kldiv"]
+    with pytest.raises(ValueError, match="has no fixations"):
+        metrics_for(blind, ["auc_judd"])
+
+
+def test_other_fixations_are_those_of_ten_drawn_frames(videos):
+    others = OtherFixations(videos, seed=3)
+    found = others.around([(0, 1), (1, 4)], (36, 64))
+    assert found.shape == (2, 36, 64)
+    for row, target in zip(found, [(0, 1), (1, 4)], strict=True):
+        drawn = np.random.default_rng((3, *target)).choice(12, OTHERS)
+        expected = np.zeros((36, 64), bool)
+        for place in drawn.tolist():
+            video, frame = others.places[place]
+            its = videos.videos[video]
+            expected |= read_fixations(its.path(its.fixations[frame])) > 0
+        assert np.array_equal(row.numpy(), expected)
+    assert torch.equal(others.around([(1, 4)], (36, 64))[0], found[1])
+    smaller = others.around([(0, 1)], (18, 32))
+    assert smaller.shape == (1, 18, 32) and smaller.any()
+
+
+def test_maps_are_handed_over_with_their_targets(videos, models):
+    seen = []
+    evaluator(
+        videos, models[:1], on_maps=lambda name, targets, maps: seen.append((name, targets, maps))
+    ).score(models[:1], [models[0].view], ["a"])
+    targets = [target for _, batch, _ in seen for target in batch]
+    assert targets == [(0, k) for k in range(5)] + [(1, k) for k in range(7)]
+    assert all(maps.shape[1:] == (36, 64) and len(maps) == len(batch) for _, batch, maps in seen)

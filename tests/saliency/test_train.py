@@ -1,0 +1,323 @@
+"""Whole runs through the scripts' own functions."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.checkpoint import load_run, read_weights
+from saliency.evaluate import evaluate
+from saliency.evaluate import main as evaluate_main
+from saliency.models import create_model, published_state_dict
+from saliency.train import main, run
+from tests.launch import launch
+from tests.saliency.folders import write_dataset, write_image
+from tests.saliency.toy import Deep, Flat
+
+ROOT = Path(__file__).parents[2]
+TOY = "tests.saliency.toy"
+TRAINING = {f"{k:04d}": 8 for k in range(1, 6)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dhf1k")
+    videos = {f"annotation/{k}": n for k, n in TRAINING.items()}
+    return write_dataset(root, videos | {"val/0601": 7, "val/0602": 6}, fixations="mat")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the check of the data is kept
+
+
+def arguments(data, output, *rest, peers=(f"{TOY}:Deep", f"{TOY}:Flat")):
+    return [
+        *("--data-root", str(data), "--output", str(output), "--experiment", "run"),
+        *(word for peer in peers for word in ("--peer", peer)),
+        *("--epochs", "2", "-b", "2", "--lr", "1e-2", "--workers", "0", "--val-stride", "3"),
+        *("--device", "cpu", *map(str, rest)),
+    ]
+
+
+def train(data, output, *rest, **more):
+    return run("dhf1k", "train_dhf1k", arguments(data, output, *rest, **more), bars=False)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = train(data, folder, "--rule", "random", "--recovery-interval", "1")
+    return trainer.folder
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_leaves_what_its_users_expect(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"report.html", "summary.csv", "ledger.csv", "scalars.csv", "args.yaml"} <= names
+    assert any(finished.glob("tensorboard/events*"))
+    header, *rows = (finished / "summary.csv").read_text().splitlines()
+    for name in ("Deep/loss", "Flat/cc", "Deep/nss", "Flat/auc_judd", "ensemble/similarity"):
+        assert name in header.split(",")
+    assert [row.split(",")[0] for row in rows] == ["0", "1", "2"]
+    page = (finished / "report.html").read_text()
+    assert "data:image/png" in page and "Flat" in page
+
+
+def test_every_file_loads_strictly_where_it_came_from(finished):
+    for kind in (Deep, Flat):
+        for which in ("best", "last"):
+            weights = torch.load(finished / kind.__name__ / f"{which}.pth", weights_only=True)
+            kind().load_state_dict(weights, strict=True)
+
+
+def test_a_run_repeats_from_its_own_arguments(data, finished, tmp_path):
+    path = finished / "args.yaml"
+    assert yaml.safe_load(path.read_text())["lr"] == 1e-2
+    again = run("dhf1k", "train_dhf1k", ["-c", str(path), "--output", str(tmp_path)], bars=False)
+    for name in ("Deep", "Flat"):
+        one, other = (read_weights(f / name / "last.pth") for f in (finished, again.folder))
+        assert same(one, other)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_bit_for_bit(data, finished, tmp_path, workers):
+    command = [sys.executable, "saliency/train_dhf1k.py"]
+    command += arguments(data, tmp_path, "--rule", "random", "--recovery-interval", "1")
+    command += ["--workers", str(workers)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    out = subprocess.DEVNULL
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+    )
+    while len(list(tmp_path.glob("run/run-*.pt"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    at = load_run(tmp_path / "run")["progress"]
+    assert (at["epoch"], at["batch"]) < (2, 0)
+    trainer = train(
+        data, tmp_path, "--rule", "random", "--resume", tmp_path / "run", "--workers", workers
+    )
+    for name in ("Deep", "Flat"):
+        for file in ("best.pth", "last.pth"):
+            mine, whole = (torch.load(f / name / file) for f in (trainer.folder, finished))
+            assert same(mine, whole)
+    whole = load_run(finished)["progress"]
+    mine = load_run(trainer.folder)["progress"]
+    assert str(mine["history"]) == str(whole["history"])
+    assert str(mine["lessons"]) == str(whole["lessons"])
+
+
+def _weights(trainer):
+    return {peer.name: peer.module.state_dict() for peer in trainer.peers}
+
+
+BOTH = (f"{TOY}:plain,name=one", f"{TOY}:Flat,name=two")
+
+
+def _in_a_process(world, data, folder):
+    os.environ["HOME"] = str(folder)
+    trainer = train(data, folder, "-b", "1", peers=BOTH)
+    torch.save([_weights(trainer), trainer.progress.history], folder / f"rank{world.rank}.pt")
+
+
+def test_two_processes_equal_one(tmp_path):
+    videos = {f"annotation/{k:04d}": 8 for k in range(1, 5)}
+    data = write_dataset(tmp_path / "data", videos | {"val/0601": 7, "val/0602": 6})
+    launch(_in_a_process, 2, data, tmp_path)
+    (first, history), (second, _) = (
+        torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)
+    )
+    alone = train(data, tmp_path / "alone", peers=BOTH)
+    for name, weights in _weights(alone).items():
+        assert same(first[name], second[name])
+        for key, value in weights.items():
+            torch.testing.assert_close(first[name][key], value, rtol=1e-4, atol=1e-6)
+    for mine, theirs in zip(history, alone.progress.history, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_three_peers_with_everything_on(data, tmp_path):
+    trainer = train(
+        data,
+        tmp_path,
+        *("--amp", "--ema", "--grad-accum-steps", "2", "--clip-grad", "0.1", "--nss", "-0.1"),
+        *("--packed", tmp_path / "packed", "--sched", "cosine", "--rule", "better"),
+        peers=(f"{TOY}:Deep", f"{TOY}:Deep,size=16+24,stride=2", f"{TOY}:Flat,frozen"),
+    )
+    assert trainer.peers.names == ["Deep", "Deep-2", "Flat"]
+    assert same(
+        read_weights(trainer.folder / "Flat/last.pth"), trainer.peers[2].module.state_dict()
+    )
+    first, last = trainer.progress.history[0], trainer.progress.history[-1]
+    assert last["Flat/loss"] == first["Flat/loss"] and last["Deep/loss"] != first["Deep/loss"]
+    assert any((tmp_path / "packed").iterdir())
+
+
+def test_packed_frames_change_nothing(data, tmp_path):
+    one = train(data, tmp_path / "a", "--epochs", "1")
+    two = train(data, tmp_path / "b", "--epochs", "1", "--packed", tmp_path / "packed")
+    assert all(same(_weights(one)[name], _weights(two)[name]) for name in ("Deep", "Flat"))
+
+
+def test_accumulated_batches_are_one_step(data, tmp_path):
+    """Four videos are left out of the last, smaller batch by having four."""
+    root = write_dataset(
+        tmp_path / "data", {f"annotation/{k:04d}": 8 for k in range(1, 5)} | {"val/0601": 6}
+    )
+    one = train(root, tmp_path / "a", "-b", "4", "--rule", "none", peers=BOTH)
+    two = train(
+        root, tmp_path / "b", "-b", "2", "--grad-accum-steps", "2", "--rule", "none", peers=BOTH
+    )
+    for name, weights in _weights(one).items():
+        for key, value in weights.items():
+            torch.testing.assert_close(_weights(two)[name][key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vinet_s", "vinet_a", "tmfi_net"])
+def test_published_models_train_and_go_back(data, tmp_path, name):
+    start = create_model(name)
+    torch.save(published_state_dict(start), tmp_path / "start.pth")
+    size = "64+104" if name == "vinet_a" else "64+96"
+    trainer = train(
+        data,
+        tmp_path,
+        *("--epochs", "1", "--val-stride", "8", "-b", "3"),
+        peers=(f"{name},size={size},checkpoint={tmp_path}/start.pth,lr=1e-4", f"{TOY}:Flat"),
+    )
+    weights = torch.load(trainer.folder / name / "last.pth", weights_only=True)
+    assert list(weights) == list(published_state_dict(start))
+    assert not same(weights, published_state_dict(start))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--data-root", "/nowhere"], "/nowhere: no such folder"),
+        (["--peer", "vinet_s,checkpoint=/nowhere.pth"], "/nowhere.pth"),
+        (["--peer", f"{TOY}:Deep,name=transfer"], "it is the name of a metric"),
+        (["--rule", "one_way:nobody"], "nobody"),
+        (["--device", "cuda:77"], "--device cuda:77"),
+        (["--output", "/proc/x"], "give a folder that can be written"),
+        (["--resume", "/nowhere"], "/nowhere"),
+        (["-c", "/nowhere.yaml"], "no such config file"),
+        (["--metrics", "auc_shuffled", "--eval-metric", "cc"], "--eval-metric is cc"),
+    ],
+)
+def test_bad_input_ends_in_one_line(data, tmp_path, caplog, change, says):
+    with caplog.at_level(logging.ERROR):
+        assert main("dhf1k", "train_dhf1k", [*arguments(data, tmp_path), *change]) == 1
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert says in record.getMessage() and record.exc_info is None
+
+
+def test_all_frozen_and_older_runs_are_refused(data, finished, tmp_path, caplog):
+    frozen = (f"{TOY}:Deep,frozen", f"{TOY}:Flat,frozen")
+    assert main("dhf1k", "train", arguments(data, tmp_path, peers=frozen)) == 1
+    assert "every peer is frozen" in caplog.text
+    assert main("dhf1k", "train", arguments(data, finished.parent)) == 1
+    assert "holds the run files of an earlier run" in caplog.text
+
+
+def test_another_models_checkpoint_is_refused(data, finished, tmp_path, caplog):
+    wrong = f"{TOY}:Deep,checkpoint={finished}/Flat/best.pth"
+    peers = (wrong, f"{TOY}:Flat")
+    assert main("dhf1k", "train", arguments(data, tmp_path, peers=peers)) == 1
+    assert "Flat/best.pth" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, caplog):
+    peers = (f"{TOY}:Deep,opt=sgd,lr=1e30", f"{TOY}:Flat")
+    rest = ("--log-interval", "1")
+    assert main("dhf1k", "train", arguments(data, tmp_path, *rest, peers=peers)) == 1
+    assert "Deep" in caplog.text and "not finite" in caplog.text
+
+
+def test_check_data_lists_what_is_wrong_and_builds_nothing(tmp_path, caplog):
+    root = write_dataset(tmp_path / "d", {"annotation/0001": 5, "val/0601": 4})
+    asked = ["--data-root", str(root), "--check-data"]
+    assert main("dhf1k", "train_dhf1k", asked) == 0
+    (root / "annotation/0001/maps/0003.png").unlink()
+    (root / "annotation/0001/images/.DS_Store").touch()
+    (root / "val/0601/images/0002.png").write_bytes(b"no image")
+    assert main("dhf1k", "train_dhf1k", asked) == 1
+    for told in ("0003.png: frame without a map", ".DS_Store", "0601/images/0002.png"):
+        assert told in caplog.text
+    assert not (tmp_path / "output").exists()
+
+
+def test_empty_maps_are_no_targets_and_no_nan(tmp_path):
+    import numpy as np
+
+    root = write_dataset(
+        tmp_path / "d", {"annotation/0001": 5, "annotation/0002": 5, "val/0601": 4}
+    )
+    for k in (1, 2, 4):
+        write_image(root / f"annotation/0001/maps/{k:04d}.png", np.zeros((36, 64), np.uint8))
+    write_image(root / "val/0601/maps/0002.png", np.zeros((36, 64), np.uint8))
+    trainer = train(root, tmp_path, "--epochs", "3", "--val-stride", "1")
+    assert all(value == value for value in trainer.progress.history[-1].values())
+
+
+@pytest.mark.parametrize("dataset", ["hollywood2", "ucf_sports"])
+def test_the_other_data_sets(tmp_path, dataset):
+    videos = {"training/clip1_1": 5, "training/clip1_2": 4, "testing/clip2_1": 6}
+    root = write_dataset(tmp_path / "d", videos, fixations="png")
+    trainer = run(dataset, f"train_{dataset}", arguments(root, tmp_path), bars=False)
+    assert trainer.progress.epoch == 2
+
+
+def test_evaluation_writes_tables_maps_and_a_report(data, finished, tmp_path):
+    peers = [f"{TOY}:Deep,checkpoint={finished}/Deep/best.pth", f"{TOY}:Flat"]
+    scores = evaluate(
+        [
+            *("--data-root", str(data), "--output", str(tmp_path), "--workers", "0"),
+            *(word for peer in peers for word in ("--peer", peer)),
+            *("--predictions", "--device", "cpu", "--exact-auc"),
+        ],
+        bars=False,
+    )
+    assert list(scores) == ["Deep", "Flat", "ensemble"]
+    assert scores["Deep"].frames == 13 and set(scores["Deep"].videos) == {"0601", "0602"}
+    assert scores["Deep"].flags["auc_shuffled"]["splits"] is None
+    assert len(list(tmp_path.glob("Deep/0601/*.png"))) == 7
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert "auc_shuffled" in header and len(rows) == 3
+    assert len((tmp_path / "videos.csv").read_text().splitlines()) == 1 + 3 * 2
+    assert "splits = None" in (tmp_path / "report.html").read_text()
+
+
+def test_evaluation_of_the_best_file_gives_the_runs_own_numbers(data, finished, tmp_path):
+    scores = evaluate(
+        [
+            *("--data-root", str(data), "--output", str(tmp_path), "--workers", "0"),
+            *("--peer", f"{TOY}:Flat,checkpoint={finished}/Flat/last.pth"),
+            *("--val-stride", "3", "--device", "cpu"),
+        ],
+        bars=False,
+    )
+    told = load_run(finished)["progress"]["history"][-1]
+    for metric in ("cc", "kldiv", "nss", "auc_judd", "similarity"):
+        assert scores["Flat"].mean[metric] == pytest.approx(told[f"Flat/{metric}"], rel=1e-5)
+
+
+def test_metrics_without_fixations_are_refused(tmp_path, caplog):
+    root = write_dataset(tmp_path / "d", {"annotation/0001": 4, "val/0601": 4})
+    asked = ["--data-root", str(root), "--peer", f"{TOY}:Flat", "--output", str(tmp_path)]
+    assert evaluate_main([*asked, "--metrics", "nss"]) == 1
+    assert "has no fixations" in caplog.text
+    assert evaluate_main([*asked, "--workers", "0", "--device", "cpu"]) == 0
+    assert "auc" not in (tmp_path / "metrics.csv").read_text()
