@@ -116,11 +116,12 @@ def test_gradients_are_the_originals(filled):
     assert torch.allclose(loss, torch.tensor(numbers["loss"]), rtol=1e-5, atol=1e-6)
     loss.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    # ReLU and max pooling switch: noise of 1e-6 in the clip moves these norms by up to 3e-4.
-    rtol = 2e-4 if filled.name == "tmfi_net" else 1e-3
+    # In the first convolution all of the network's ReLU and max pooling come together: noise of
+    # 1e-6 in the clip moves its norm by up to 3e-4, in other kernels of the CPU's too.
+    first = ("backbone.base1.0.conv_s.weight", "backbone.fast_conv1.weight")
     for name, norm in numbers["gradient_norms"].items():
         own = model.get_parameter(name).grad.double().norm().item()
-        assert own == pytest.approx(norm, rel=rtol), name
+        assert own == pytest.approx(norm, rel=1e-3 if name in first else 1e-4), name
 
 
 @pytest.mark.parametrize("name", WITH_BATCH_NORM)
