@@ -32,7 +32,7 @@ from torchvision import transforms
 from common.distributed import World
 from saliency import frames
 from saliency.clips import VIEWS, ClipView
-from saliency.data import ClipBatch, ClipDataset, ClipSample, EvalLoader, collate
+from saliency.data import ClipBatch, EvalClips, EvalLoader, collate
 from saliency.frames import FrameReader
 from saliency.images import read_frame
 from saliency.layouts import VideoSet, open_dataset
@@ -68,7 +68,7 @@ class PerPeer(Dataset):
     """What the published loaders do."""
 
     def __init__(self, videos: VideoSet, views: list[ClipView]) -> None:
-        self.video = videos.videos[0]
+        self.videos = videos.videos
         self.views = views
         self.changes = [
             transforms.Compose(
@@ -81,31 +81,27 @@ class PerPeer(Dataset):
             for view in views
         ]
 
-    def __getitem__(self, target: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, ...]:
+        video, target = self.videos[index[0]], index[1]
         clips = []
         for view, change in zip(self.views, self.changes, strict=True):
             clip = []
             for k in range(view.frames):
-                folder = self.video.path("images")
+                folder = video.path("images")
                 last = len(os.listdir(folder)) - 1
                 number = min(max(target - view.before + k * view.stride, 0), last)
                 image = Image.open(os.path.join(folder, f"{number + 1:04d}.png"))
                 clip.append(change(image.convert("RGB")))
             clips.append(torch.stack(clip))
-        truth = Image.open(self.video.path(self.video.maps[target])).convert("L")
+        truth = Image.open(video.path(video.maps[target])).convert("L")
         size = self.views[-1].size
         truth = cv2.resize(np.array(truth).astype(float), (size[1], size[0]))
         return *clips, torch.from_numpy(truth / 255 if truth.max() > 1 else truth)
 
 
-class Ours(ClipDataset):
-    """Our samples, by target."""
-
-    def __getitem__(self, target: int) -> ClipSample:
-        return self.sample(0, target)
-
-
-def loader_of(dataset: Dataset, targets: list[int], args: argparse.Namespace, **rest) -> DataLoader:
+def loader_of(
+    dataset: Dataset, targets: list[tuple[int, int]], args: argparse.Namespace, **rest
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=args.batch,
@@ -152,11 +148,11 @@ def training(
     """Print the table of training batches."""
     span = max(view.span for view in views)
     draws = np.random.default_rng(0).integers(span, args.frames - span, args.samples)
-    targets = draws.tolist()
+    targets = [(k % len(videos.videos), int(target)) for k, target in enumerate(draws)]
     size = views[-1].size
     packed = pack_frames(videos, [view.size for view in views], folder, progress=False)
-    plain = Ours(videos, views, map_size=size)
-    quick = Ours(videos, views, map_size=size, reader=FrameReader(packed))
+    plain = EvalClips(videos, views, map_size=size)
+    quick = EvalClips(videos, views, map_size=size, reader=FrameReader(packed))
     per_peer = loader_of(PerPeer(videos, views), targets, args)
     once = loader_of(plain, targets, args, collate_fn=collate)
     cached = loader_of(quick, targets, args, collate_fn=collate)
@@ -185,7 +181,8 @@ def training(
 def evaluation(videos: VideoSet, views: list[ClipView], args: argparse.Namespace) -> None:
     """Print the table of evaluation at every frame of a video."""
     count = len(videos.videos[0])
-    per_peer = loader_of(PerPeer(videos, views), list(range(count)), args)
+    targets = [(0, target) for target in range(count)]
+    per_peer = loader_of(PerPeer(videos, views), targets, args)
 
     def ours() -> EvalLoader:  # anew in every turn: it remembers frames
         return EvalLoader(
@@ -214,7 +211,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", nargs="+", default=["tmfi_net", "vinet_a"], choices=list(VIEWS))
     parser.add_argument("--writer", default="opencv", choices=list(WRITERS))
-    parser.add_argument("--frames", type=int, default=200)
+    parser.add_argument(
+        "--frames", type=int, default=160, help="of a video; as many videos as a batch has samples"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--targets", type=int, default=32, help="of evaluation")
@@ -226,9 +225,10 @@ def main() -> None:
     views = [VIEWS[name] for name in args.peers]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
-        for name, count in (("0001", args.frames), ("0601", args.targets)):
+        counts = {f"{k + 1:04d}": args.frames for k in range(args.batch)} | {"0601": args.targets}
+        for seed, (name, count) in enumerate(counts.items()):
             options = WRITERS[args.writer]
-            write_video(root / name, count, size=SIZE, paint=photograph, options=options)
+            write_video(root / name, count, seed=seed, size=SIZE, paint=photograph, options=options)
         files = list((root / "0001" / "images").iterdir())
         print(
             f"{' + '.join(args.peers)}, PNGs of {SIZE[1]}x{SIZE[0]} ({args.writer}, "

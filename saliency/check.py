@@ -158,27 +158,25 @@ def _content(
 def _look_at(video: Video, thorough: bool) -> list[Fault]:
     """List what is wrong inside the files of one video."""
     faults: list[Fault] = []
-    empty, differing, shifted = [], [], []
+    empty, resized, shifted = [], [], []
     for frame, file, fixations in zip(video.frames, video.maps, video.fixations, strict=True):
         size = _try(lambda path: size_of(path, thorough), video.path(frame), faults)
         found = file and _try(lambda path: _look_at_map(path, thorough), video.path(file), faults)
-        if found:
-            map_size, is_empty = found
-            differing += [file] * (size is not None and size != map_size)
-            empty += [file] * is_empty
+        map_size, is_empty = found or (None, False)
+        if is_empty:
+            empty.append(file)
+        if size and map_size and size != map_size:
+            resized.append(file)
         if fixations is not None and thorough:
             points = _try(read_fixations, video.path(fixations), faults)
-            shifted += [fixations] * (
-                bool(found) and points is not None and points.shape != found[0]
-            )
+            if points is not None and map_size and points.shape != map_size:
+                shifted.append(fixations)
     folder = Path(video.folder)
-    faults += name_some(folder, differing, "map of another size than its frame", fatal=False)
+    faults += name_some(folder, resized, "map of another size than its frame", fatal=False)
     faults += name_some(folder, shifted, "fixations of another size than their map", fatal=False)
     if empty and len(empty) == len(video):
-        faults.append(Fault(str(folder / "maps"), "every map of this video is empty (all zero)"))
-    else:
-        faults += name_some(folder, empty, "empty map (all zero), never a target", fatal=False)
-    return faults
+        return [*faults, Fault(str(folder / "maps"), "every map is empty (all zero)")]
+    return faults + name_some(folder, empty, "empty map (all zero), never a target", fatal=False)
 
 
 def _try(read: Callable[[str], Any], path: str, faults: list[Fault]) -> Any:

@@ -121,15 +121,7 @@ def collate(samples: Sequence[ClipSample]) -> ClipBatch:
     frames: dict[Size, Tensor] = {}
     at: dict[Size, dict[tuple[int, int], int]] = {}
     for size in samples[0].frames:
-        at[size], parts = {}, []
-        for sample in samples:
-            for number, pixels in zip(
-                sample.numbers[size].tolist(), sample.frames[size], strict=True
-            ):
-                if (sample.video, number) not in at[size]:
-                    at[size][sample.video, number] = len(parts)
-                    parts.append(pixels)
-        frames[size] = torch.stack(parts)
+        frames[size], at[size] = _distinct(samples, size)
     rows = {
         view: torch.tensor(
             [[at[view.size][s.video, n] for n in s.clips[view].tolist()] for s in samples]
@@ -147,6 +139,20 @@ def collate(samples: Sequence[ClipSample]) -> ClipBatch:
         video=torch.tensor([sample.video for sample in samples]),
         target=torch.tensor([sample.target for sample in samples]),
     )
+
+
+def _distinct(
+    samples: Sequence[ClipSample], size: Size
+) -> tuple[Tensor, dict[tuple[int, int], int]]:
+    """Return the frames of all samples, and the row of each (video, number)."""
+    rows: dict[tuple[int, int], int] = {}
+    frames = []
+    for sample in samples:
+        for number, pixels in zip(sample.numbers[size].tolist(), sample.frames[size], strict=True):
+            if (sample.video, number) not in rows:
+                rows[sample.video, number] = len(frames)
+                frames.append(pixels)
+    return torch.stack(frames), rows
 
 
 def _stack(maps: Sequence[Tensor], what: str, samples: Sequence[ClipSample]) -> Tensor:
@@ -247,15 +253,24 @@ class TrainClips(ClipDataset):
     unless its map is empty: an empty map has no loss, so another frame is drawn.
 
     Args:
+        videos: See ``ClipDataset``; as are those not named here.
         seed: Of the run.
         clips_per_video: Targets drawn from each video in an epoch.
-        rest: See ``ClipDataset``.
     """
 
-    def __init__(self, *given: Any, seed: int, clips_per_video: int = 1, **rest: Any) -> None:
-        super().__init__(*given, **rest)
-        if clips_per_video < 1:
-            raise DataError(f"clips_per_video is {clips_per_video}; expected at least 1")
+    def __init__(
+        self,
+        videos: VideoSet,
+        views: Sequence[ClipView],
+        *,
+        seed: int,
+        clips_per_video: int = 1,
+        map_size: Size | None = None,
+        fixations: bool = False,
+        reader: FrameReader | None = None,
+    ) -> None:
+        _refuse_below_one(clips_per_video=clips_per_video)
+        super().__init__(videos, views, map_size=map_size, fixations=fixations, reader=reader)
         self.seed = seed
         self.clips_per_video = clips_per_video
 
@@ -351,6 +366,7 @@ class TrainLoader:
         fixations: bool = False,
         packed: PackedFrames | None = None,
     ) -> None:
+        _refuse_below_one(batch_size=batch_size)
         dataset = TrainClips(
             videos,
             views,
@@ -421,9 +437,7 @@ class EvalLoader:
         fixations: bool = True,
         packed: PackedFrames | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("stride", stride)):
-            if value < 1:
-                raise DataError(f"{name} is {value}; expected at least 1")
+        _refuse_below_one(batch_size=batch_size, stride=stride)
         reader = FrameReader(packed, keep=_window(views, stride))
         self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
         every = _batches(videos, batch_size, stride)
@@ -469,6 +483,12 @@ def _reading(workers: int, world: World) -> Mapping[str, Any]:
         "pin_memory": world.device.type == "cuda",
         "worker_init_fn": _one_thread,
     }
+
+
+def _refuse_below_one(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise DataError(f"{name} is {value}; expected at least 1")
 
 
 def _one_thread(worker: int) -> None:

@@ -89,7 +89,7 @@ class VideoSet:
 def open_dataset(name: str, root: str | Path, split: str) -> VideoSet:
     """List the videos of a split.
 
-    DHF1K: ``ROOT/annotation/VIDEO`` (or ``ROOT/train``) and ``ROOT/val/VIDEO``; where there is only
+    DHF1K: ``ROOT/train/VIDEO`` (or ``ROOT/annotation``) and ``ROOT/val/VIDEO``; where there is only
     one folder, or the videos lie in ROOT itself, the official numbers decide: 1 to 600 train, 601
     to 700 val. Hollywood-2 and UCF-Sports: ``ROOT/training/SHOT`` and ``ROOT/testing/SHOT``, of
     which the latter is ``val``. In each video ``images/`` and ``maps/``, and where there are any,
@@ -129,7 +129,7 @@ def natural_key(name: str) -> tuple[object, ...]:
 
 def _dhf1k(root: Path, split: str) -> tuple[list[Path], list[Fault]]:
     """Choose the folders of a split: by its own folder, else by the official numbers."""
-    inside = [name for name in ("annotation", "train") if (root / name).is_dir()]
+    inside = [name for name in ("train", "annotation") if (root / name).is_dir()]
     train = root / inside[0] if inside else None
     val = root / "val" if (root / "val").is_dir() else None
     if train and val:

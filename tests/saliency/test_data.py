@@ -336,6 +336,10 @@ def test_an_epoch_resumes_in_its_middle(train):
     assert len(whole) == 5 and len(whole[-1]) == 1
     assert all_same(epoch_of(loader, 4, start=3), whole[3:])
     assert epoch_of(loader, 4, start=5) == [] and len(loader) == 5
+    beside = TrainLoader(train, [TMFI], HERE, batch_size=2, workers=1, clips_per_video=3)
+    beside.set_epoch(3)
+    next(iter(beside))  # left in its middle
+    assert all_same(epoch_of(beside, 4, start=2), whole[2:])
 
 
 def test_ranks_share_an_epoch(train):
@@ -413,6 +417,8 @@ def test_validation_of_videos_of_different_sizes(tmp_path):
 def test_numbers_out_of_range_are_refused(val, option):
     with pytest.raises(DataError, match=f"{option} is 0; expected at least 1"):
         EvalLoader(val, [TMFI], HERE, **{option: 0})
+    with pytest.raises(DataError, match="batch_size is 0; expected at least 1"):
+        TrainLoader(val, [TMFI], HERE, batch_size=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

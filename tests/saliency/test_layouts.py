@@ -56,6 +56,14 @@ def test_dhf1k_by_official_numbers(tmp_path, inside):
     assert "holds 2 of the 600 videos of the official split 'train'" in str(train.faults[0])
 
 
+def test_a_split_made_by_hand_goes_before_the_official_folder(tmp_path):
+    videos = ("annotation/0001", "annotation/0601", "train/0002", "val/0601")
+    write_dataset(tmp_path, {video: 1 for video in videos}, **SMALL)
+    for split, name in (("train", "0002"), ("val", "0601")):
+        found = open_dataset("dhf1k", tmp_path, split)
+        assert names(found) == [name] and not found.faults
+
+
 def test_a_video_of_unknown_split_is_a_fault(tmp_path):
     write_dataset(tmp_path, {"0001": 1, "mine": 1}, **SMALL)
     found = open_dataset("dhf1k", tmp_path, "train").faults
@@ -145,7 +153,7 @@ def test_every_sort_of_fault_is_in_one_listing(dhf1k, tmp_path, caplog):
         "annotation/0002/images/0002.png: another file differs from it only in its suffix",
         "annotation/0002/images/0002.jpg: no image that can be decoded (8 bytes); copy or extract",
         "annotation/0002/images/0002.png: no image that can be decoded",
-        "annotation/0010/maps: every map of this video is empty (all zero)",
+        "annotation/0010/maps: every map is empty (all zero)",
         "annotation/0011/images: no images in this folder",
         "annotation/0011/maps: no images in this folder",
         "annotation/0012/images: this folder is missing",
