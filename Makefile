@@ -1,5 +1,5 @@
-# make demo [TASK=segmentation] [FULL=1]   models teach each other on real digits, or on scenes
-#                                          composed of them; writes into demo_report/
+# make demo [TASK=segmentation|saliency] [FULL=1]   models teach each other on real digits, on
+#                           scenes or on videos composed of them; writes into demo_report/
 # make test                 all tests but the slow ones;  make test-all: all of them
 # make check                formatting, lint, types
 # make setup-segmentation   Detectron2 and what segmentation/ needs (part of make test and of
