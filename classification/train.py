@@ -25,28 +25,22 @@ from common.checkpoint import CheckpointError, load_run
 from common.distributed import World
 from common.engine import JointEngine
 from common.options import OptionError, transfer_of
-from common.outputs import finish, plain, progress_bars, start_logging, warn_of_changes
+from common.outputs import finish, plain, progress_bars, run_command, start_world, warn_of_changes
 from common.peers import PeerGroup
 from common.roles import NonFiniteError
 from common.trainer import Plan, Progress, Trainer
 
 _logger = logging.getLogger("train")
 
+FAULTS = (OptionError, ModelError, CheckpointError, NonFiniteError)
+
 BASELINE_GAP = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    start_logging()
     logging.getLogger("timm").setLevel(logging.WARNING)
-    try:
-        run(arguments)
-    except (OptionError, ModelError, CheckpointError, NonFiniteError) as error:
-        _logger.error("error: %s", error)
-        return 1
-    finally:
-        distributed.stop()
-    return 0
+    return run_command(lambda: run(arguments), FAULTS)
 
 
 def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
@@ -103,15 +97,7 @@ def start(options: argparse.Namespace) -> World:
     Raises:
         OptionError: A device that is not there.
     """
-    try:
-        world = distributed.start(options.device)
-    except (ValueError, RuntimeError) as error:
-        raise OptionError(f"--device {options.device}: {error}") from error
-    if not world.is_main:
-        logging.getLogger().setLevel(logging.WARNING)
-    if world.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+    world = start_world(options.device)
     if options.fast_norm:
         timm.layers.set_fast_norm()
     return world

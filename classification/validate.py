@@ -15,30 +15,18 @@ import torch
 
 from classification.data import open_dataset
 from classification.evaluation import PeerEvaluator
-from classification.models import ModelError
 from classification.options import parse
 from classification.peer import build_modules
-from classification.train import check_classes, start
-from common import distributed
-from common.checkpoint import CheckpointError
-from common.options import OptionError
-from common.outputs import progress_bars, start_logging
+from classification.train import FAULTS, check_classes, start
+from common.outputs import progress_bars, run_command
 
 _logger = logging.getLogger("validate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    start_logging()
     logging.getLogger("timm").setLevel(logging.WARNING)
-    try:
-        validate(arguments)
-    except (OptionError, ModelError, CheckpointError) as error:
-        _logger.error("error: %s", error)
-        return 1
-    finally:
-        distributed.stop()
-    return 0
+    return run_command(lambda: validate(arguments), FAULTS)
 
 
 def validate(arguments: Sequence[str] | None = None) -> dict[str, float]:

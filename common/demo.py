@@ -163,7 +163,7 @@ def handwritten(held_out: bool) -> list[np.ndarray]:
     images, values = mnist_data()
     found = []
     for digit in range(10):
-        its = np.uint8(images[values == digit].reshape(-1, 28, 28))
+        its = images[values == digit].reshape(-1, 28, 28).astype(np.uint8)
         found.append(its[(np.arange(len(its)) % 4 == 3) == held_out])
     return found
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from common import distributed
@@ -28,6 +29,45 @@ _logger = logging.getLogger("train")
 def start_logging() -> None:
     """Log plain lines to stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+
+
+def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...]) -> int:
+    """Run a command line; bad input ends in one line, not in a traceback.
+
+    Args:
+        work: Does it.
+        faults: What it raises on bad input.
+
+    Returns:
+        The exit status.
+    """
+    start_logging()
+    try:
+        work()
+    except faults as error:
+        _logger.error("error: %s", error)
+        return 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+def start_world(device: str) -> World:
+    """Join the other processes and set the device up; only the main rank logs.
+
+    Raises:
+        OptionError: A device that is not there.
+    """
+    try:
+        world = distributed.start(device)
+    except (ValueError, RuntimeError) as error:
+        raise OptionError(f"--device {device}: {error}") from error
+    if not world.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    if world.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return world
 
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from common import distributed
 from common.distributed import World
 from common.options import OptionError
-from common.outputs import log_table, progress_bars, start_logging
+from common.outputs import log_table, progress_bars, run_command, start_world
 from common.trainer import write_csv
 from saliency.check import check_data
 from saliency.evaluation import ENSEMBLE, flatten
@@ -38,7 +38,7 @@ from saliency.options import (
 from saliency.peer import build_modules
 from saliency.pictures import to_bytes, write_png
 from saliency.report import write_evaluation_report
-from saliency.train import FAULTS, build_evaluator, pack, start
+from saliency.train import FAULTS, build_evaluator, pack
 
 _logger = logging.getLogger("evaluate")
 
@@ -65,15 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    start_logging()
-    try:
-        evaluate(arguments)
-    except FAULTS as error:
-        _logger.error("error: %s", error)
-        return 1
-    finally:
-        distributed.stop()
-    return 0
+    return run_command(lambda: evaluate(arguments), FAULTS)
 
 
 def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str, Scores]:
@@ -89,7 +81,7 @@ def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[
     options = parser.parse_args(arguments)
     check_data_options(options)
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
-    world = start(options)
+    world = start_world(options.device)
     videos = open_dataset(options.dataset, options.data_root, options.split)
     if world.is_main:
         check_data(videos, depth=options.check_depth, progress=bars and sys.stderr.isatty())

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import distributed
 from common.options import OptionError, check_least
-from common.outputs import start_logging
+from common.outputs import run_command, start_world
 from saliency.clips import ClipView
 from saliency.errors import DataError
 from saliency.evaluation import over_sum
@@ -36,7 +35,7 @@ from saliency.metrics import resize_and_blur
 from saliency.options import add_machine_options, add_peer_options, read_peers
 from saliency.peer import build_modules, check_output
 from saliency.pictures import overlay, to_bytes, write_png
-from saliency.train import FAULTS, amp_dtype, start
+from saliency.train import FAULTS, amp_dtype
 
 _logger = logging.getLogger("predict")
 
@@ -62,15 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    start_logging()
-    try:
-        predict(arguments)
-    except FAULTS as error:
-        _logger.error("error: %s", error)
-        return 1
-    finally:
-        distributed.stop()
-    return 0
+    return run_command(lambda: predict(arguments), FAULTS)
 
 
 def predict(arguments: Sequence[str] | None = None) -> list[Path]:
@@ -87,7 +78,7 @@ def predict(arguments: Sequence[str] | None = None) -> list[Path]:
     _check(options)
     sources = [source for given in options.inputs for source in open_sources(Path(given))]
     modules, views = build_modules(read_peers(parser, options))
-    world = start(options)
+    world = start_world(options.device)
     for module in modules:
         module.to(world.device).eval()
     predictor = Predictor(modules, views, world.device, options.blur, amp_dtype(options))

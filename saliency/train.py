@@ -32,7 +32,8 @@ from common.outputs import (
     new_folder,
     plain,
     progress_bars,
-    start_logging,
+    run_command,
+    start_world,
     warn_of_changes,
     writers,
 )
@@ -62,15 +63,7 @@ def main(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Run the command line of a data set; bad input ends in one line, not in a traceback."""
-    start_logging()
-    try:
-        run(dataset, script, arguments)
-    except FAULTS as error:
-        _logger.error("error: %s", error)
-        return 1
-    finally:
-        distributed.stop()
-    return 0
+    return run_command(lambda: run(dataset, script, arguments), FAULTS)
 
 
 def run(
@@ -92,7 +85,7 @@ def run(
         NonFiniteError: A peer's loss is not finite.
     """
     options, specs = parse(dataset, script, arguments)
-    world = start(options)
+    world = start_world(options.device)
     train_set, held_out = open_splits(options, world, bars)
     if options.check_data:
         return None
@@ -123,24 +116,6 @@ def run(
         finish(trainer, settings(options), pictures)
     distributed.barrier()
     return trainer
-
-
-def start(options: argparse.Namespace) -> World:
-    """Join the other processes and set the device up.
-
-    Raises:
-        OptionError: A device that is not there.
-    """
-    try:
-        world = distributed.start(options.device)
-    except (ValueError, RuntimeError) as error:
-        raise OptionError(f"--device {options.device}: {error}") from error
-    if not world.is_main:
-        logging.getLogger().setLevel(logging.WARNING)
-    if world.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    return world
 
 
 def open_splits(options: argparse.Namespace, world: World, bars: bool) -> tuple[VideoSet, VideoSet]:
