@@ -35,7 +35,7 @@ FREE_TO_CHANGE = frozenset(
         "resume no_resume_opt output experiment workers pin_mem log_interval log_wandb "
         "wandb_project wandb_tags checkpoint_hist recovery_interval config epochs device data "
         "data_dir num_classes resolved_num_classes pretrained in_place validation_batch_size "
-        "local_rank"
+        "local_rank engine"
     ).split()
 )
 EXPORT_TOLERANCE = 0.05
@@ -192,7 +192,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a reader of the report wants to know of the run."""
     names = (
         "peers data dataset rule score temperature transfer_weight transfer_warmup_steps "
-        "detach_teacher margin opt lr lr_base weight_decay sched epochs batch_size "
+        "detach_teacher margin engine opt lr lr_base weight_decay sched epochs batch_size "
         "grad_accum_steps amp amp_dtype mixup cutmix smoothing model_ema seed"
     ).split()
     values = plain(options)

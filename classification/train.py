@@ -23,7 +23,7 @@ from classification.peer import ClassifierPeer, build_modules, build_peers
 from common import distributed
 from common.checkpoint import CheckpointError, load_run
 from common.distributed import World
-from common.engine import JointEngine
+from common.engine import ENGINES
 from common.options import OptionError, transfer_of
 from common.outputs import finish, plain, progress_bars, run_command, start_world, warn_of_changes
 from common.peers import PeerGroup
@@ -186,7 +186,7 @@ def _trainer(
     folder = outputs.folder_of(options, specs, world)
     return Trainer(
         peers=group,
-        engine=JointEngine(group, transfer, world.device, amp_dtype),
+        engine=ENGINES[options.engine](group, transfer, world.device, amp_dtype),
         transfer=transfer,
         loader=loader,
         evaluator=evaluator,

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from common.engine import ENGINES
 from common.peers import check_names
 from common.roles import RULES
 from common.transfer import SCORES, KnowledgeTransfer
@@ -32,6 +33,13 @@ def add_transfer_options(group: Any) -> None:
         help="no gradient through the teacher (--no-detach-teacher: as in the paper's scripts)",
     )
     add("--margin", type=float, default=None, help="teach only where the score gap exceeds this")
+    add(
+        "--engine",
+        default="joint",
+        choices=tuple(ENGINES),
+        help="joint: all peers' activations at once; two-pass: one peer's at a time, with N - 1 "
+        "more forwards a step",
+    )
 
 
 def transfer_of(

@@ -106,9 +106,9 @@ class Peer(ABC):
         if world.size == 1 or self.frozen:
             return
         ids = [world.device.index] if world.device.type == "cuda" else None
-        self.model = DistributedDataParallel(
-            self.model, device_ids=ids, broadcast_buffers=broadcast_buffers
-        )
+        # torch's default is to broadcast, and it deprecates the argument that says so
+        rest: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}
+        self.model = DistributedDataParallel(self.model, device_ids=ids, **rest)
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Return a context in which gradients stay on this rank."""

@@ -22,6 +22,36 @@ def generators_kept() -> Iterator[None]:
         torch.set_rng_state(keep[2])
 
 
+class Draws:
+    """Remembers where the generators that a forward may draw from stand, to draw the same again.
+
+    Args:
+        device: Of the forward; its generator is remembered too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw from there once more; afterwards the generators stand where they stood before."""
+        now = Draws(self.device)
+        self._set()
+        try:
+            yield
+        finally:
+            now._set()
+
+    def _set(self) -> None:
+        random.setstate(self._states[0])
+        np.random.set_state(self._states[1])
+        torch.set_rng_state(self._states[2])
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self.device)
+
+
 def seed_generators(*numbers: int) -> None:
     """Seed the CPU generators from several numbers, such as the run's seed and a position."""
     words = np.random.SeedSequence(numbers).generate_state(3)

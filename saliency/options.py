@@ -43,7 +43,7 @@ FREE_TO_CHANGE = frozenset(
     (
         "resume output experiment workers log_interval log_wandb wandb_project checkpoint_hist "
         "recovery_interval config epochs device data_root packed check_depth val_batch_size "
-        "in_place check_data"
+        "in_place check_data engine"
     ).split()
 )
 

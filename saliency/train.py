@@ -23,7 +23,7 @@ from torch import nn
 from common import distributed
 from common.checkpoint import CheckpointError, load_run
 from common.distributed import World
-from common.engine import JointEngine
+from common.engine import ENGINES
 from common.options import OptionError, transfer_of
 from common.outputs import (
     finish,
@@ -254,7 +254,7 @@ def _trainer(
         chosen = new_folder(options.output, options.experiment, options.rule, group.names)
     return Trainer(
         peers=group,
-        engine=JointEngine(group, transfer, world.device, amp_dtype(options)),
+        engine=ENGINES[options.engine](group, transfer, world.device, amp_dtype(options)),
         transfer=transfer,
         loader=loader,
         evaluator=evaluator,
@@ -342,7 +342,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a reader of the report wants to know of the run."""
     names = (
         "peers dataset data_root rule score temperature transfer_weight transfer_warmup_steps "
-        "detach_teacher margin opt lr weight_decay sched epochs batch_size clips_per_video "
+        "detach_teacher margin engine opt lr weight_decay sched epochs batch_size clips_per_video "
         "grad_accum_steps map_size amp amp_dtype ema seed val_stride blur"
     ).split()
     values = plain(options)

@@ -321,3 +321,15 @@ def test_metrics_without_fixations_are_refused(tmp_path, caplog):
     assert "has no fixations" in caplog.text
     assert evaluate_main([*asked, "--workers", "0", "--device", "cpu"]) == 0
     assert "auc" not in (tmp_path / "metrics.csv").read_text()
+
+
+def test_engines_give_the_same_run(data, finished, tmp_path):
+    """Up to rounding; and a run of one goes on under the other."""
+    rest = ("--rule", "random", "--engine", "two-pass", "--log-interval", "1")
+    trainer = train(data, tmp_path, *rest, "--epochs", "1")
+    rest = (*rest[:2], "--resume", trainer.folder)
+    assert train(data, tmp_path, *rest).progress.epoch == 2
+    for name in ("Deep", "Flat"):
+        mine, whole = (read_weights(f / name / "last.pth") for f in (trainer.folder, finished))
+        for key, value in whole.items():
+            torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5)
