@@ -59,3 +59,42 @@ def machine() -> str:
         f"{cpu}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )
+
+
+def peak_saved_bytes(run: Callable[[], object], known: set[int] | None = None) -> int:
+    """Count the most bytes that autograd holds for backward at any one time; each storage once.
+
+    Args:
+        run: Does whole steps.
+        known: Addresses of storages that are not counted, such as parameters and inputs.
+    """
+    held: dict[int, list[int]] = {}
+    ignored = known or set()
+    now, most = 0, 0
+
+    class Kept:
+        def __init__(self, x: torch.Tensor) -> None:
+            nonlocal now, most
+            self.x = x
+            self.address = x.untyped_storage().data_ptr()
+            if self.address in ignored:
+                return
+            count = held.setdefault(self.address, [0, x.untyped_storage().nbytes()])
+            if not count[0]:
+                now += count[1]
+                most = max(most, now)
+            count[0] += 1
+
+        def __del__(self) -> None:
+            nonlocal now
+            if self.address in ignored:
+                return
+            count = held[self.address]
+            count[0] -= 1
+            if not count[0]:
+                now -= count[1]
+                del held[self.address]
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+        run()
+    return most
