@@ -121,7 +121,7 @@ class TwoPassEngine(JointEngine):
                     outputs.append(self._forward(peer, batch))
             else:
                 draws[i] = Draws(self.device)
-                with _buffers_kept(peer.module):
+                with _buffers_kept(peer.module), peer.alone():
                     outputs.append(self._forward(peer, batch, graph=False))
         result, gradients = self._transfer(outputs, step)
         for i in [kept, *draws]:

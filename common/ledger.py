@@ -136,8 +136,8 @@ class Ledger:
             pairs(right),
             pairs(student),
             (somebody * share).flatten(1).sum(dim=1),
-            result.task_loss,
-            result.transfer_loss,
+            batch * result.task_loss,
+            batch * result.transfer_loss,
             (~torch.isfinite(result.task_loss)).to(taught.dtype),
             ones.new_full((1,), batch),
             (somebody.amax(dim=0) * share).sum().unsqueeze(0),
@@ -184,8 +184,8 @@ class Ledger:
             taught=taught_samples / max(samples, 1),
             teaches=self._named(shares),
             entropy=_entropy(shares),
-            task_loss=self._named(peer["task_loss"] / max(batches, 1)),
-            transfer_loss=self._named(peer["transfer_loss"] / max(batches, 1)),
+            task_loss=self._named(peer["task_loss"] / max(samples, 1)),
+            transfer_loss=self._named(peer["transfer_loss"] / max(samples, 1)),
             not_finite={name: round(x) for name, x in self._named(peer["not_finite"]).items()},
             pairs=[
                 self._pair(pair[:, t, s], t, s, samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -137,17 +137,42 @@ class Peer(ABC):
         if self.average is not None:
             self.average.update(self.module, step=step)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Forward on this rank by itself: nothing is exchanged with the others."""
+        whole = self.model
+        if isinstance(whole, DistributedDataParallel):
+            self.model = whole.module
+        try:
+            yield
+        finally:
+            self.model = whole
+
     def own_buffers(self) -> dict[str, Tensor]:
-        """Return the buffers that differ between ranks: none where each forward broadcasts them."""
-        if not isinstance(self.model, DistributedDataParallel) or self.model.broadcast_buffers:
+        """Return the floating-point buffers, which differ between ranks: statistics of batch norm.
+
+        Those of the average too; nothing in a single process.
+        """
+        if not isinstance(self.model, DistributedDataParallel):
             return {}
-        return {name: buffer.cpu() for name, buffer in self.module.named_buffers()}
+        return {name: buffer.cpu() for name, buffer in self._running_statistics().items()}
 
     def load_own_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Take up this rank's own buffers."""
-        for name, buffer in self.module.named_buffers():
+        for name, buffer in self._running_statistics().items():
             if name in buffers:
                 buffer.copy_(buffers[name])
+
+    def _running_statistics(self) -> dict[str, Tensor]:
+        parts = {"module": self.module}
+        if self.average is not None:
+            parts["average"] = self.average.module
+        return {
+            f"{part}.{name}": buffer
+            for part, module in parts.items()
+            for name, buffer in module.named_buffers()
+            if buffer.is_floating_point()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return all an exact resume needs."""

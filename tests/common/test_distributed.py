@@ -1,11 +1,13 @@
 """Two gloo processes equal one: losses, gradients, weights, ledger, resume."""
 
+import copy
+
 import pytest
 import torch
 
 from common import distributed
 from common.checkpoint import load_run
-from common.engine import JointEngine
+from common.engine import ENGINES, JointEngine
 from common.transfer import KnowledgeTransfer
 from tests.common.toy import HERE, ToyLoader, make_batch, make_peers, make_trainer
 from tests.launch import launch
@@ -95,7 +97,22 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
             assert torch.equal(value, again["peers"][name]["module"][key])
 
 
-def batch_norm(world, folder, resume):
+class Average:
+    """An average of weights and running statistics."""
+
+    def __init__(self, module):
+        self.module = copy.deepcopy(module)
+
+    def update(self, model, step=None):
+        with torch.no_grad():
+            for mine, new in zip(
+                self.module.state_dict().values(), model.state_dict().values(), strict=True
+            ):
+                if mine.is_floating_point():
+                    mine.lerp_(new, 0.2)
+
+
+def batch_norm(world, folder, resume, broadcast, engine):
     from torch import nn
 
     from common.peers import PeerGroup
@@ -106,8 +123,8 @@ def batch_norm(world, folder, resume):
         torch.manual_seed(ord(name))
         module = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES))
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        peers.append(ToyPeer(name, module, optimizer=optimizer))
-        peers[-1].distribute(world, broadcast_buffers=False)
+        peers.append(ToyPeer(name, module, optimizer=optimizer, average=Average(module)))
+        peers[-1].distribute(world, broadcast_buffers=broadcast)
     trainer = make_trainer(
         folder,
         peers=PeerGroup(peers),
@@ -117,19 +134,34 @@ def batch_norm(world, folder, resume):
         save_every=2,
         keep=9,
     )
+    trainer.engine = ENGINES[engine](trainer.peers, trainer.transfer, HERE.device)
     if resume:
         trainer.resume(load_run(resume))
     trainer.fit()
-    torch.save([peer.module.state_dict() for peer in peers], folder / f"rank-{world.rank}.pt")
+    states = [m.state_dict() for p in peers for m in (p.module, p.average.module)]
+    torch.save(states, folder / f"rank-{world.rank}.pt")
 
 
-def test_buffers_of_every_rank_resume_where_they_are_not_broadcast(tmp_path):
-    launch(batch_norm, 2, tmp_path / "whole", None)
-    middle = tmp_path / "whole" / "run-00001-00000002.pt"
-    launch(batch_norm, 2, tmp_path / "again", middle)
+def same_states(folder, other):
     for rank in range(2):
-        one, two = (torch.load(tmp_path / w / f"rank-{rank}.pt") for w in ("whole", "again"))
+        one, two = (torch.load(f / f"rank-{rank}.pt") for f in (folder, other))
         for a, b in zip(one, two, strict=True):
             assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_buffers_of_every_rank_resume(tmp_path, broadcast):
+    launch(batch_norm, 2, tmp_path / "whole", None, broadcast, "joint")
+    for at in ("00000-00000004", "00001-00000002"):  # after an epoch's last batch; in its middle
+        launch(batch_norm, 2, tmp_path / at, tmp_path / f"whole/run-{at}.pt", broadcast, "joint")
+        same_states(tmp_path / "whole", tmp_path / at)
     first = torch.load(tmp_path / "whole" / "rank-0.pt")[0]["0.running_mean"]
     assert not torch.equal(first, torch.load(tmp_path / "whole" / "rank-1.pt")[0]["0.running_mean"])
+
+
+def test_two_pass_shares_buffers_as_joint_does(tmp_path):
+    for engine in ("joint", "two-pass"):
+        launch(batch_norm, 2, tmp_path / engine, None, True, engine)
+    for rank in range(2):
+        one, two = (torch.load(tmp_path / e / f"rank-{rank}.pt") for e in ("joint", "two-pass"))
+        torch.testing.assert_close(one, two)

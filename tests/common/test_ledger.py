@@ -112,3 +112,14 @@ def test_positions_that_do_not_count_take_no_share():
     pair = lessons.pairs[0]
     assert (pair.share, pair.gap, pair.teacher_right) == pytest.approx((0.25, 1.0, 1.0))
     assert pair.kl == pytest.approx(float(result.kl[0, 1, 0, 0]))
+
+
+def test_a_smaller_batch_counts_for_its_samples_alone():
+    ledger = Ledger(["a", "b"])
+    transfer = KnowledgeTransfer("none", names=["a", "b"])
+    for size, loss in ((4, 1.0), (1, 11.0)):
+        outputs = [
+            PeerOutput(torch.tensor(loss), torch.zeros(size), torch.zeros(size, 3)) for _ in "ab"
+        ]
+        ledger.add(transfer(outputs))
+    assert ledger.read().task_loss == {"a": 3.0, "b": 3.0}
