@@ -211,7 +211,10 @@ def peer_mapping(asked: str | Mapping[str, Any], alone: Iterable[str] = ()) -> d
             raise OptionError(f"peer {asked!r}: {pair!r} is not key=value")
         outer, dot, inner = key.partition(".")
         if dot:
-            entry.setdefault(outer, {})[inner] = literal(value)
+            inside = entry.setdefault(outer, {})
+            if not isinstance(inside, dict):
+                raise OptionError(f"peer {asked!r}: {outer} is given as one value and by keys")
+            inside[inner] = literal(value)
         else:
             entry[key] = value if sign else True
     return entry

@@ -47,9 +47,39 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
     except faults as error:
         _logger.error("error: %s", error)
         return 1
+    except ToldByMain:
+        return 1
     finally:
         distributed.stop()
     return 0
+
+
+class ToldByMain(Exception):
+    """The main rank found a fault and tells it; the other ranks end quietly."""
+
+
+def on_main(world: World, work: Callable[[], object], faults: tuple[type[Exception], ...]) -> None:
+    """Do something on the main rank while the others wait; where it fails, all ranks end.
+
+    Args:
+        world: Where this process stands.
+        work: Done once, on the main rank.
+        faults: What it raises on bad input; anything else leaves the others waiting.
+
+    Raises:
+        ToldByMain: On the other ranks; on the main rank the fault itself.
+    """
+    fault = None
+    if world.is_main:
+        try:
+            work()
+        except faults as error:
+            fault = error
+    failed = distributed.gather_objects(fault is not None)[0]
+    if fault is not None:
+        raise fault
+    if failed:
+        raise ToldByMain
 
 
 def start_world(device: str) -> World:
@@ -120,18 +150,30 @@ def make_folder(chosen: Path, resumes: bool, world: World) -> Path:
         OptionError: It holds run files and this is no resume, or it cannot be written.
     """
     folder = distributed.gather_objects(chosen)[0]
-    if list_runs(folder) and not resumes:
-        raise OptionError(
-            f"{folder}: holds the run files of an earlier run; give --resume {folder} to go on "
-            "with it, or another --experiment"
-        )
-    if world.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise OptionError(f"--output: {error}; give a folder that can be written") from error
+
+    def make() -> None:
+        if list_runs(folder) and not resumes:
+            raise OptionError(
+                f"{folder}: holds the run files of an earlier run; give --resume {folder} to go on "
+                "with it, or another --experiment"
+            )
+        make_writable(folder)
+
+    on_main(world, make, (OptionError,))
     return folder
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, and try to write into it.
+
+    Raises:
+        OptionError: It cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OptionError(f"--output: {error}; give a folder that can be written") from error
 
 
 def log_table(rows: Sequence[Mapping[str, str]]) -> None:

@@ -17,14 +17,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common import distributed
 from common.distributed import World
 from common.options import OptionError
-from common.outputs import log_table, progress_bars, run_command, start_world
+from common.outputs import (
+    log_table,
+    make_writable,
+    on_main,
+    progress_bars,
+    run_command,
+    start_world,
+)
 from common.trainer import write_csv
 from saliency.check import check_data
+from saliency.errors import DataError
 from saliency.evaluation import ENSEMBLE, flatten
 from saliency.layouts import VideoSet, open_dataset
 from saliency.metrics import METRICS, Scores
@@ -35,7 +44,7 @@ from saliency.options import (
     check_data_options,
     read_peers,
 )
-from saliency.peer import build_modules
+from saliency.peer import build_modules, warn_of_random_weights
 from saliency.pictures import to_bytes, write_png
 from saliency.report import write_evaluation_report
 from saliency.train import FAULTS, build_evaluator, pack
@@ -80,15 +89,21 @@ def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[
     parser = build_parser()
     options = parser.parse_args(arguments)
     check_data_options(options)
+    torch.manual_seed(options.seed)
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
     world = start_world(options.device)
     videos = open_dataset(options.dataset, options.data_root, options.split)
-    if world.is_main:
-        check_data(videos, depth=options.check_depth, progress=bars and sys.stderr.isatty())
-    distributed.barrier()
+    shown = bars and sys.stderr.isatty()
+    on_main(
+        world,
+        lambda: check_data(videos, depth=options.check_depth, progress=shown),
+        (DataError,),
+    )
     if options.check_data:
         return {}
     modules, views = build_modules(specs)
+    if world.is_main:
+        warn_of_random_weights(specs)
     for module in modules:
         module.to(world.device)
     folder = _folder(options, world)
@@ -115,12 +130,7 @@ def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[
 
 def _folder(options: argparse.Namespace, world: World) -> Path:
     folder = Path(options.output)
-    try:
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"--output: {error}; give a folder that can be written") from error
-    distributed.barrier()
+    on_main(world, lambda: make_writable(folder), (OptionError,))
     return folder
 
 
@@ -183,4 +193,5 @@ def _tell(videos: VideoSet, scores: Mapping[str, Scores]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # see saliency/train.py
     sys.exit(main())

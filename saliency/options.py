@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from common.options import (
     transfer_of,
     truth,
 )
+from common.peers import check_names
 from saliency.check import DEPTHS
 from saliency.clips import VIEWS, ClipView
 from saliency.layouts import LAYOUTS
@@ -37,6 +38,7 @@ PEER_OPTIONS = (
     "backbone size view before stride mean std lr weight_decay opt clip_grad ema ema_decay "
     "grad_checkpointing compile kwargs"
 ).split()
+_NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad")
 PEER_OWN = ("name", "checkpoint", "frozen")
 # Options under which a resumed run is still the same run.
 FREE_TO_CHANGE = frozenset(
@@ -92,8 +94,12 @@ def add_data_options(parser: argparse.ArgumentParser, dataset: str | None) -> No
     add("--metrics", nargs="+", choices=tuple(METRICS), help="default: all that the data allows")
 
 
-def add_peer_options(parser: argparse.ArgumentParser) -> None:
-    """Add the peers, and what each of them may set for itself (marked ``*``)."""
+def add_peer_options(parser: argparse.ArgumentParser, training: bool = False) -> None:
+    """Add the peers, and what each of them may set for itself (marked ``*``).
+
+    Args:
+        training: Also what only training needs.
+    """
     add = parser.add_argument_group("peers (* a peer may set its own)").add_argument
     add(
         "--peer",
@@ -110,8 +116,9 @@ def add_peer_options(parser: argparse.ArgumentParser) -> None:
     add("--stride", type=int, help="* from one frame of its clip to the next")
     add("--mean", type=float, nargs=3, help="*")
     add("--std", type=float, nargs=3, help="*")
-    add("--grad-checkpointing", **_FLAG, help="* less memory, more time")
-    add("--compile", nargs="?", const="inductor", metavar="BACKEND", help="*")
+    if training:
+        add("--grad-checkpointing", **_FLAG, help="* less memory, more time")
+        add("--compile", nargs="?", const="inductor", metavar="BACKEND", help="*")
     parser.set_defaults(kwargs={})
 
 
@@ -133,7 +140,7 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML of options")
     add_data_options(parser, dataset)
-    add_peer_options(parser)
+    add_peer_options(parser, training=True)
     add_transfer_options(parser.add_argument_group("transfer"))
     add = parser.add_argument_group("loss (weights of its terms; 0: not computed)").add_argument
     for term, weight in LOSS_TERMS.items():
@@ -156,6 +163,7 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     add_machine_options(parser)
     add = parser.add_argument_group("run").add_argument
     add("--resume", default="", metavar="PATH", help="a run file, or a folder with run files")
+    add("--no-resume-opt", **_FLAG, help="resume weights and position, with fresh optimizers")
     add("--output", default="", metavar="DIR")
     add("--experiment", default="", metavar="NAME")
     add("--eval-metric", default="loss", choices=SELECTION, help="what chooses the best weights")
@@ -216,6 +224,10 @@ def read_peers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     names = number_repeats(
         (str(entry.get("name", "")), _base_name(str(entry["model"]))) for entry in entries
     )
+    try:
+        check_names(names)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
     return [
         PeerSpec(
             name=name,
@@ -262,7 +274,13 @@ def _own(
     given = {key: value for key, value in entry.items() if key != "kwargs"}
     may_set = [name for name in PEER_OPTIONS if name == "kwargs" or hasattr(options, name)]
     own = own_options(options, _actions(parser), given, may_set, {}, PEER_OWN)
-    own.kwargs = dict(entry.get("kwargs") or {})
+    kwargs = entry.get("kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        raise OptionError(
+            f"peer {entry['model']!r}: kwargs is {kwargs!r}; expected kwargs.NAME=VALUE"
+        )
+    own.kwargs = dict(kwargs)
+    check_least(own, {name: 0 for name in _NOT_NEGATIVE if hasattr(own, name)})
     return own
 
 
@@ -306,17 +324,17 @@ def _check(options: argparse.Namespace) -> None:
             "batch_size": 1,
             "clips_per_video": 1,
             "grad_accum_steps": 1,
-            "lr": 0,
-            "weight_decay": 0,
             "warmup_steps": 0,
             "transfer_warmup_steps": 0,
-            "clip_grad": 0,
+            "seed": 0,
             "val_interval": 1,
             "log_interval": 1,
             "recovery_interval": 0,
             "checkpoint_hist": 1,
         },
     )
+    if options.map_size and min(options.map_size) < 1:
+        raise OptionError(f"--map-size is {options.map_size}; expected a height and a width")
     if not any(getattr(options, term) for term in LOSS_TERMS):
         raise OptionError("every weight of the loss is 0; give at least one, such as --kl 1")
     if options.metrics and options.eval_metric not in ("loss", *options.metrics):

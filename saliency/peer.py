@@ -6,6 +6,7 @@ import argparse
 import copy
 import functools
 import importlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.checkpoint import load_weights, read_weights
 from common.distributed import World
 from common.options import OptionError
 from common.peers import Peer
+from common.seeding import generators_kept
 from common.transfer import PeerOutput, confidence
 from saliency.clips import ClipView
 from saliency.data import ClipBatch
@@ -26,6 +27,13 @@ from saliency.losses import saliency_loss
 from saliency.models import MODELS, ModelError, create_model
 from saliency.options import LOSS_TERMS, PeerSpec, view_of
 
+_logger = logging.getLogger("train")
+
+# What code of a user's own may raise; a TypeError of its options too
+_USERS_FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 SampleLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -92,9 +100,10 @@ def check_output(maps: Tensor, batch: int, who: str) -> Tensor:
     Raises:
         ModelError: Names the model and the shapes.
     """
-    if maps.dim() != 3 or len(maps) != batch:
+    if not isinstance(maps, Tensor) or maps.dim() != 3 or len(maps) != batch:
+        found = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         raise ModelError(
-            f"{who}: its model gave {list(maps.shape)}; expected one map a clip, "
+            f"{who}: its model gave {found}; expected one map a clip, "
             f"[{batch}, height, width], not negative"
         )
     return maps
@@ -112,7 +121,8 @@ def build_modules(specs: Sequence[PeerSpec]) -> tuple[list[nn.Module], list[Clip
     for spec in specs:
         module = _create(spec)
         view = view_of(module.view, spec.options)
-        check_view(module, view, spec.name)
+        check = check_users_own if ":" in spec.model else check_view
+        check(module, view, spec.name)
         modules.append(module)
         views.append(view)
     return modules, views
@@ -132,7 +142,7 @@ def _create(spec: PeerSpec) -> Any:
         raise ModelError(f"{where}: {spec.model} refuses an option: {error}") from error
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
-    if options.grad_checkpointing:
+    if getattr(options, "grad_checkpointing", False):
         if not hasattr(module, "set_grad_checkpointing"):
             raise OptionError(f"{where}: {spec.model} has no gradient checkpointing")
         module.set_grad_checkpointing(True)
@@ -151,7 +161,10 @@ def _users_own(spec: PeerSpec) -> nn.Module:
         ) from error
     if spec.options.backbone:
         raise ModelError(f"{spec.model}: takes no backbone=; hand it over as kwargs.NAME=VALUE")
-    module = function(**spec.options.kwargs)
+    try:
+        module = function(**spec.options.kwargs)
+    except _USERS_FAULTS as error:
+        raise ModelError(f"{spec.model}: fails: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module) or not isinstance(getattr(module, "view", None), ClipView):
         raise ModelError(
             f"{spec.model}: gave {type(module).__name__} without a ClipView as its `view`; "
@@ -163,20 +176,44 @@ def _users_own(spec: PeerSpec) -> nn.Module:
 
 
 def check_view(module: nn.Module, view: ClipView, who: str) -> None:
-    """Try a view on a model, on the meta device: nothing is computed.
+    """Try a view on one of our models, on the meta device: nothing is computed.
 
     Raises:
-        ModelError: The model does not take such clips, or gives no maps.
+        ModelError: The model does not take such clips.
     """
     clip = torch.empty(2, 3, view.frames, *view.size, device="meta")
     try:
         with torch.no_grad():
             maps = copy.deepcopy(module).eval().to("meta")(clip)
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, NotImplementedError) or "meta" in str(error):
-            return  # a model of the user's own that cannot run so; the first batch will tell
         raise ModelError(f"peer {who!r}: does not take {view}: {error}") from error
     check_output(maps, 2, who)
+
+
+def check_users_own(module: nn.Module, view: ClipView, who: str) -> None:
+    """Try a view on a model of the user's own, on one clip of noise.
+
+    Raises:
+        ModelError: The model fails, or gives no maps, or negative ones.
+    """
+    clip = torch.randn(1, 3, view.frames, *view.size, generator=torch.Generator().manual_seed(0))
+    was = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), generators_kept():
+            maps = module(clip)
+    except _USERS_FAULTS as error:
+        raise ModelError(
+            f"peer {who!r}: fails on {view}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        module.train(was)
+    check_output(maps, 1, who)
+    if not bool((maps >= 0).all()):
+        raise ModelError(
+            f"peer {who!r}: its model gave maps from {float(maps.min()):.3g} to "
+            f"{float(maps.max()):.3g} for noise; expected none below 0 (end it in a sigmoid)"
+        )
 
 
 def sample_loss(options: argparse.Namespace) -> SampleLoss:
@@ -302,7 +339,9 @@ def _clip(module: nn.Module, options: argparse.Namespace) -> Callable[[], object
 
 
 class WeightAverage:
-    """An exponential moving average of weights and buffers, begun at the start's weights.
+    """An exponential moving average of weights and statistics, begun at the start's.
+
+    Whole numbers (tables of positions, counters) are not averaged but copied.
 
     Args:
         module: What is averaged.
@@ -315,15 +354,31 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
             raise OptionError(f"--ema-decay is {decay}; expected between 0 and 1")
-        self._averaged = AveragedModel(
-            module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        )
-        self._averaged.n_averaged.fill_(1)  # else the first update, a resumed one too, would copy
-        self.module = self._averaged.module
+        self.decay = decay
+        self.module = copy.deepcopy(module).requires_grad_(False)
 
+    @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Move the average towards the model."""
-        self._averaged.update_parameters(model)
+        """Move the average towards the model, without waiting for the device."""
+        pairs = list(
+            zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
+        )
+        moving = [(mine, new) for mine, new in pairs if mine.is_floating_point()]
+        torch._foreach_lerp_(
+            [mine for mine, _ in moving], [new for _, new in moving], 1 - self.decay
+        )
+        for mine, new in pairs:
+            if not mine.is_floating_point():
+                mine.copy_(new)
+
+
+def warn_of_random_weights(specs: Sequence[PeerSpec]) -> None:
+    """Tell which peers have no weights given."""
+    for spec in specs:
+        if spec.checkpoint is None and not spec.options.backbone and ":" not in spec.model:
+            _logger.warning(
+                "%s has random weights: give checkpoint=FILE, or backbone=kinetics", spec.name
+            )
 
 
 def describe(spec: PeerSpec, module: nn.Module, view: ClipView) -> dict[str, str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.options import OptionError, check_least
-from common.outputs import run_command, start_world
+from common.outputs import make_writable, run_command, start_world
 from saliency.clips import ClipView
 from saliency.errors import DataError
 from saliency.evaluation import over_sum
@@ -33,7 +33,7 @@ from saliency.images import IMAGE_SUFFIXES, read_frame, resize_frame
 from saliency.layouts import natural_key
 from saliency.metrics import resize_and_blur
 from saliency.options import add_machine_options, add_peer_options, read_peers
-from saliency.peer import build_modules, check_output
+from saliency.peer import build_modules, check_output, warn_of_random_weights
 from saliency.pictures import overlay, to_bytes, write_png
 from saliency.train import FAULTS, amp_dtype
 
@@ -77,16 +77,16 @@ def predict(arguments: Sequence[str] | None = None) -> list[Path]:
     options = parser.parse_args(arguments)
     _check(options)
     sources = [source for given in options.inputs for source in open_sources(Path(given))]
-    modules, views = build_modules(read_peers(parser, options))
+    targets = _targets(sources, Path(options.output), options.maps)
+    torch.manual_seed(options.seed)
+    specs = read_peers(parser, options)
+    modules, views = build_modules(specs)
+    warn_of_random_weights(specs)
     world = start_world(options.device)
     for module in modules:
         module.to(world.device).eval()
     predictor = Predictor(modules, views, world.device, options.blur, amp_dtype(options))
-    written = []
-    for source in sources:
-        as_video = source.rate is not None and not options.maps
-        write = _write_overlay if as_video else _write_maps
-        target = Path(options.output) / (f"{source.name}.mp4" if as_video else source.name)
+    for source, target in targets.items():
         maps = predictor.run(source.read(), options.batch_size)
         shown = tqdm(
             maps,
@@ -95,10 +95,37 @@ def predict(arguments: Sequence[str] | None = None) -> list[Path]:
             unit="frame",
             disable=not sys.stderr.isatty(),
         )
+        write = _write_overlay if target.suffix == ".mp4" else _write_maps
         write(target, source, shown, options)
         _logger.info("%s", target)
-        written.append(target)
-    return written
+    return list(targets.values())
+
+
+def _targets(sources: Sequence[Source], output: Path, maps: bool) -> dict[Source, Path]:
+    """Choose what is written for each source; nothing may lie on an input or on another target.
+
+    Raises:
+        OptionError: Names the two.
+    """
+    targets = {
+        source: output / (source.name if maps or source.rate is None else f"{source.name}.mp4")
+        for source in sources
+    }
+    places = {source: target.resolve() for source, target in targets.items()}
+    for source, place in places.items():
+        for other in sources:
+            given = other.path.resolve()
+            if place == given or place in given.parents or given in place.parents:
+                raise OptionError(
+                    f"--output: {targets[source]} would be written over the input {other.path}; "
+                    "give another folder"
+                )
+            if other is not source and places[other] == place:
+                raise OptionError(
+                    f"--output: {source.path} and {other.path} would both be written to "
+                    f"{targets[source]}; predict them one by one, with an --output each"
+                )
+    return targets
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -107,13 +134,10 @@ def _check(options: argparse.Namespace) -> None:
         raise OptionError(f"--blur is {options.blur}; expected an odd number of pixels, or 0")
     if options.strength > 1:
         raise OptionError(f"--strength is {options.strength}; expected 0 to 1")
-    try:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"--output: {error}; give a folder that can be written") from error
+    make_writable(Path(options.output))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """Frames of one video.
 
@@ -320,8 +344,8 @@ def _write_overlay(
 ) -> None:
     import av
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(target), "w") as container:
+    unfinished = target.with_name(f".{target.name}")
+    with av.open(str(unfinished), "w", format="mp4") as container:
         stream = None
         for frame, map_ in maps:
             # H.264 wants even sides
@@ -334,7 +358,9 @@ def _write_overlay(
         if stream is None:
             raise DataError(f"{source.path}: has no frames")
         container.mux(stream.encode())
+    unfinished.replace(target)
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # see saliency/train.py
     sys.exit(main())

@@ -30,6 +30,7 @@ from common.outputs import (
     log_table,
     make_folder,
     new_folder,
+    on_main,
     plain,
     progress_bars,
     run_command,
@@ -44,12 +45,17 @@ from saliency.check import check_data
 from saliency.clips import ClipView
 from saliency.data import EvalLoader, TrainLoader
 from saliency.errors import DataError
-from saliency.evaluation import SaliencyEvaluator, is_lower_better, metrics_for
+from saliency.evaluation import (
+    SaliencyEvaluator,
+    has_fixations,
+    is_lower_better,
+    metrics_for,
+)
 from saliency.layouts import VideoSet, open_dataset
 from saliency.models import ModelError
 from saliency.options import FREE_TO_CHANGE, LOSS_TERMS, PeerSpec, parse
 from saliency.packed import PackedFrames, pack_frames
-from saliency.peer import SaliencyPeer, build_modules, build_peers, describe
+from saliency.peer import SaliencyPeer, build_modules, build_peers, describe, warn_of_random_weights
 from saliency.pictures import teaching_pictures
 
 _logger = logging.getLogger("train")
@@ -86,29 +92,33 @@ def run(
     """
     options, specs = parse(dataset, script, arguments)
     world = start_world(options.device)
-    train_set, held_out = open_splits(options, world, bars)
-    if options.check_data:
-        return None
+    if options.sync_bn and world.device.type != "cuda":
+        raise OptionError("--sync-bn needs GPUs; leave it out on a CPU")
     state = _resumed_state(options, specs)
     torch.manual_seed(options.seed)
     modules, views = build_modules(specs)
+    train_set, held_out = open_splits(options, world, bars)
+    if options.check_data:
+        return None
     packed = pack(options, (train_set, held_out), views, world, bars)
     loader = _train_loader(options, train_set, views, world, packed)
     if world.is_main:
         rows = zip(specs, modules, views, strict=True)
         log_table([describe(*row) for row in rows])
-        _warn_of_random_weights(specs, resumes=state is not None)
+        if state is None:
+            warn_of_random_weights(specs)
     updates = options.epochs * -(-len(loader) // options.grad_accum_steps)
     group = _group(build_peers(specs, modules, views, options, world, updates))
     torch.manual_seed(options.seed + world.rank)
     watch = progress_bars(bars and world.is_main)
     evaluator = build_evaluator(options, held_out, views, world, packed, watch)
     trainer = _trainer(options, group, loader, evaluator, world, watch)
-    if world.is_main:
-        _write_arguments(trainer.folder, options)
     if state is not None:
-        trainer.resume(state, source=_folder_of(options.resume))
+        source = _folder_of(options.resume)
+        trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
+    if world.is_main:
+        _write_arguments(trainer.folder, options, keep_dataset=dataset is None)
     trainer.writers = _writers(options, trainer.folder, world, trainer.progress)
     trainer.fit()
     if world.is_main:
@@ -128,12 +138,14 @@ def open_splits(options: argparse.Namespace, world: World, bars: bool) -> tuple[
         open_dataset(options.dataset, options.data_root, "train"),
         open_dataset(options.dataset, options.data_root, "val"),
     )
-    if world.is_main:
+
+    def look() -> None:
         check_data(splits, depth=options.check_depth, progress=bars and sys.stderr.isatty())
         for split in splits:
             frames = sum(len(video) for video in split.videos)
             _logger.info("%s: %d videos, %d frames", split, len(split.videos), frames)
-    distributed.barrier()
+
+    on_main(world, look, (DataError,))
     return splits
 
 
@@ -165,6 +177,11 @@ def _train_loader(
     world: World,
     packed: PackedFrames | None,
 ) -> TrainLoader:
+    if options.nss and not has_fixations(videos):
+        raise OptionError(
+            f"--nss is {options.nss}, but {videos} has no fixations; leave it out, or bring "
+            "VIDEO/fixation/maps/*.mat or VIDEO/fixation/*.png"
+        )
     return TrainLoader(
         videos,
         views,
@@ -308,18 +325,10 @@ def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[s
     return state
 
 
-def _warn_of_random_weights(specs: Sequence[PeerSpec], resumes: bool) -> None:
-    for spec in specs:
-        if not resumes and spec.checkpoint is None and not spec.options.backbone:
-            _logger.warning(
-                "%s starts from random weights: give checkpoint=FILE, or backbone=kinetics",
-                spec.name,
-            )
-
-
-def _write_arguments(folder: Path, options: argparse.Namespace) -> None:
+def _write_arguments(folder: Path, options: argparse.Namespace, keep_dataset: bool) -> None:
     """Keep the arguments as a YAML file that ``--config`` takes."""
-    hidden = ("config", "resume", "in_place", "dataset", "kwargs", "check_data")
+    hidden = ["config", "resume", "in_place", "kwargs", "check_data"]
+    hidden += [] if keep_dataset else ["dataset"]
     content = {name: value for name, value in plain(options).items() if name not in hidden}
     (folder / "args.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
@@ -351,4 +360,6 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # Python puts this folder first, where models.py and data.py of a user's would not be found.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     sys.exit(main())

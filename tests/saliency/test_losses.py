@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.transfer import KnowledgeTransfer, PeerOutput
 from saliency import losses
 from saliency.losses import cc, kldiv, l1, nss, saliency_loss, similarity
+from saliency.peer import log_map
 from tests.saliency.maps import golden, make_fixations, make_map, mix, random_maps
 
 GOLDEN = golden("losses")
@@ -91,6 +93,25 @@ def test_gradients_of_three_models_are_the_references():
     assert mask.tolist() == expected["mask"]
     close(total, expected["total"])
     close(torch.stack([p.grad.norm() for p in maps]), expected["grad_l2"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "chosen"),
+    [("bi(t=P1,s=P2)", [0, 1]), ("tri(P1,P2,P3)", [0, 1, 2]), ("tri_tie(P1,P1,P3)", [0, 0, 2])],
+)
+def test_the_published_objectives_are_our_transfer_without_detaching(case, chosen):
+    expected = GOLDEN[case]
+    maps = [predictions()[i].clone().requires_grad_() for i in chosen]
+    outputs = []
+    for map_ in maps:
+        per_sample = saliency_loss(map_, TARGET)
+        logits = log_map(map_).flatten(1)
+        outputs.append(PeerOutput(per_sample.mean(), -per_sample.detach().float(), logits))
+    result = KnowledgeTransfer("best", detach_teacher=False)(outputs)
+    result.total.backward()
+    close(result.total.detach(), expected["total"], rel=1e-5)
+    told = expected.get("grad_l2") or [expected["grad_t_l2"], expected["grad_s_l2"]]
+    close(torch.stack([m.grad.norm() for m in maps]), told, rel=1e-4)
 
 
 def test_edges_where_the_reference_is_defined():

@@ -235,15 +235,24 @@ def test_the_rate_is_a_function_of_the_position():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_the_average_begins_at_the_start_and_moves_by_its_decay():
-    module = nn.Linear(1, 1, bias=False)
-    nn.init.ones_(module.weight)
-    average = WeightAverage(module, 0.9)
+@pytest.mark.parametrize("decay", [0.9, 0.95, 0.999, 0.9995, 0.9999])
+def test_the_average_moves_by_its_decay_and_copies_whole_numbers(decay):
+    module = nn.BatchNorm1d(1)
+    module.register_buffer("table", torch.arange(200_000))
+    average = WeightAverage(module, decay)
     nn.init.constant_(module.weight, 2.0)
+    module.running_mean.fill_(1.0)
+    module.num_batches_tracked.fill_(7)
     average.update(module)
-    assert average.module.weight.item() == pytest.approx(1.1)
+    assert average.module.weight.item() == pytest.approx(2 - decay)
+    assert average.module.running_mean.item() == pytest.approx(1 - decay)
+    assert average.module.num_batches_tracked == 7
+    assert torch.equal(average.module.table, module.table)
+
+
+def test_a_decay_out_of_range_is_refused():
     with pytest.raises(OptionError, match="ema-decay is 1"):
-        WeightAverage(module, 1.0)
+        WeightAverage(nn.Linear(1, 1), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -253,8 +262,12 @@ def test_the_average_begins_at_the_start_and_moves_by_its_decay():
         ("tests.saliency.toy:Nobody", "cannot be imported"),
         ("tests.nowhere:Deep", "cannot be imported"),
         ("tests.saliency.toy:no_view", "without a ClipView"),
-        ("tests.saliency.toy:TwoMaps", r"expected one map a clip, \[2, height, width\]"),
-        ("tests.saliency.toy:Deep,kwargs.depth=3", "refuses an option"),
+        ("tests.saliency.toy:TwoMaps", r"expected one map a clip, \[1, height, width\]"),
+        ("tests.saliency.toy:Deep,kwargs.depth=3", "fails: TypeError"),
+        ("tests.saliency.toy:Negative", "expected none below 0"),
+        ("tests.saliency.toy:Pair", "its model gave tuple"),
+        ("tests.saliency.toy:Failing", "AssertionError: not today"),
+        ("tests.saliency.toy:no_file", "fails: FileNotFoundError"),
         ("tests.saliency.toy:Deep,backbone=x.pth", "takes no backbone"),
         ("tests.saliency.toy:Deep,grad_checkpointing", "has no gradient checkpointing"),
         ("tests.saliency.toy:Deep,checkpoint=/nowhere.pth", "/nowhere.pth"),
@@ -274,11 +287,6 @@ def test_a_view_is_tried_without_computing():
     model = create_model("vinet_a")
     check_view(model, VIEWS["vinet_a"], "a")
     assert next(model.parameters()).device.type == "cpu" and model.training
-
-
-def test_a_model_that_cannot_be_tried_is_taken():
-    _, specs = options_of("tests.saliency.toy:Stubborn")
-    assert len(build_modules(specs)[0]) == 1
 
 
 def test_named_views_choose_frames_and_leave_the_size():

@@ -103,6 +103,19 @@ def test_folders_of_frames_get_maps_in_the_layout_of_submissions(tmp_path):
     assert np.array_equal(next(source.read()), read_frame(str(source.files[0])))
 
 
+def test_inputs_and_other_targets_are_never_written_over(video, tmp_path, caplog):
+    root = write_dataset(tmp_path / "d", {"v1": 2, "sub/v1": 2})
+    before = video.read_bytes()
+    peer = ["--peer", f"{TOY}:Flat", "--device", "cpu", "--output"]
+    assert main([str(video), *peer, str(video.parent)]) == 1
+    assert "over the input" in caplog.text and video.read_bytes() == before
+    assert main([str(root / "v1"), *peer, str(root)]) == 1
+    assert len(list((root / "v1").rglob("*.png"))) == 4
+    caplog.clear()
+    assert main([str(root / "v1"), str(root / "sub/v1"), *peer, str(tmp_path / "out")]) == 1
+    assert "would both be written" in caplog.text
+
+
 def test_names_of_frames_of_a_video_file(video):
     source = Source(video, "clip", rate=Fraction(10))
     assert source.frame_name(0) == "0001"

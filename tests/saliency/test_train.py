@@ -173,7 +173,6 @@ def test_packed_frames_change_nothing(data, tmp_path):
 
 
 def test_accumulated_batches_are_one_step(data, tmp_path):
-    """Four videos are left out of the last, smaller batch by having four."""
     root = write_dataset(
         tmp_path / "data", {f"annotation/{k:04d}": 8 for k in range(1, 5)} | {"val/0601": 6}
     )
@@ -214,6 +213,13 @@ def test_published_models_train_and_go_back(data, tmp_path, name):
         (["--output", "/proc/x"], "give a folder that can be written"),
         (["--resume", "/nowhere"], "/nowhere"),
         (["-c", "/nowhere.yaml"], "no such config file"),
+        (["--peer", f"{TOY}:Deep,lr=-1"], "--lr is -1.0"),
+        (["--peer", f"{TOY}:Deep,clip_grad=-1"], "--clip-grad is -1.0"),
+        (["--peer", f"{TOY}:Deep,kwargs=3"], "expected kwargs.NAME=VALUE"),
+        (["--peer", f"{TOY}:Deep,kwargs=3,kwargs.width=4"], "one value and by keys"),
+        (["--map-size", "0", "5"], "--map-size is [0, 5]"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--sync-bn"], "--sync-bn needs GPUs"),
         (["--metrics", "auc_shuffled", "--eval-metric", "cc"], "--eval-metric is cc"),
     ],
 )
@@ -333,3 +339,70 @@ def test_engines_give_the_same_run(data, finished, tmp_path):
         mine, whole = (read_weights(f / name / "last.pth") for f in (trainer.folder, finished))
         for key, value in whole.items():
             torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_resume_goes_on_with_averages_schedules_and_scaling(data, tmp_path):
+    rest = ["--ema", "--ema-decay", "0.8", "--sched", "cosine", "--warmup-steps", "2"]
+    rest += ["--amp", "--amp-dtype", "float16", "--grad-accum-steps", "2", "--clip-grad", "0.5"]
+    rest += ["--transfer-warmup-steps", "3", "--recovery-interval", "1", "--checkpoint-hist", "9"]
+    whole = train(data, tmp_path / "whole", *rest)
+    (middle,) = whole.folder.glob("run-00001-00000002.pt")
+    again = train(data, tmp_path / "again", *rest, "--resume", middle)
+    for name in ("Deep", "Flat"):
+        one, other = (read_weights(t.folder / name / "last.pth") for t in (whole, again))
+        assert same(one, other)
+    assert str(again.progress.history) == str(whole.progress.history)
+
+
+def test_a_refused_resume_leaves_the_arguments_as_they_were(data, tmp_path, caplog):
+    trainer = train(data, tmp_path)
+    before = (trainer.folder / "args.yaml").read_text()
+    peers = (f"{TOY}:Deep", f"{TOY}:Flat,opt=sgd")
+    assert main(
+        "dhf1k", "train", arguments(data, tmp_path, "--resume", trainer.folder, peers=peers)
+    )
+    assert "state of Adam, not of SGD" in caplog.text
+    assert (trainer.folder / "args.yaml").read_text() == before
+    fresh = ("--no-resume-opt", "--epochs", "3", "--resume", trainer.folder)
+    assert train(data, tmp_path, *fresh, peers=peers).progress.epoch == 3
+
+
+def test_the_arguments_of_the_general_script_name_their_data_set(tmp_path):
+    videos = {"training/clip1_1": 5, "testing/clip2_1": 6}
+    root = write_dataset(tmp_path / "d", videos)
+    asked = ["--dataset", "hollywood2", *arguments(root, tmp_path)]
+    trainer = run(None, "train", asked, bars=False)
+    config = str(trainer.folder / "args.yaml")
+    again = run(None, "train", ["-c", config, "--output", str(tmp_path / "b")], bars=False)
+    assert again.progress.epoch == 2
+
+
+def test_a_loss_on_fixations_needs_some(tmp_path, caplog):
+    root = write_dataset(tmp_path / "d", {"annotation/0001": 4, "val/0601": 4})
+    assert main("dhf1k", "train", arguments(root, tmp_path, "--nss", "-1")) == 1
+    assert "has no fixations" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ensemble", "../out", "Flat"])
+def test_evaluation_refuses_names_that_cannot_be(data, tmp_path, caplog, name):
+    asked = ["--data-root", str(data), "--output", str(tmp_path / "out"), "--peer", f"{TOY}:Flat"]
+    assert evaluate_main([*asked, "--peer", f"{TOY}:Flat,name={name}"]) == 1
+    assert name in caplog.text and not (tmp_path / "out").exists()
+
+
+def test_evaluation_needs_a_folder_that_can_be_written(data, caplog):
+    asked = ["--data-root", str(data), "--peer", f"{TOY}:Flat", "--output", "/proc/1"]
+    assert evaluate_main(asked) == 1
+    assert "give a folder that can be written" in caplog.text
+
+
+def _on_broken_data(world, root, folder):
+    status = main("dhf1k", "train_dhf1k", arguments(root, folder))
+    (folder / f"{world.rank}.txt").write_text(str(status))
+
+
+def test_a_fault_ends_all_ranks(tmp_path):
+    root = write_dataset(tmp_path / "d", {"annotation/0001": 4, "val/0601": 4})
+    (root / "annotation/0001/maps/0002.png").unlink()
+    launch(_on_broken_data, 2, root, tmp_path)
+    assert [(tmp_path / f"{i}.txt").read_text() for i in range(2)] == ["1", "1"]

@@ -55,12 +55,27 @@ class TwoMaps(Flat):
         return super().forward(x).unsqueeze(1).repeat(1, 2, 1, 1)
 
 
-class Stubborn(Flat):
-    """Holds a tensor that does not move with it, so it cannot be tried on the meta device."""
-
-    def __init__(self):
-        super().__init__()
-        self.offset = torch.zeros(1)
+class Negative(Flat):
+    """Forgot its sigmoid."""
 
     def forward(self, x):
-        return super().forward(x + self.offset)
+        return self.body(x[:, :, 0])[:, 0]
+
+
+class Pair(Flat):
+    """Gives a pair."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Failing(Flat):
+    """Refuses everything."""
+
+    def forward(self, x):
+        raise AssertionError("not today")
+
+
+def no_file():
+    """Look for weights that are not there."""
+    return torch.load("/nowhere.pt", weights_only=True)
