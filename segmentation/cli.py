@@ -24,12 +24,12 @@ from segmentation import checkpoints
 from segmentation.config import RunConfig, load_run
 from segmentation.data import check_classes
 from segmentation.errors import ConfigError, DataError, SegmentorError
+from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
 from segmentation.pictures import teaching_pictures
 from segmentation.trainer import (
     METRIC,
     TransferTrainer,
-    build_with_weights,
     evaluate_run,
     log_metrics,
     summary_of,

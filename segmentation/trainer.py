@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from detectron2.engine import TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import get_bn_modules
@@ -29,8 +28,8 @@ from segmentation.data import SharedMapper, build_train_loader, check_classes, l
 from segmentation.errors import ConfigError
 from segmentation.evaluation import evaluate_group
 from segmentation.hooks import PeerSchedules, PeriodicSave, SameBatches
+from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer, make_batch
-from segmentation.weights import load_peer_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -292,20 +291,6 @@ def current_world(device: str) -> World:
     local_rank = comm.get_local_rank() if size > 1 else 0
     index = local_rank if torch.device(device).type == "cuda" else None
     return World(comm.get_rank(), size, local_rank, torch.device(torch.device(device).type, index))
-
-
-def build_with_weights(config: PeerConfig) -> tuple[torch.nn.Module, Any]:
-    """Build a peer's model and load MODEL.WEIGHTS into it.
-
-    Raises:
-        CheckpointError: No such file, or a checkpoint of another model.
-    """
-    module = build_model(config.cfg)
-    if config.cfg.MODEL.WEIGHTS:
-        load_peer_weights(module, config.cfg.MODEL.WEIGHTS, f"peer {config.name!r}")
-    else:
-        _logger.warning("peer %r has no MODEL.WEIGHTS: it starts from random ones", config.name)
-    return module, config.cfg
 
 
 def build_transfer(run: RunConfig, seed: int) -> KnowledgeTransfer:

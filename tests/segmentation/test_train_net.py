@@ -158,6 +158,14 @@ def test_three_peers_pixels_accumulation_and_a_frozen_one(tmp_path, datasets):
     assert max(lessons["fpn/transfer_loss"], lessons["deeplab/transfer_loss"]) > 0
 
 
+def test_deeplab_trains_on_crops_and_is_tested_at_other_sizes(tmp_path, datasets):
+    options = ["SOLVER.MAX_ITER", "1", "INPUT.MIN_SIZE_TEST", "70", "TEST.EVAL_PERIOD", "0"]
+    run = write_run(tmp_path, ("deeplab",), RULE="none")
+    assert main(["--config-file", str(run), *options]) == 0
+    config = (tmp_path / "out" / "deeplab" / "config.yaml").read_text()
+    assert "CROP:\n    ENABLED: true" in config  # as the user wrote it
+
+
 def test_precise_batch_norm_replaces_the_running_statistics(tmp_path, datasets):
     """At a rate of zero nothing else can differ."""
     config = write_run(tmp_path, kinds=("fpn",), RULE="none")
