@@ -12,11 +12,7 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.evaluation import (
-    CityscapesSemSegEvaluator,
-    DatasetEvaluator,
-    SemSegEvaluator,
-)
+from detectron2.evaluation import SemSegEvaluator
 from torch import Tensor
 
 from common import distributed
@@ -29,6 +25,7 @@ _logger = logging.getLogger(__name__)
 METRICS = ("mIoU", "fwIoU", "mACC", "pACC")
 ENSEMBLE = "ensemble"
 _LOG_SECONDS = 30
+_SEMANTIC = ("sem_seg", "cityscapes_sem_seg", "ade20k_panoptic_seg")
 
 
 class LabelEvaluator(SemSegEvaluator):
@@ -87,7 +84,7 @@ def evaluate_group(
     return {
         f"{name}/{metric}{suffix}": float(value)
         for name, results in found.items()
-        for metric, value in _flat(results["sem_seg"]).items()
+        for metric, value in results["sem_seg"].items()
     }
 
 
@@ -149,26 +146,14 @@ class _GroupMapper:
         return [samples[size] for size in self.geometries]
 
 
-def _evaluator(dataset: str) -> DatasetEvaluator:
+def _evaluator(dataset: str) -> LabelEvaluator:
+    """Build what compares label files; Cityscapes' own evaluator needs more, and tells less."""
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
-    if kind == "cityscapes_sem_seg":
-        try:
-            return CityscapesSemSegEvaluator(dataset)
-        except ImportError as error:
-            raise DataError(f"{dataset}: needs pip install cityscapesscripts ({error})") from error
-    if kind in ("sem_seg", "ade20k_panoptic_seg"):
-        return LabelEvaluator(dataset)
-    raise DataError(
-        f"{dataset}: evaluator type {kind!r}; semantic datasets are of sem_seg or "
-        "cityscapes_sem_seg"
-    )
-
-
-def _flat(results: dict[str, float]) -> dict[str, float]:
-    """Name the metrics alike: Cityscapes' evaluator calls its mean ``IoU``."""
-    if "mIoU" in results:
-        return dict(results)
-    return {"mIoU" if name == "IoU" else name: value for name, value in results.items()}
+    if kind not in _SEMANTIC:
+        raise DataError(
+            f"{dataset}: evaluator type {kind!r}; semantic datasets are of {', '.join(_SEMANTIC)}"
+        )
+    return LabelEvaluator(dataset)
 
 
 @contextmanager
