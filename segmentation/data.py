@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,37 @@ class Stream(Sampler[tuple[int, int]]):
             position += self.ranks
 
 
+class Carrying:
+    """A mapper whose DataError is its result, so that it crosses from a worker as it is.
+
+    Args:
+        mapper: Makes a sample of a record.
+    """
+
+    def __init__(self, mapper: Callable[[Any], Any]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: Any) -> Any:
+        """Return the sample, or what is wrong with it."""
+        try:
+            return self.mapper(record)
+        except DataError as error:
+            return error
+
+
+def unpacked(batches: Iterable[list[Any]]) -> Iterator[list[Any]]:
+    """Yield batches; raise the error that one carries.
+
+    Raises:
+        DataError: As the mapper did.
+    """
+    for batch in batches:
+        for sample in batch:
+            if isinstance(sample, DataError):
+                raise sample
+        yield batch
+
+
 class SeededRecords(Dataset):
     """Maps each record with draws that depend on the run's seed and the position alone."""
 
@@ -219,7 +250,7 @@ def build_train_loader(
     rank: int = 0,
     ranks: int = 1,
     start: int = 0,
-) -> DataLoader:
+) -> Iterator[list[dict[str, Any]]]:
     """Build the endless stream of this rank's batches, lists of samples.
 
     Args:
@@ -230,15 +261,19 @@ def build_train_loader(
         seed: Of the run.
         rank: Of this process, among ``ranks``.
         start: How many samples all ranks together have already taken.
+
+    Raises:
+        DataError: From the stream: a sample that cannot be read; names the file.
     """
-    return DataLoader(
-        SeededRecords(records, mapper, seed),
+    loader = DataLoader(
+        SeededRecords(records, Carrying(mapper), seed),
         batch_size=batch,
         sampler=Stream(len(records), seed, rank, ranks, start),
         num_workers=workers,
         collate_fn=list,
         persistent_workers=workers > 0,
     )
+    return unpacked(iter(loader))  # opened now: that draws from torch's generator
 
 
 def load_datasets(names: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,5 +1,10 @@
 """What is wrong with a run: each says the value, and the way out."""
 
+from __future__ import annotations
+
+from common.checkpoint import CheckpointError
+from common.roles import NonFiniteError
+
 
 class ConfigError(ValueError):
     """A run file, a config or an option that cannot be used; names the value and the choices."""
@@ -11,3 +16,7 @@ class DataError(ValueError):
 
 class SegmentorError(ValueError):
     """A model that is no semantic segmentor of a known kind."""
+
+
+# What ends a run in one line, not in a traceback.
+FAULTS = (ConfigError, DataError, SegmentorError, CheckpointError, NonFiniteError)

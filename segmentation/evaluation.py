@@ -16,7 +16,14 @@ from detectron2.evaluation import SemSegEvaluator
 from torch import Tensor
 
 from common import distributed
-from segmentation.data import TestMapper, load_datasets, peer_view, read_labels
+from segmentation.data import (
+    Carrying,
+    TestMapper,
+    load_datasets,
+    peer_view,
+    read_labels,
+    unpacked,
+)
 from segmentation.errors import DataError
 from segmentation.peer import SegmentorPeer
 
@@ -124,10 +131,10 @@ def _loader(
     """Yield one image after another, as each peer's sample."""
     loader = build_detection_test_loader(
         load_datasets([dataset]),
-        mapper=_GroupMapper(peers, tta),
+        mapper=Carrying(_GroupMapper(peers, tta)),
         num_workers=peers[0].cfg.DATALOADER.NUM_WORKERS,
     )
-    for batch in loader:
+    for batch in unpacked(loader):
         yield batch[0]
 
 

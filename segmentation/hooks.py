@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 
 from segmentation.peer import SegmentorPeer
 
@@ -26,6 +26,15 @@ class PeerSchedules(HookBase):
         for peer in self.peers:
             self.trainer.storage.put_scalar(f"{peer.name}/lr", peer.lr, smoothing_hint=False)
             peer.scheduler.step()
+
+
+class Evaluate(hooks.EvalHook):
+    """Detectron2's, but for a run that failed in its last iteration: that is not evaluated."""
+
+    def after_train(self) -> None:
+        """Evaluate the end."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 class PeriodicSave(HookBase):

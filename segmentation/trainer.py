@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from common.transfer import KnowledgeTransfer
 from segmentation import checkpoints, solver
 from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig
 from segmentation.data import SharedMapper, build_train_loader, check_classes, load_datasets
-from segmentation.errors import ConfigError
+from segmentation.errors import FAULTS, ConfigError
 from segmentation.evaluation import evaluate_group
-from segmentation.hooks import PeerSchedules, PeriodicSave, SameBatches
+from segmentation.hooks import Evaluate, PeerSchedules, PeriodicSave, SameBatches
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer, make_batch
 
@@ -95,7 +96,8 @@ class TransferTrainer(TrainerBase):
         if start_iter >= max_iter:
             _logger.info("nothing to do: the run is at iteration %d of %d", start_iter, max_iter)
             return
-        super().train(start_iter, max_iter)
+        with faults_untold():
+            super().train(start_iter, max_iter)
 
     def before_train(self) -> None:
         """Measure the start, so that gains can be told."""
@@ -192,7 +194,7 @@ class TransferTrainer(TrainerBase):
     def _build_hooks(self) -> list[Any]:
         cfg = self.run.cfg
         built = [hooks.IterationTimer(), PeerSchedules(self.peers), *self._precise_bn()]
-        built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_now))
+        built.append(Evaluate(cfg.TEST.EVAL_PERIOD, self._evaluate_now))
         built.append(PeriodicSave(self.save, cfg.SOLVER.CHECKPOINT_PERIOD))
         if self.world.is_main:
             writers = default_writers(str(self.folder), self.max_iter)
@@ -283,6 +285,21 @@ class TransferTrainer(TrainerBase):
         for peer in self.peers:
             peer.load_own_buffers(mine["buffers"].get(peer.name, {}))
         load_rng_state(mine["rng"], self.world.device)
+
+
+@contextmanager
+def faults_untold() -> Iterator[None]:
+    """Keep Detectron2's loop from logging a traceback of what is told in one line later."""
+
+    def tells_more(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], FAULTS)
+
+    logger = logging.getLogger(TrainerBase.__module__)
+    logger.addFilter(tells_more)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells_more)
 
 
 def current_world(device: str) -> World:
