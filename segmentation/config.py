@@ -212,6 +212,9 @@ def _split_options(
     options: Sequence[str],
 ) -> tuple[list[str], list[str], dict[str, list[str]]]:
     """Sort the command line's pairs into the run's, every peer's, and one peer's."""
+    flags = [str(option) for option in options if str(option).startswith("--")]
+    if flags:
+        raise ConfigError(f"{flags[0]}: arguments with -- come before KEY VALUE; move it there")
     if len(options) % 2:
         raise ConfigError(
             f"options come in pairs of KEY VALUE; {options[-1]!r} is left over in "

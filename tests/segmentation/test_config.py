@@ -112,6 +112,7 @@ def test_run_files_are_refused_by_name(folder, change, message):
     ("options", "message"),
     [
         (["SOLVER.BASE_LR"], "pairs of KEY VALUE; 'SOLVER.BASE_LR' is left over"),
+        (["SEED", "1", "--resume"], "--resume: arguments with -- come before KEY VALUE"),
         (["SOLVER.RATE", "1"], "unknown key SOLVER.RATE; .*choose from .*BASE_LR"),
         (["SOLVER.BASE_LR.X", "1"], "unknown key SOLVER.BASE_LR.X; it holds a value"),
         (["PEER.z.SOLVER.BASE_LR", "1"], "PEER.z: no such peer; peers: x, y"),
