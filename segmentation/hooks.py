@@ -82,4 +82,8 @@ class SameBatches:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield from map(self.view, itertools.islice(self.open_stream(), self.count))
+            stream = self.open_stream()
+            yield from map(self.view, itertools.islice(stream, self.count - 1))
+            last = next(stream)
+            del stream  # with its workers, which would wait for the next call
+            yield self.view(last)

@@ -142,6 +142,18 @@ class SegmentorPeer(Peer):
         seen = peer_view(sample, self.cfg.INPUT.FORMAT)
         return {key: value for key, value in seen.items() if key not in ("height", "width")}
 
+    def inputs(self, samples: Sequence[dict[str, Any]], ignore: int) -> list[dict[str, Any]]:
+        """Return samples as the training forward gets them: this peer's channels and padding.
+
+        Args:
+            samples: From ``segmentation.data.SharedMapper``.
+            ignore: The label of the padding.
+        """
+        seen = [self.view(sample) for sample in samples]
+        if self.multiple > 1:
+            return pad(seen, self.multiple, self.cfg.MODEL.PIXEL_MEAN, ignore)
+        return seen
+
     def probabilities(self, sem_seg: Tensor) -> Tensor:
         """Turn the module's ``sem_seg`` output [C, H, W] into probabilities over dim 0."""
         sem_seg = sem_seg.float()
@@ -156,9 +168,7 @@ class SegmentorPeer(Peer):
         return means
 
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
-        inputs = [self.view(sample) for sample in batch.samples]
-        if self.multiple > 1:
-            inputs = pad(inputs, self.multiple, self.cfg.MODEL.PIXEL_MEAN, batch.ignore)
+        inputs = self.inputs(batch.samples, batch.ignore)
         with _scope(self.name):
             output = self.model(inputs)
         return output, self._logits(padded_size(self.module, inputs), batch.grid)

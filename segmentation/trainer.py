@@ -208,7 +208,7 @@ class TransferTrainer(TrainerBase):
             if settings.ENABLED and not peer.frozen and get_bn_modules(peer.module):
                 batches = SameBatches(
                     lambda: self._open_stream(seed=self.seed + 1),
-                    lambda samples, peer=peer: [peer.view(sample) for sample in samples],
+                    lambda samples, peer=peer: peer.inputs(samples, self.ignore),
                     settings.NUM_ITER,
                 )
                 period = peer.cfg.TEST.EVAL_PERIOD

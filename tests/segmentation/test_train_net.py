@@ -1,5 +1,6 @@
 """Whole runs through the command line's own functions."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -187,6 +188,19 @@ def test_precise_batch_norm_replaces_the_running_statistics(tmp_path, datasets):
             "num_batches_tracked",
         }
     )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_precise_batch_norm_pads_as_training_does_and_leaves_no_workers(
+    tmp_path, datasets, workers
+):
+    config = write_run(tmp_path, kinds=("deeplab",), RULE="none")
+    options = ["SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "INPUT.CROP.ENABLED", "False"]
+    options += ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
+    options += ["INPUT.MIN_SIZE_TRAIN", "(70,)", "DATALOADER.NUM_WORKERS", str(workers)]
+    trainer = TransferTrainer(load_run([config], options))
+    trainer.train()
+    assert len(multiprocessing.active_children()) == workers  # those of the training stream
 
 
 def test_a_fresh_run_is_not_written_over_an_older_one(finished, datasets, capsys):
