@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,11 +181,20 @@ def check_machine(options: argparse.Namespace, run: RunConfig) -> None:
 
 
 def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
-    """Refuse to write a fresh run over an older one.
+    """Make OUTPUT_DIR; refuse to write a fresh run over an older one.
 
     Raises:
-        ConfigError: OUTPUT_DIR holds the record of a run, and this is no resume.
+        ConfigError: OUTPUT_DIR cannot be written to, or holds the record of a run and this is no
+            resume.
     """
+    try:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {run.output_dir}: cannot be written to ({error.strerror}); give another"
+        ) from error
     fresh = not (options.resume or options.eval_only)
     if fresh and (run.output_dir / checkpoints.RECORD).exists():
         raise ConfigError(

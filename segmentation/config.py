@@ -151,7 +151,7 @@ def load_run(
     node = transfer_defaults()
     _merge(node, shared.pop("TRANSFER", {}), f"{files[0]}: TRANSFER")
     _merge_options(node, transfer, "the command line: TRANSFER")
-    specs = specs or [_checked_spec(spec, files[0]) for spec in node.PEERS]
+    specs = specs or [_checked_spec(spec, files[0]) for spec in _listed_peers(node, files[0])]
     names = [spec["NAME"] for spec in specs]
     _check_run(node, names, files[0])
     unknown = sorted(set(own) - set(names))
@@ -162,6 +162,7 @@ def load_run(
         for spec in specs
     ]
     _check_shared(peers)
+    _check_values(peers)
     output = Path(peers[0].cfg.OUTPUT_DIR)
     for peer in peers:
         peer.cfg.OUTPUT_DIR = str(output / peer.name)
@@ -194,7 +195,7 @@ def _read_yaml(path: Path, allow_unsafe: bool) -> dict[str, Any]:
         content = CfgNode.load_yaml_with_base(str(path), allow_unsafe=allow_unsafe)
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(_unsafe(path, error)) from error
-    except (yaml.YAMLError, OSError, AssertionError, TypeError) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, AssertionError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: holds no keys")
@@ -234,6 +235,12 @@ def _split_options(
     return transfer, common, own
 
 
+def _listed_peers(node: CfgNode, file: str | Path) -> Sequence[Any]:
+    if not isinstance(node.PEERS, Sequence) or isinstance(node.PEERS, str):
+        raise ConfigError(f"{file}: TRANSFER.PEERS is {node.PEERS!r}; expected a list of peers")
+    return node.PEERS
+
+
 def _checked_spec(spec: Any, file: str | Path) -> dict[str, Any]:
     if not isinstance(spec, Mapping):
         raise ConfigError(
@@ -246,8 +253,13 @@ def _checked_spec(spec: Any, file: str | Path) -> dict[str, Any]:
         )
     if not spec.get("CONFIG"):
         raise ConfigError(f"{file}: peer {spec.get('NAME', '?')!r} has no CONFIG")
-    name = str(spec.get("NAME") or Path(spec["CONFIG"]).stem)
-    return {**spec, "NAME": name}
+    name = str(spec.get("NAME") or Path(str(spec["CONFIG"])).stem)
+    options = spec.get("OPTS") or []
+    if not isinstance(options, Sequence) or isinstance(options, str):
+        raise ConfigError(
+            f"{file}: peer {name!r}: OPTS is {options!r}; expected a list: [KEY, VALUE, ...]"
+        )
+    return {**spec, "NAME": name, "CONFIG": str(spec["CONFIG"]), "OPTS": options}
 
 
 def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
@@ -327,11 +339,16 @@ def _merge_file(cfg: CfgNode, path: Path, allow_unsafe: bool) -> None:
         raise ConfigError(f"{path}: a run file, not the config of one peer")
     if content.get("VERSION", cfg.VERSION) == cfg.VERSION:
         _merge(cfg, content, str(path))
-    else:
-        cfg.merge_from_file(str(path), allow_unsafe=allow_unsafe)
+        return
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=allow_unsafe)  # translates older versions
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{path}: VERSION {content['VERSION']}: {error.args[0]}") from error
 
 
-def _merge(cfg: CfgNode, content: Mapping[str, Any], where: str) -> None:
+def _merge(cfg: CfgNode, content: Any, where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{where} is {content!r}; expected keys, of {', '.join(sorted(cfg))}")
     _refuse_unknown(cfg, content, where)
     try:
         cfg.merge_from_other_cfg(CfgNode(_as_floats(cfg, content)))
@@ -356,8 +373,14 @@ def _refuse_unknown(cfg: CfgNode, content: Mapping[str, Any], where: str, prefix
     for key, value in content.items():
         if key not in cfg:
             raise ConfigError(f"{where}: unknown key {prefix}{key}; {_choices(cfg, str(key))}")
-        if isinstance(value, Mapping) and isinstance(cfg[key], CfgNode):
-            _refuse_unknown(cfg[key], value, where, f"{prefix}{key}.")
+        if not isinstance(cfg[key], CfgNode):
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{where}: {prefix}{key} is {value!r}; expected keys, of "
+                f"{', '.join(sorted(cfg[key]))}"
+            )
+        _refuse_unknown(cfg[key], value, where, f"{prefix}{key}.")
 
 
 def _choices(node: CfgNode, key: str) -> str:
@@ -394,6 +417,23 @@ def _check_shared(peers: Sequence[PeerConfig]) -> None:
                     f"peers differ in {key}: {first.name}: {expected!r}, {peer.name}: "
                     f"{_at(peer.cfg, key)!r}; all peers see one stream of data in one loop, so set "
                     "it for all, in the run file or as KEY VALUE on the command line"
+                )
+
+
+def _check_values(peers: Sequence[PeerConfig]) -> None:
+    """Refuse what would end in a traceback only later."""
+    cfg = peers[0].cfg
+    for key in ("DATALOADER.NUM_WORKERS", "SOLVER.MAX_ITER"):
+        if _at(cfg, key) < 0:
+            raise ConfigError(f"{key} is {_at(cfg, key)}; expected 0 or more")
+    if cfg.INPUT.CROP.ENABLED and not all(side > 0 for side in cfg.INPUT.CROP.SIZE):
+        raise ConfigError(f"INPUT.CROP.SIZE is {cfg.INPUT.CROP.SIZE}; expected more than 0")
+    for peer in peers:
+        for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
+            if len(_at(peer.cfg, key)) != 3:
+                raise ConfigError(
+                    f"peer {peer.name!r}: {key} is {_at(peer.cfg, key)}; expected 3 values, in "
+                    "the order of INPUT.FORMAT"
                 )
 
 

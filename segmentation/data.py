@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.seeding import generators_kept, seed_generators
 from segmentation import scenes
-from segmentation.errors import DataError
+from segmentation.errors import DataError, told_of
 
 FORMATS = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}
 _CROPS_TRIED = 10
@@ -94,6 +94,15 @@ class SharedMapper:
 
 def _augmentations(cfg: CfgNode, ignore: int) -> list[T.Augmentation]:
     settings = cfg.INPUT
+    if settings.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
+        raise DataError(
+            f"INPUT.RANDOM_FLIP is {settings.RANDOM_FLIP!r}; choose from none, horizontal, vertical"
+        )
+    with told_of("INPUT"):
+        return _built(settings, ignore)
+
+
+def _built(settings: CfgNode, ignore: int) -> list[T.Augmentation]:
     built: list[Any] = [
         T.ResizeShortestEdge(
             settings.MIN_SIZE_TRAIN, settings.MAX_SIZE_TRAIN, settings.MIN_SIZE_TRAIN_SAMPLING
@@ -110,10 +119,6 @@ def _augmentations(cfg: CfgNode, ignore: int) -> list[T.Augmentation]:
         )
     if settings.COLOR_AUG_SSD:
         built.append(ColorAugSSDTransform(img_format="RGB"))
-    if settings.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
-        raise DataError(
-            f"INPUT.RANDOM_FLIP is {settings.RANDOM_FLIP!r}; choose from none, horizontal, vertical"
-        )
     if settings.RANDOM_FLIP != "none":
         horizontal = settings.RANDOM_FLIP == "horizontal"
         built.append(T.RandomFlip(horizontal=horizontal, vertical=not horizontal))
@@ -325,12 +330,17 @@ def register(name: str) -> None:
                 "TASK=segmentation writes them"
             )
         return
-    semantic = sorted(
-        known
-        for known in DatasetCatalog.list()
-        if "stuff_classes" in MetadataCatalog.get(known).as_dict()
+    raise DataError(f"unknown dataset {name!r}; choose from {_semantic_names()}")
+
+
+def _semantic_names() -> str:
+    return ", ".join(
+        sorted(
+            known
+            for known in DatasetCatalog.list()
+            if "stuff_classes" in MetadataCatalog.get(known).as_dict()
+        )
     )
-    raise DataError(f"unknown dataset {name!r}; choose from {', '.join(semantic)}")
 
 
 def dataset_root() -> Path:
@@ -351,11 +361,13 @@ def check_classes(cfgs: Mapping[str, CfgNode]) -> int:
     Raises:
         DataError: Names both sides.
     """
-    names = [name for cfg in cfgs.values() for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
-    if not names:
-        raise DataError("no dataset: set DATASETS.TRAIN and DATASETS.TEST")
+    names = []
+    for cfg in cfgs.values():
+        if not (cfg.DATASETS.TRAIN and cfg.DATASETS.TEST):
+            raise DataError("no dataset: set DATASETS.TRAIN and DATASETS.TEST")
+        names += [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in names:
-        register(name)
+        _check_semantic(name)
     first = MetadataCatalog.get(names[0])
     classes, ignore = list(first.stuff_classes), int(first.ignore_label)
     for name in names[1:]:
@@ -382,6 +394,21 @@ def check_classes(cfgs: Mapping[str, CfgNode]) -> int:
                 "MODEL.SEM_SEG_HEAD.IGNORE_VALUE"
             )
     return ignore
+
+
+def _check_semantic(name: str) -> None:
+    register(name)
+    known = MetadataCatalog.get(name).as_dict()
+    if "stuff_classes" not in known:
+        raise DataError(
+            f"{name}: no dataset of semantic segmentation (its metadata has no stuff_classes); "
+            f"choose from {_semantic_names()}"
+        )
+    if "ignore_label" not in known:
+        raise DataError(
+            f"{name}: its metadata has no ignore_label; register it with "
+            f"MetadataCatalog.get({name!r}).set(ignore_label=255)"
+        )
 
 
 def _read_image(record: Mapping[str, Any]) -> np.ndarray:

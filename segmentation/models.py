@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from segmentation.config import PeerConfig
+from segmentation.errors import told_of
 from segmentation.weights import load_peer_weights
 
 _logger = logging.getLogger(__name__)
@@ -23,8 +24,10 @@ def build_with_weights(config: PeerConfig) -> tuple[nn.Module, Any]:
 
     Raises:
         CheckpointError: No such file, or a checkpoint of another model.
+        ConfigError: A setting that Detectron2 refuses; names the peer.
     """
-    module = build_module(config.cfg)
+    with told_of(f"peer {config.name!r}"):
+        module = build_module(config.cfg)
     if config.cfg.MODEL.WEIGHTS:
         load_peer_weights(module, config.cfg.MODEL.WEIGHTS, f"peer {config.name!r}")
     else:

@@ -26,7 +26,7 @@ from common.transfer import KnowledgeTransfer
 from segmentation import checkpoints, solver
 from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig
 from segmentation.data import SharedMapper, build_train_loader, check_classes, load_datasets
-from segmentation.errors import FAULTS, ConfigError
+from segmentation.errors import FAULTS, ConfigError, told_of
 from segmentation.evaluation import evaluate_group
 from segmentation.hooks import Evaluate, PeerSchedules, PeriodicSave, SameBatches
 from segmentation.models import build_with_weights
@@ -60,6 +60,8 @@ class TransferTrainer(TrainerBase):
 
     def __init__(self, run: RunConfig, resume: bool = False) -> None:
         super().__init__()
+        if all(peer.frozen for peer in run.peers):
+            raise ConfigError("every peer is FROZEN; nothing would be trained")
         self.run = run
         self.world = current_world(run.cfg.MODEL.DEVICE)
         self.ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
@@ -173,10 +175,11 @@ class TransferTrainer(TrainerBase):
         module, cfg = build_with_weights(config)
         learning: dict[str, Any] = {"frozen": True}
         if not config.frozen:
-            learning = {
-                "optimizer": solver.build_optimizer(cfg, module),
-                "clip": solver.build_clip(cfg, module),
-            }
+            with told_of(f"peer {config.name!r}"):
+                learning = {
+                    "optimizer": solver.build_optimizer(cfg, module),
+                    "clip": solver.build_clip(cfg, module),
+                }
         transfer = self.run.transfer
         peer = SegmentorPeer(
             config.name,
@@ -187,7 +190,8 @@ class TransferTrainer(TrainerBase):
             **learning,
         )
         if peer.optimizer is not None:
-            peer.scheduler = solver.build_lr_scheduler(cfg, peer.optimizer)
+            with told_of(f"peer {config.name!r}"):
+                peer.scheduler = solver.build_lr_scheduler(cfg, peer.optimizer)
         peer.distribute(self.world, broadcast_buffers=False)
         return peer
 

@@ -99,6 +99,21 @@ def test_a_config_of_the_model_zoo_is_found_by_its_name(folder):
         ({"peers": [{"NAME": n, "CONFIG": "a.yaml"} for n in ("x", "ensemble")]}, "'ensemble'"),
         ({"peers": [{"NAME": n, "CONFIG": "a.yaml"} for n in ("x", "y.z")]}, "may not hold a dot"),
         ({"peers": [{"NAME": "x", "CONFIG": "a.yaml"}]}, "needs two peers or more, got 1"),
+        ({"peers": {"NAME": "x"}}, "PEERS"),
+        ({"peers": "a.yaml"}, "PEERS"),
+        (
+            {"peers": [{"CONFIG": "a.yaml", "OPTS": {"SEED": 1}}]},
+            r"OPTS is \{'SEED': 1\}; expected",
+        ),
+        ({"peers": [{"CONFIG": "a.yaml", "OPTS": "SEED 1"}]}, "OPTS is 'SEED 1'; expected a list"),
+        ({"SOLVER": None}, "SOLVER is None; expected keys, of AMP, .*MAX_ITER"),
+        ({"SOLVER": {"MAX_ITER": -5}}, "SOLVER.MAX_ITER is -5; expected 0 or more"),
+        ({"DATALOADER": {"NUM_WORKERS": -1}}, "NUM_WORKERS is -1; expected 0 or more"),
+        (
+            {"INPUT": {"CROP": {"ENABLED": True, "SIZE": [0, 8]}}},
+            r"SIZE is \[0, 8\]; expected more",
+        ),
+        ({"MODEL": {"PIXEL_MEAN": [1.0]}}, r"'x': MODEL.PIXEL_MEAN is \[1.0\]; expected 3 values"),
     ],
 )
 def test_run_files_are_refused_by_name(folder, change, message):
@@ -144,6 +159,33 @@ def test_peers_must_agree_on_what_they_share(folder, key):
     with pytest.raises(ConfigError, match=f"peers differ in {key[:10]}.*x: .*y: .*set it for all"):
         load_run([write_run(folder)], [f"PEER.y.{key}", value])
     assert load_run([write_run(folder)], [key, value]).names == ["x", "y"]
+
+
+@pytest.mark.parametrize("transfer", [None, [1]])
+def test_a_transfer_node_without_keys_is_refused(folder, transfer):
+    (folder / "run.yaml").write_text(yaml.safe_dump({"TRANSFER": transfer}))
+    with pytest.raises(ConfigError, match=r"TRANSFER is .*; expected keys, of ACCUMULATE, .*RULE"):
+        load_run([folder / "run.yaml"])
+
+
+def test_no_list_of_peers_is_refused(folder):
+    (folder / "run.yaml").write_text("TRANSFER:\n  PEERS:\n")
+    with pytest.raises(ConfigError, match="PEERS is None; expected a list of peers"):
+        load_run([folder / "run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PEER.replace("VERSION: 2", "VERSION: 3"), "a.yaml: VERSION 3: Cannot merge a v3 config"),
+        (PEER.replace("VERSION: 2", "VERSION: 1\nSOLVERR:\n  A: 1"), "a.yaml: VERSION 1: "),
+        ("\udcff\udcfe", "a.yaml: cannot be read as YAML .*utf-8"),
+    ],
+)
+def test_peers_configs_that_cannot_be_read_are_named(folder, text, message):
+    (folder / "a.yaml").write_text(text, errors="surrogateescape")
+    with pytest.raises(ConfigError, match=message):
+        load_run([write_run(folder)])
 
 
 def test_python_in_yaml_runs_only_where_the_file_is_trusted(folder):

@@ -244,7 +244,16 @@ def test_peers_of_two_moments_are_refused(finished, datasets, tmp_path):
         (["PEER.fpn.INPUT.FORMAT", "YUV"], "'YUV'; choose from RGB, BGR"),
         (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH is 0"),
         (["INPUT.RANDOM_FLIP", "up"], "'up'; choose from none, horizontal, vertical"),
-        (["SOLVER.OPTIMIZER", "LION"], "'LION'; choose from SGD, ADAMW"),
+        (["SOLVER.OPTIMIZER", "LION"], "'fpn': SOLVER.OPTIMIZER is 'LION'; choose from SGD, ADAMW"),
+        (["DATASETS.TRAIN", "('coco_2017_train',)"], "coco_2017_train: no dataset of semantic"),
+        (["DATASETS.TEST", "()"], "no dataset: set DATASETS.TRAIN and DATASETS.TEST"),
+        (["SOLVER.LR_SCHEDULER_NAME", "No"], "peer 'fpn': Unknown LR scheduler: No"),
+        (["PEER.fpn.MODEL.BACKBONE.NAME", "no"], "peer 'fpn': No object named 'no' found in"),
+        (["PEER.fpn.MODEL.SEM_SEG_HEAD.NAME", "no"], "peer 'fpn': No object named 'no' found in"),
+        (["PEER.fpn.MODEL.RESNETS.DEPTH", "51"], "peer 'fpn': KeyError: 51 in Detectron2 at:"),
+        (["INPUT.CROP.TYPE", "abs"], "INPUT: AssertionError in Detectron2 at: assert crop_type"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "pick"], "INPUT: AssertionError: pick in Detectron2"),
+        (["OUTPUT_DIR", f"{__file__}/out"], "cannot be written to (Not a directory); give another"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, datasets, capfd, options, message):
@@ -254,6 +263,13 @@ def test_bad_input_ends_in_one_line(tmp_path, datasets, capfd, options, message)
     told = capfd.readouterr()
     assert message in told.err + told.out
     assert "Traceback" not in told.err + told.out
+
+
+def test_a_run_in_which_nobody_learns_is_refused(tmp_path, datasets, capsys):
+    path = write_run(tmp_path)
+    path.write_text(path.read_text().replace("NAME:", "FROZEN: true\n    NAME:"))
+    assert main(["--config-file", str(path)]) == 1
+    assert "every peer is FROZEN; nothing would be trained" in capsys.readouterr().err
 
 
 def test_without_detectron2_it_is_said_how_to_get_it(tmp_path):
