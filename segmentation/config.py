@@ -259,6 +259,9 @@ def _checked_spec(spec: Any, file: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file}: peer {name!r}: OPTS is {options!r}; expected a list: [KEY, VALUE, ...]"
         )
+    frozen = spec.get("FROZEN", False)
+    if not isinstance(frozen, bool):
+        raise ConfigError(f"{file}: peer {name!r}: FROZEN is {frozen!r}; expected true or false")
     return {**spec, "NAME": name, "CONFIG": str(spec["CONFIG"]), "OPTS": options}
 
 
@@ -316,7 +319,7 @@ def _peer_config(
             f"{where}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}; choose from "
             f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}"
         )
-    return PeerConfig(spec["NAME"], cfg, bool(spec.get("FROZEN", False)))
+    return PeerConfig(spec["NAME"], cfg, spec.get("FROZEN", False))
 
 
 def _find_config(name: str, run_file: Path) -> Path:

@@ -106,6 +106,7 @@ def test_a_config_of_the_model_zoo_is_found_by_its_name(folder):
             r"OPTS is \{'SEED': 1\}; expected",
         ),
         ({"peers": [{"CONFIG": "a.yaml", "OPTS": "SEED 1"}]}, "OPTS is 'SEED 1'; expected a list"),
+        ({"peers": [{"CONFIG": "a.yaml", "FROZEN": "false"}]}, "FROZEN is 'false'; expected true"),
         ({"SOLVER": None}, "SOLVER is None; expected keys, of AMP, .*MAX_ITER"),
         ({"SOLVER": {"MAX_ITER": -5}}, "SOLVER.MAX_ITER is -5; expected 0 or more"),
         ({"DATALOADER": {"NUM_WORKERS": -1}}, "NUM_WORKERS is -1; expected 0 or more"),
