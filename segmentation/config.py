@@ -312,6 +312,7 @@ def _peer_config(
     _merge_options(cfg, spec.get("OPTS") or [], f"{where}: OPTS")
     _merge_options(cfg, common, "the command line")
     _merge_options(cfg, own, f"the command line, {PEER_PREFIX}{spec['NAME']}")
+    cfg.MODEL.WEIGHTS = _find_weights(cfg.MODEL.WEIGHTS, run_file)
     if cfg.MODEL.META_ARCHITECTURE == "MaskFormer" and "MaskFormer" not in META_ARCH_REGISTRY:
         cfg.MODEL.META_ARCHITECTURE = Mask2Former.__name__  # ours reads the original's keys
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
@@ -334,6 +335,13 @@ def _find_config(name: str, run_file: Path) -> Path:
         f"{name}: no such config beside {run_file}, in the working folder, or in Detectron2's "
         "model zoo"
     )
+
+
+def _find_weights(source: str, run_file: Path) -> str:
+    """Find a file of weights beside the run file too; what is no such file stays as it is."""
+    given = Path(source).expanduser()
+    beside = run_file.parent / given
+    return str(beside) if source and not given.is_file() and beside.is_file() else source
 
 
 def _merge_file(cfg: CfgNode, path: Path, allow_unsafe: bool) -> None:

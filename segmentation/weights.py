@@ -91,7 +91,10 @@ def read_segmentor(path: Path) -> dict[str, Tensor]:
         CheckpointError: As ``read_pickle`` and ``common.checkpoint.read_weights``.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; check MODEL.WEIGHTS")
+        raise CheckpointError(
+            f"{path}: no such file in the working folder or beside the run file; check "
+            "MODEL.WEIGHTS"
+        )
     if path.suffix != ".pkl":
         return read_weights(path)
     content: Any = read_pickle(path)

@@ -70,6 +70,19 @@ def test_several_configs_are_the_short_form(folder):
     assert run.transfer.RULE == "mutual"
 
 
+def test_weights_are_found_beside_the_run_file(folder, monkeypatch):
+    peers = [{"NAME": n, "CONFIG": "a.yaml", "WEIGHTS": "w.pth"} for n in ("x", "y")]
+    path = write_run(folder, peers)
+    (folder / "w.pth").touch()
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    options = ["PEER.y.MODEL.WEIGHTS", "hf:some/name"]
+    run = load_run([path], options)
+    assert [p.cfg.MODEL.WEIGHTS for p in run.peers] == [str(folder / "w.pth"), "hf:some/name"]
+    (folder / "here" / "w.pth").touch()
+    assert load_run([path]).peers[0].cfg.MODEL.WEIGHTS == "w.pth"
+
+
 def test_a_config_of_the_model_zoo_is_found_by_its_name(folder):
     peers = [{"NAME": n, "CONFIG": "Misc/semantic_R_50_FPN_1x.yaml"} for n in ("x", "y")]
     run = load_run([write_run(folder, peers)])

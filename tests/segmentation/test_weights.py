@@ -190,7 +190,7 @@ def test_a_file_of_something_else_starts_no_backbone(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("none.pkl", "none.pkl: no such file; check MODEL.WEIGHTS"),
+        ("none.pkl", "none.pkl: no such file in the working folder or beside the run file"),
         ("hf:facebook/none", "hf:facebook/none: .*give a local folder: hf:FOLDER"),
         ("timm:resnet18.none", "timm:resnet18.none: .*give the path of a local file"),
         ("detectron2://none.pkl", "cannot be fetched"),
