@@ -80,6 +80,32 @@ def find(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def refuse_other_settings(
+    folder: Path, record: Mapping[str, Any], settings: Mapping[str, str]
+) -> None:
+    """Refuse to go on with a run under settings that it cannot change.
+
+    Args:
+        folder: Of the run.
+        record: From ``find``.
+        settings: From ``segmentation.config.lasting_settings``.
+
+    Raises:
+        CheckpointError: Names each with both values.
+    """
+    had = record.get("settings", {})
+    differ = [
+        f"{key} was {had[key]}, is {value}"
+        for key, value in settings.items()
+        if had.get(key, value) != value
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{folder}: the run cannot be resumed with other settings: {'; '.join(differ)}. Give "
+            "the run's own, or start another from its weights in another OUTPUT_DIR"
+        )
+
+
 def load(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]) -> None:
     """Bring weights, optimizers and schedules to where the record stands.
 

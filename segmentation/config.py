@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ SHARED_KEYS = (
     "MODEL.DEVICE",
     "SEED",
 )
+# Of the solver, what a run may be resumed with in another value.
+MAY_CHANGE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,28 @@ class RunConfig:
     def names(self) -> list[str]:
         """The peers' names."""
         return [peer.name for peer in self.peers]
+
+
+def lasting_settings(run: RunConfig) -> dict[str, str]:
+    """Return by name what a run cannot change on its way: its data, its batches, its solvers."""
+    cfg = run.cfg
+    keys = ("DATASETS.TRAIN", "DATASETS.TEST", "SEED")
+    found: dict[str, Any] = {key: _at(cfg, key) for key in keys}
+    found |= {f"TRANSFER.{key}": run.transfer[key] for key in ("ACCUMULATE", "AMP_DTYPE")}
+    for peer in run.peers:
+        found[f"{PEER_PREFIX}{peer.name}.FROZEN"] = peer.frozen
+        for key, value in _flat(peer.cfg.SOLVER, "SOLVER"):
+            if key not in MAY_CHANGE:
+                found[key if key in SHARED_KEYS else f"{PEER_PREFIX}{peer.name}.{key}"] = value
+    return {key: repr(value) for key, value in found.items()}
+
+
+def _flat(node: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flat(value, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}", value
 
 
 def transfer_defaults() -> CfgNode:

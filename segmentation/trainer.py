@@ -24,7 +24,7 @@ from common.peers import PeerGroup
 from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
 from segmentation import checkpoints, solver
-from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig
+from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig, lasting_settings
 from segmentation.data import SharedMapper, build_train_loader, check_classes, load_datasets
 from segmentation.errors import FAULTS, ConfigError, told_of
 from segmentation.evaluation import evaluate_group
@@ -66,7 +66,8 @@ class TransferTrainer(TrainerBase):
         self.world = current_world(run.cfg.MODEL.DEVICE)
         self.ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
         self.folder = run.output_dir
-        record = checkpoints.find(self.folder) if resume else None
+        self.settings = lasting_settings(run)
+        record = self._find_record() if resume else None
         self.seed = self._draw_seed() if record is None else int(record["seed"])
         self.history: list[dict[str, float]] = []
         self.lessons: list[dict[str, float]] = []
@@ -157,6 +158,7 @@ class TransferTrainer(TrainerBase):
             state = {
                 "iteration": done,
                 "seed": self.seed,
+                "settings": self.settings,
                 "ranks": ranks,
                 "scaler": self.engine.scaler.state_dict(),
                 "best": self.best,
@@ -166,6 +168,14 @@ class TransferTrainer(TrainerBase):
             keep = self.run.transfer.KEEP
             checkpoints.save(self.folder, self.peers, state, name, keep)
         distributed.barrier()
+
+    def _find_record(self) -> dict[str, Any] | None:
+        record = checkpoints.find(self.folder)
+        if record is None:
+            _logger.warning("no checkpoint of a run in %s: starting anew", self.folder)
+        else:
+            checkpoints.refuse_other_settings(self.folder, record, self.settings)
+        return record
 
     def _draw_seed(self) -> int:
         seed = self.run.cfg.SEED

@@ -208,6 +208,35 @@ def test_a_fresh_run_is_not_written_over_an_older_one(finished, datasets, capsys
     assert "holds an earlier run; give --resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["SOLVER.BASE_LR", 0.5], r"PEER\.fpn\.SOLVER\.BASE_LR was 0\.01, is 0\.5"),
+        (["PEER.deeplab.SOLVER.OPTIMIZER", "ADAMW"], r"OPTIMIZER was 'SGD', is 'ADAMW'"),
+        (["SOLVER.IMS_PER_BATCH", 4], "SOLVER.IMS_PER_BATCH was 2, is 4"),
+        (["SOLVER.AMP.ENABLED", True], r"SOLVER\.AMP\.ENABLED was False, is True"),
+        (["TRANSFER.ACCUMULATE", 2], "TRANSFER.ACCUMULATE was 1, is 2"),
+        (["DATASETS.TRAIN", ("scenes_val",)], "DATASETS.TRAIN was .*scenes_train.*scenes_val"),
+    ],
+)
+def test_other_settings_are_refused_at_resume(finished, datasets, options, message):
+    run = load_run([finished / "run.yaml"], options)
+    with pytest.raises(CheckpointError, match=f"{message}.*Give the run's own"):
+        TransferTrainer(run, resume=True)
+
+
+def test_what_may_change_at_resume(finished, datasets):
+    options = ["SOLVER.MAX_ITER", 9, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 5]
+    options += ["DATALOADER.NUM_WORKERS", 1]
+    assert TransferTrainer(load_run([finished / "run.yaml"], options), resume=True).start_iter == 6
+
+
+def test_a_resume_where_no_run_is_starts_anew_and_says_so(tmp_path, datasets, caplog):
+    trainer = TransferTrainer(load_run([write_run(tmp_path)]), resume=True)
+    assert trainer.start_iter == 0
+    assert f"no checkpoint of a run in {tmp_path / 'out'}: starting anew" in caplog.text
+
+
 def test_other_peers_are_refused_at_resume(finished, datasets, tmp_path):
     options = ["OUTPUT_DIR", str(finished / "out")]
     run = load_run([write_run(tmp_path, ("deeplab", "fpn"), RULE="random")], options)
