@@ -41,11 +41,11 @@ class PeriodicSave(HookBase):
     """Write a checkpoint of the whole run every ``period`` iterations, and at the end.
 
     Args:
-        save: Called with the files' name, without suffix.
+        save: Called with whether this is the end.
         period: In iterations; 0: at the end alone.
     """
 
-    def __init__(self, save: Callable[[str], None], period: int) -> None:
+    def __init__(self, save: Callable[[bool], None], period: int) -> None:
         self.save = save
         self.period = period
 
@@ -53,12 +53,12 @@ class PeriodicSave(HookBase):
         """Save where the period is over."""
         done = self.trainer.iter + 1
         if self.period > 0 and done % self.period == 0 and done < self.trainer.max_iter:
-            self.save(f"model_{self.trainer.iter:07d}")
+            self.save(False)
 
     def after_train(self) -> None:
         """Save the end; a run that failed is not saved."""
         if self.trainer.iter >= self.trainer.max_iter:
-            self.save("model_final")
+            self.save(True)
 
 
 class SameBatches:

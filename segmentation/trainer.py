@@ -98,6 +98,7 @@ class TransferTrainer(TrainerBase):
         max_iter = self.max_iter if max_iter is None else max_iter
         if start_iter >= max_iter:
             _logger.info("nothing to do: the run is at iteration %d of %d", start_iter, max_iter)
+            self._finish()
             return
         with faults_untold():
             super().train(start_iter, max_iter)
@@ -138,8 +139,11 @@ class TransferTrainer(TrainerBase):
         """
         return evaluate_run(self.run, self.peers, tta)
 
-    def save(self, name: str) -> None:
+    def save(self, final: bool = False) -> None:
         """Write a checkpoint of the run; every rank calls it.
+
+        Args:
+            final: It is the run's last: also write each peer's ``model_final.pth``.
 
         Raises:
             NonFiniteError: A peer's weights are not finite; nothing is written.
@@ -165,8 +169,14 @@ class TransferTrainer(TrainerBase):
                 "history": self.history,
                 "lessons": self.lessons,
             }
-            keep = self.run.transfer.KEEP
-            checkpoints.save(self.folder, self.peers, state, name, keep)
+            checkpoints.save(self.folder, self.peers, state, self.run.transfer.KEEP, final)
+        distributed.barrier()
+
+    def _finish(self) -> None:
+        """Give a run that was killed at its very end the files that it lacks."""
+        record = checkpoints.find(self.folder) if self.world.is_main else None
+        if record is not None:
+            checkpoints.finish(self.folder, self.peers, record)
         distributed.barrier()
 
     def _find_record(self) -> dict[str, Any] | None:

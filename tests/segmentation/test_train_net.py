@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_a_run_leaves_what_its_users_expect(finished):
 
 def test_old_checkpoints_are_pruned(finished):
     files = sorted(path.name for path in (finished / "out" / "fpn").glob("model_0*.pth"))
-    assert files == ["model_0000001.pth", "model_0000003.pth"]
+    assert files == ["model_0000001.pth", "model_0000003.pth", "model_0000005.pth"]
     assert read_file(finished / "out" / "fpn" / "model_0000003.pth")["iteration"] == 3
 
 
@@ -115,6 +116,35 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, scenes_root, worke
     )
     for rows in ("history", "lessons"):
         assert str(mine[rows]) == str(whole[rows])  # as text: NaN where a class is not there
+
+
+@pytest.mark.parametrize("file", ["model_0000006.pth", "run.pt", "model_final.pth"])
+def test_a_kill_while_a_longer_run_is_saved_costs_nothing(
+    finished, datasets, tmp_path, monkeypatch, file
+):
+    """The finished run goes on to 7; it is killed as it writes the given file."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    options = ["SOLVER.MAX_ITER", 7, "TEST.EVAL_PERIOD", 0]
+    run = load_run([write_run(tmp_path, RULE="random")], options)
+    written = checkpoints.atomic_write
+
+    def killed(path, write):
+        if path.name == file:
+            raise KeyboardInterrupt
+        written(path, write)
+
+    monkeypatch.setattr(checkpoints, "atomic_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        TransferTrainer(run, resume=True).train()
+    monkeypatch.undo()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+    again = TransferTrainer(run, resume=True)
+    assert again.start_iter == (7 if file == "model_final.pth" else 6)
+    again.train()
+    for peer in again.peers:
+        content = read_file(tmp_path / "out" / peer.name / "model_final.pth")
+        assert content["iteration"] == 6 and same(content["model"], peer.module.state_dict())
+        assert (tmp_path / "out" / peer.name / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_eval_only_measures_the_weights_that_are_given(finished, datasets, capsys):
@@ -247,10 +277,8 @@ def test_other_peers_are_refused_at_resume(finished, datasets, tmp_path):
 
 
 def test_peers_of_two_moments_are_refused(finished, datasets, tmp_path):
-    import shutil
-
     shutil.copytree(finished / "out", tmp_path / "out")
-    shutil.copy(tmp_path / "out/fpn/model_0000003.pth", tmp_path / "out/fpn/model_final.pth")
+    shutil.copy(tmp_path / "out/fpn/model_0000003.pth", tmp_path / "out/fpn/model_0000005.pth")
     run = load_run([write_run(tmp_path, RULE="random")])
     with pytest.raises(CheckpointError, match="of iteration 3, the run's record is of 5"):
         TransferTrainer(run, resume=True)
