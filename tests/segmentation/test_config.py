@@ -237,6 +237,12 @@ def test_the_published_settings_are_in_the_ade20k_runs():
             assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.OPTIMIZER) == (1e-6, 1e-5, "ADAMW")
             assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (4, 160000)
             assert peer.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 150
+            given = peer.cfg.INPUT
+            assert (given.CROP.ENABLED, given.CROP.TYPE) == (True, "absolute")
+            assert (list(given.CROP.SIZE), given.SIZE_DIVISIBILITY) == ([512, 512], 512)
+            assert list(given.MIN_SIZE_TRAIN) == [int(512 * x / 10) for x in range(5, 21)]
+            sizes = given.MAX_SIZE_TRAIN, given.MIN_SIZE_TEST, given.MAX_SIZE_TEST
+            assert sizes == (2048, 512, 2048)
 
 
 def test_optimizers_have_the_groups_that_mask2former_knows():

@@ -260,6 +260,17 @@ def test_each_peer_has_its_own_channels_and_padding():
         ] == (13, 18)
 
 
+@pytest.mark.parametrize("kind", ["fpn", "deeplab", "mask2former"])
+def test_the_network_sees_training_images_padded_as_the_config_says(kind):
+    peer = make_peer(kind, "INPUT.SIZE_DIVISIBILITY", 128)
+    peer.train()
+    seen = []
+    peer.module.backbone.register_forward_pre_hook(lambda module, x: seen.append(x[0].shape))
+    output = peer.forward(batch_of())
+    assert [tuple(shape) for shape in seen] == [(2, 3, 128, 128)]
+    assert output.logits.shape[-2:] == (12, 16) and output.task_loss.isfinite()
+
+
 def test_padding_is_the_mean_to_the_network_and_ignored_in_the_labels():
     sample = make_samples(sizes=((50, 70),))[0]
     padded = pad([sample], 32, [10.2, 20.6, 30.0], 255)[0]
