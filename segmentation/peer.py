@@ -123,6 +123,7 @@ class SegmentorPeer(Peer):
         if self.frozen:
             task_loss = -score.mean()  # for the record alone; nothing is learned from it
         else:
+            losses = self._where_labelled(losses, batch)
             task_loss = torch.stack(list(losses.values())).sum()
             self._count(losses)
         return PeerOutput(
@@ -192,6 +193,19 @@ class SegmentorPeer(Peer):
         if self.granularity == "image":
             return None
         return logits.detach().argmax(dim=1) == _at_grid(batch.target, logits.shape[-2:])
+
+    def _where_labelled(self, losses: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Let a batch without any label cost nothing: a mean over no pixel is NaN.
+
+        The host's gradient is zero there, and stays so. Nothing waits for the device.
+        """
+        if not self.dense:
+            return losses  # masks and their classes: that there are none is a lesson too
+        labelled = (batch.target != batch.ignore).any()
+        return {
+            name: torch.where(labelled, loss, torch.zeros_like(loss))
+            for name, loss in losses.items()
+        }
 
     def _count(self, losses: dict[str, Tensor]) -> None:
         for name, loss in losses.items():

@@ -231,6 +231,29 @@ def test_a_frozen_peer_scores_as_in_evaluation_and_learns_nothing(kind):
     assert all(torch.equal(x, before[name]) for name, x in peer.module.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["fpn", "deeplab", "deeplab_v3"])
+def test_a_batch_without_labels_teaches_a_dense_peer_nothing(kind):
+    samples = make_samples(((48, 64), (48, 64)))
+    for sample in samples:
+        sample["sem_seg"].fill_(255)
+        sample["instances"] = sample["instances"][:0]
+    batch = make_batch(samples, CPU, 255)
+    peers = [make_peer(kind), make_peer("mask2former", seed=1)]
+    outputs = []
+    for peer in peers:
+        peer.train()
+        outputs.append(peer.forward(batch))
+    assert float(outputs[0].task_loss) == 0
+    total = KnowledgeTransfer("mutual")(outputs).total
+    total.backward()
+    assert total.isfinite()
+    for peer in peers:
+        gradients = [p.grad for p in peer.module.parameters() if p.grad is not None]
+        assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    assert all(not p.grad.any() for p in peers[0].module.parameters())
+    assert set(peers[0].read_losses().values()) == {0.0}
+
+
 def test_confidence_needs_no_labels():
     peer = make_peer("fpn", score="confidence")
     peer.train()
