@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,6 +137,7 @@ class TransferTrainer(TrainerBase):
             data sets ``PEER/DATASET/...``, of which the first is also under the plain name; with
             ``tta`` names end in ``_TTA``.
         """
+        share_buffers(self.peers)
         return evaluate_run(self.run, self.peers, tta)
 
     def save(self, final: bool = False) -> None:
@@ -150,6 +151,7 @@ class TransferTrainer(TrainerBase):
         """
         done = min(self.iter + 1, self.max_iter)
         refuse_broken_weights(self.peers, done)
+        share_buffers(self.peers)
         ranks = distributed.gather_objects(
             {
                 "rng": rng_state(self.world.device),
@@ -324,6 +326,18 @@ def faults_untold() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(tells_more)
+
+
+@torch.no_grad()
+def share_buffers(peers: Iterable[SegmentorPeer]) -> None:
+    """Give every rank the buffers of the first, which are those that are saved.
+
+    In between, batch norm has its own running statistics on each rank, as in Detectron2.
+    """
+    if distributed.active():
+        for peer in peers:
+            for buffer in peer.module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
 
 def current_world(device: str) -> World:
