@@ -59,7 +59,7 @@ class SharedMapper:
                 f"{record['file_name']}: {_size(image)} pixels, its labels "
                 f"{record['sem_seg_file_name']}: {_size(labels)}; they must agree"
             )
-        self._check_labels(labels, record)
+        check_labels(labels, self.classes, self.ignore, record["sem_seg_file_name"])
         height, width = labels.shape
         image, labels = self._augment(image, labels)
         sample: dict[str, Any] = {
@@ -81,15 +81,26 @@ class SharedMapper:
                 break
         return drawn.image, drawn.sem_seg
 
-    def _check_labels(self, labels: np.ndarray, record: Mapping[str, Any]) -> None:
-        wrong = labels[(labels >= self.classes) & (labels != self.ignore)]
-        if wrong.size:
-            raise DataError(
-                f"{record['sem_seg_file_name']}: holds the label {int(wrong[0])}; there are "
-                f"{self.classes} classes (MODEL.SEM_SEG_HEAD.NUM_CLASSES), and {self.ignore} is "
-                "ignored (IGNORE_VALUE). ADE20K's own annotations must be prepared first: "
-                "python -m segmentation.prepare_ade20k"
-            )
+
+def check_labels(labels: np.ndarray, classes: int, ignore: int, path: str) -> None:
+    """Refuse labels that are neither a class nor ignored.
+
+    Args:
+        labels: [H, W].
+        classes: How many there are.
+        ignore: The ignore label.
+        path: Of the file, for the error.
+
+    Raises:
+        DataError: Names the file and the label.
+    """
+    wrong = labels[((labels >= classes) | (labels < 0)) & (labels != ignore)]
+    if wrong.size:
+        raise DataError(
+            f"{path}: holds the label {int(wrong[0])}; there are {classes} classes "
+            f"(MODEL.SEM_SEG_HEAD.NUM_CLASSES), and {ignore} is ignored (IGNORE_VALUE). ADE20K's "
+            "own annotations must be prepared first: python -m segmentation.prepare_ade20k"
+        )
 
 
 def _augmentations(cfg: CfgNode, ignore: int) -> list[T.Augmentation]:

@@ -19,6 +19,7 @@ from common import distributed
 from segmentation.data import (
     Carrying,
     TestMapper,
+    check_labels,
     load_datasets,
     peer_view,
     read_labels,
@@ -40,8 +41,13 @@ class LabelEvaluator(SemSegEvaluator):
 
     def __init__(self, dataset: str) -> None:
         # its own reader breaks with numpy 2 (copy=False)
-        super().__init__(dataset, sem_seg_loading_fn=read_labels)
+        super().__init__(dataset, sem_seg_loading_fn=self._read)
         self._compute_boundary_iou = False  # for which each map would be eroded too
+
+    def _read(self, path: str, **settings: Any) -> np.ndarray:
+        labels = read_labels(path, **settings)
+        check_labels(labels, self._num_classes, self._ignore_label, path)
+        return labels
 
     def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[Any]:
         """Encode nothing."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.report.plots import color_of
 from common.roles import assign_roles
-from segmentation.data import TestMapper, load_datasets, read_labels
+from segmentation.data import TestMapper, check_labels, load_datasets, read_labels
 from segmentation.evaluation import evaluating
 from segmentation.peer import Batch, SegmentorPeer, dense_score, make_batch
 
@@ -76,7 +76,10 @@ def teaching_pictures(
 def _batch(record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int) -> Batch:
     settings = peers[0].cfg.INPUT
     sample = TestMapper(settings.MIN_SIZE_TEST, settings.MAX_SIZE_TEST)(record)
-    labels = torch.from_numpy(read_labels(record["sem_seg_file_name"], dtype=np.int64))
+    path, classes = record["sem_seg_file_name"], peers[0].cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    array = read_labels(path, dtype=np.int64)
+    check_labels(array, classes, ignore, path)
+    labels = torch.from_numpy(array)
     size = sample["image"].shape[-2:]
     resized = torch.nn.functional.interpolate(labels[None, None].double(), size=size)
     sample["sem_seg"] = resized[0, 0].long()

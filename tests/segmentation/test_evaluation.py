@@ -90,6 +90,14 @@ def test_the_ensemble_is_the_mean_of_probabilities(by_hand):
     assert found["ensemble/mIoU"] == found["sure/mIoU"] == 100
 
 
+@pytest.mark.parametrize("label", [3, 77])
+def test_labels_of_no_class_are_refused(by_hand, label):
+    path = DatasetCatalog.get(by_hand)[0]["sem_seg_file_name"]
+    Image.fromarray(np.full((2, 3), label, dtype=np.uint8)).save(path)
+    with pytest.raises(DataError, match=rf"labels\.png: holds the label {label}; there are 3"):
+        evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand)
+
+
 def test_cityscapes_is_evaluated_as_detectron2_registers_it(tmp_path, monkeypatch):
     """Its files under their own names, without cityscapesscripts."""
     from detectron2.data.datasets.cityscapes import load_cityscapes_semantic

@@ -8,6 +8,7 @@ from PIL import Image
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
 
 from segmentation import pictures
+from segmentation.errors import DataError
 from segmentation.peer import make_batch
 from tests.segmentation.toy import make_peer, make_samples
 
@@ -27,6 +28,12 @@ def test_pictures_are_drawn_and_modes_put_back(datasets):
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 100
     assert "scenes_val" in caption
     assert [peer.module.training for peer in peers] == [True, False]
+
+
+def test_labels_of_no_class_are_refused(datasets):
+    peers = [make_peer("fpn", *OPTIONS[:-1], 3)]
+    with pytest.raises(DataError, match=r"\.png: holds the label \d; there are 3 classes"):
+        pictures.teaching_pictures(peers, "scenes_val")
 
 
 def test_who_would_teach_is_who_does_best():
