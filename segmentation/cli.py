@@ -156,17 +156,27 @@ def evaluate_only(run: RunConfig, resume: bool = False) -> dict[str, float]:
 def check_machine(options: argparse.Namespace, run: RunConfig) -> None:
     """Refuse more GPUs than there are, before any process is started.
 
+    On the CPU any number of processes may run.
+
     Raises:
         ConfigError: Says how many there are.
     """
     there = torch.cuda.device_count()
     device = run.cfg.MODEL.DEVICE
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError as error:
         raise ConfigError(f"MODEL.DEVICE is {device!r}: {error}") from error
     if kind == "cuda" and there == 0:
         raise ConfigError("MODEL.DEVICE is cuda, and there is no GPU; give MODEL.DEVICE cpu")
+    if kind == "cuda" and index is not None:
+        if index >= there:
+            raise ConfigError(f"MODEL.DEVICE is {device}; this machine has {there} GPUs")
+        if options.num_gpus > 1:
+            raise ConfigError(
+                f"MODEL.DEVICE is {device}: with --num-gpus {options.num_gpus} give cuda; "
+                "CUDA_VISIBLE_DEVICES says which GPUs"
+            )
     if kind == "cpu" and options.num_gpus > 1:
         if there:  # Detectron2's launch asks for NCCL wherever it sees one
             raise ConfigError(

@@ -341,11 +341,18 @@ def share_buffers(peers: Iterable[SegmentorPeer]) -> None:
 
 
 def current_world(device: str) -> World:
-    """Describe this process as Detectron2's ``launch`` started it."""
+    """Describe this process as Detectron2's ``launch`` started it.
+
+    Args:
+        device: MODEL.DEVICE; alone, a process keeps the GPU that it names.
+    """
     size = comm.get_world_size()
     local_rank = comm.get_local_rank() if size > 1 else 0
-    index = local_rank if torch.device(device).type == "cuda" else None
-    return World(comm.get_rank(), size, local_rank, torch.device(torch.device(device).type, index))
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        alone = size == 1 and chosen.index is not None
+        chosen = torch.device("cuda", chosen.index if alone else local_rank)
+    return World(comm.get_rank(), size, local_rank, chosen)
 
 
 def build_transfer(run: RunConfig, seed: int) -> KnowledgeTransfer:

@@ -19,9 +19,10 @@ from detectron2.modeling import build_model
 
 from common.checkpoint import CheckpointError, read_file
 from segmentation import checkpoints
-from segmentation.cli import main
+from segmentation.cli import check_machine, main, parser
 from segmentation.config import load_run
-from segmentation.trainer import TransferTrainer
+from segmentation.errors import ConfigError
+from segmentation.trainer import TransferTrainer, current_world
 from tests.segmentation.runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -320,6 +321,34 @@ def test_bad_input_ends_in_one_line(tmp_path, datasets, capfd, options, message)
     told = capfd.readouterr()
     assert message in told.err + told.out
     assert "Traceback" not in told.err + told.out
+
+
+def test_a_process_alone_keeps_the_gpu_that_is_named():
+    found = [str(current_world(name).device) for name in ("cuda:1", "cuda", "cpu")]
+    assert found == ["cuda:1", "cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "asked", "message"),
+    [
+        (2, "cuda:2", 1, "MODEL.DEVICE is cuda:2; this machine has 2 GPUs"),
+        (2, "cuda:1", 2, "cuda:1: with --num-gpus 2 give cuda"),
+        (2, "cuda", 3, "--num-gpus 3: this machine has 2"),
+        (2, "cpu", 2, "hide the GPUs too"),
+        (0, "cpu", 3, None),
+        (2, "cuda:1", 1, None),
+        (2, "cuda", 2, None),
+    ],
+)
+def test_what_a_machine_has(tmp_path, monkeypatch, there, device, asked, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    run = load_run([write_run(tmp_path)], ["MODEL.DEVICE", device])
+    options = parser().parse_args(["--num-gpus", str(asked)])
+    if message is None:
+        check_machine(options, run)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_machine(options, run)
 
 
 def test_a_run_in_which_nobody_learns_is_refused(tmp_path, datasets, capsys):
