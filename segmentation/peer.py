@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from common.distributed import sum_over_ranks
 from common.peers import Peer
 from common.transfer import PeerOutput, confidence
 from segmentation.data import FORMATS, peer_view
@@ -162,11 +163,11 @@ class SegmentorPeer(Peer):
             return sem_seg.softmax(dim=0)
         return sem_seg / sem_seg.sum(dim=0, keepdim=True).clamp_min(_tiny(sem_seg))
 
-    def read_losses(self) -> dict[str, float]:
-        """Return each of the host's losses, a mean since the last call; waits for the device."""
-        means = {name: float(x) / self._batches for name, x in self._losses.items()}
+    def take_losses(self) -> tuple[dict[str, Tensor], int]:
+        """Return the sum of each of the host's losses and its batches, and begin anew."""
+        taken = self._losses, self._batches
         self._losses, self._batches = {}, 0
-        return means
+        return taken
 
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
         inputs = self.inputs(batch.samples, batch.ignore)
@@ -212,6 +213,28 @@ class SegmentorPeer(Peer):
             loss = loss.detach()
             self._losses[name] = self._losses[name] + loss if name in self._losses else loss
         self._batches += 1
+
+
+def read_losses(peers: Sequence[SegmentorPeer]) -> dict[str, float]:
+    """Return the mean of each of the hosts' losses since the last call, over all ranks.
+
+    All ranks must call it; it waits for the device, once for all peers.
+
+    Returns:
+        ``PEER/LOSS``; a frozen peer has none.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: list[int] = []
+    for peer in peers:
+        losses, batches = peer.take_losses()
+        sums |= {f"{peer.name}/{name}": x.float() for name, x in losses.items()}
+        counts += [batches] * len(losses)
+    if not sums:
+        return {}
+    values = torch.stack(list(sums.values()))
+    both = sum_over_ranks(torch.stack([values, values.new_tensor(counts)]))
+    totals, taken = both.tolist()
+    return {name: x / n for name, x, n in zip(sums, totals, taken, strict=True)}
 
 
 def find_prediction(module: nn.Module, name: str) -> tuple[str, bool]:

@@ -30,7 +30,7 @@ from segmentation.errors import FAULTS, ConfigError, told_of
 from segmentation.evaluation import evaluate_group
 from segmentation.hooks import Evaluate, PeerSchedules, PeriodicSave, SameBatches
 from segmentation.models import build_with_weights
-from segmentation.peer import SegmentorPeer, make_batch
+from segmentation.peer import SegmentorPeer, make_batch, read_losses
 
 _logger = logging.getLogger(__name__)
 
@@ -262,10 +262,7 @@ class TransferTrainer(TrainerBase):
     def _log(self, done: int) -> None:
         lessons = self.ledger.read()
         refuse_non_finite(lessons, self.engine.scaler, done)
-        for peer in self.peers:
-            for name, value in peer.read_losses().items():
-                self.storage.put_scalar(f"{peer.name}/{name}", value)
-        scalars = lessons.scalars()
+        scalars = read_losses(self.peers) | lessons.scalars()
         scalars["transfer/weight"] = self.transfer.weight_at(done)
         self.storage.put_scalars(**scalars)
 

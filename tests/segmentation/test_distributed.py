@@ -1,5 +1,6 @@
 """Two gloo processes do what one does."""
 
+import json
 import os
 from pathlib import Path
 
@@ -125,6 +126,11 @@ def test_with_batch_norm_what_is_evaluated_is_what_is_saved(tmp_path, datasets):
             assert all(torch.equal(rank[peer][name], x) for name, x in saved.items())
     run = load_run([run_file])
     record = read_file(tmp_path / "out" / "run.pt")
+    lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    told = next(row for row in map(json.loads, lines) if "fpn/loss_sem_seg" in row)
+    lessons = record["lessons"][-1]
+    for peer in ("fpn", "deeplab"):  # the host's one loss, and the ledger's: over both ranks
+        assert told[f"{peer}/loss_sem_seg"] == pytest.approx(lessons[f"{peer}/task_loss"])
     measured = evaluate_only(run, resume=True)
     last = {name: x for name, x in record["history"][-1].items() if name != "iteration"}
     assert str(measured) == str(last)  # as text: NaN where a class is not there
