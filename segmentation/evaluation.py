@@ -88,7 +88,8 @@ def evaluate_group(
                 p = augmented(peer, sample) if tta else predict(peer, sample)
                 evaluators[peer.name].process([sample], [{"sem_seg": p}])
                 if ENSEMBLE in evaluators:
-                    mean = p if mean is None else mean + p
+                    mean = p if mean is None else mean.add_(p)
+                del p  # or it stays while the next one is made
             if mean is not None:
                 evaluators[ENSEMBLE].process([inputs[0]], [{"sem_seg": mean}])
     found = {name: evaluator.evaluate() for name, evaluator in evaluators.items()}
@@ -125,10 +126,11 @@ def augmented(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
             seen = {**sample, "image": tensor.flip(-1) if flip else tensor}
             p = predict(peer, seen)
             p = p.flip(-1) if flip else p
-            total = p if total is None else total + p
+            total = p if total is None else total.add_(p)
+            del p
     if total is None:
         raise DataError("TEST.AUG.MIN_SIZES is empty; give at least one size")
-    return total / (len(settings.MIN_SIZES) * len(flips))
+    return total.div_(len(settings.MIN_SIZES) * len(flips))
 
 
 def _loader(

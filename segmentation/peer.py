@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,10 @@ def make_batch(samples: Sequence[dict[str, Any]], device: torch.device, ignore: 
     return Batch(moved, target.to(device, non_blocking=True), ignore)
 
 
+class _CaughtError(Exception):
+    """Ends the forward of a frozen peer, whose prediction is caught."""
+
+
 class SegmentorPeer(Peer):
     """A Detectron2 semantic segmentor in the group.
 
@@ -113,6 +117,7 @@ class SegmentorPeer(Peer):
         where, self.dense = find_prediction(module, name)
         self.multiple = padding_multiple(module, cfg)
         self._caught: Any = None
+        self._ends = False
         module.get_submodule(where).register_forward_hook(self._catch)
         self._losses: dict[str, Tensor] = {}
         self._batches = 0
@@ -157,11 +162,14 @@ class SegmentorPeer(Peer):
         return seen
 
     def probabilities(self, sem_seg: Tensor) -> Tensor:
-        """Turn the module's ``sem_seg`` output [C, H, W] into probabilities over dim 0."""
-        sem_seg = sem_seg.float()
+        """Turn the module's ``sem_seg`` output [C, H, W] into probabilities over dim 0.
+
+        In place where it is float32: such a map, at a file's resolution, is the largest there is.
+        """
+        p = sem_seg.detach().float()
         if self.dense:
-            return sem_seg.softmax(dim=0)
-        return sem_seg / sem_seg.sum(dim=0, keepdim=True).clamp_min(_tiny(sem_seg))
+            p.sub_(p.amax(dim=0, keepdim=True)).exp_()
+        return p.div_(p.sum(dim=0, keepdim=True).clamp_min(_tiny(p)))
 
     def take_losses(self) -> tuple[dict[str, Tensor], int]:
         """Return the sum of each of the host's losses and its batches, and begin anew."""
@@ -171,12 +179,17 @@ class SegmentorPeer(Peer):
 
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
         inputs = self.inputs(batch.samples, batch.ignore)
-        with _scope(self.name):
+        output = None
+        self._ends = self.frozen  # the rest of an evaluation is not for this
+        with _scope(self.name), suppress(_CaughtError):
             output = self.model(inputs)
+        self._ends = False
         return output, self._logits(padded_size(self.module, inputs), batch.grid)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._caught = output
+        if self._ends:
+            raise _CaughtError
 
     def _logits(self, padded: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         """Bring what the hook caught to logits [B, C, h, w] on the common grid."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from detectron2.data import DatasetFromList
 from detectron2.engine import TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.utils import comm
@@ -72,7 +73,8 @@ class TransferTrainer(TrainerBase):
         self.history: list[dict[str, float]] = []
         self.lessons: list[dict[str, float]] = []
         self.best: dict[str, list[float]] = {}
-        self.dataset = load_datasets(run.cfg.DATASETS.TRAIN)
+        records = load_datasets(run.cfg.DATASETS.TRAIN)
+        self.dataset = DatasetFromList(records, copy=False)  # one copy for all workers
         seed_all_rng(self.seed)  # of weights that no file gives
         self.peers = PeerGroup([self._build_peer(peer) for peer in run.peers])
         self.transfer = build_transfer(run, self.seed + self.world.rank)

@@ -229,8 +229,13 @@ def test_a_frozen_peer_scores_as_in_evaluation_and_learns_nothing(kind):
     peer.train()
     assert not peer.module.training
     before = {name: x.clone() for name, x in peer.module.state_dict().items()}
+    outputs = []
+    peer.module.register_forward_hook(lambda *call: outputs.append(call[-1]))
     with torch.no_grad():
         output = peer.forward(batch_of())
+        assert not outputs  # it ends where its prediction is caught
+        peer.module([peer.view(sample) for sample in make_samples()])
+    assert len(outputs) == 1 and outputs[0][0]["sem_seg"].shape == (CLASSES, 48, 64)
     assert output.logits.shape == (2, CLASSES, 12, 16) and output.score.isfinite().all()
     assert all(torch.equal(x, before[name]) for name, x in peer.module.state_dict().items())
 
@@ -256,6 +261,18 @@ def test_a_batch_without_labels_teaches_a_dense_peer_nothing(kind):
         assert gradients and all(gradient.isfinite().all() for gradient in gradients)
     assert all(not p.grad.any() for p in peers[0].module.parameters())
     assert set(read_losses(peers[:1]).values()) == {0.0}
+
+
+@pytest.mark.parametrize(("kind", "dense"), [("fpn", True), ("mask2former", False)])
+def test_probabilities_are_made_in_place(kind, dense):
+    peer = make_peer(kind)
+    given = torch.randn(CLASSES, 3, 4) if dense else torch.rand(CLASSES, 3, 4)
+    expected = given.softmax(0) if dense else given / given.sum(0)
+    p = peer.probabilities(given)
+    torch.testing.assert_close(p, expected)
+    assert p.data_ptr() == given.data_ptr()
+    half = given.half()
+    assert peer.probabilities(half).dtype == torch.float32
 
 
 def test_confidence_needs_no_labels():
