@@ -22,7 +22,7 @@ from common.seeding import generators_kept, seed_generators
 from segmentation import scenes
 from segmentation.errors import DataError, told_of
 
-FORMATS = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}
+FORMATS = ("RGB", "BGR")
 _CROPS_TRIED = 10
 
 
@@ -178,7 +178,7 @@ def class_masks(labels: torch.Tensor, ignore: int) -> Instances:
 def peer_view(sample: Mapping[str, Any], order: str) -> dict[str, Any]:
     """Return a sample with its RGB channels in a peer's order, one of ``FORMATS``."""
     image = sample["image"]
-    return {**sample, "image": image if order == "RGB" else image[list(FORMATS[order])]}
+    return {**sample, "image": image if order == "RGB" else image.flip(0)}
 
 
 class Stream(Sampler[tuple[int, int]]):
@@ -266,6 +266,7 @@ def build_train_loader(
     rank: int = 0,
     ranks: int = 1,
     start: int = 0,
+    pin: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Build the endless stream of this rank's batches, lists of samples.
 
@@ -277,6 +278,7 @@ def build_train_loader(
         seed: Of the run.
         rank: Of this process, among ``ranks``.
         start: How many samples all ranks together have already taken.
+        pin: Put tensors where a GPU fetches them while this process goes on.
 
     Raises:
         DataError: From the stream: a sample that cannot be read; names the file.
@@ -288,6 +290,7 @@ def build_train_loader(
         num_workers=workers,
         collate_fn=list,
         persistent_workers=workers > 0,
+        pin_memory=pin,
     )
     return unpacked(iter(loader))  # opened now: that draws from torch's generator
 

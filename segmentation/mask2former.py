@@ -276,7 +276,7 @@ class Criterion(Mask2FormerLoss):
 
 def mean_over_ranks(count: int, device: torch.device) -> Tensor:
     """Return the mean of a count over all ranks, at least 1, on the device."""
-    mean = torch.tensor(float(count), device=device)
+    mean = torch.full((), float(count), device=device)  # without waiting for the device
     if active():
         dist.all_reduce(mean)
         mean /= dist.get_world_size()

@@ -55,7 +55,12 @@ def make_batch(samples: Sequence[dict[str, Any]], device: torch.device, ignore: 
     """
     sizes = [sample["sem_seg"].shape for sample in samples]
     height, width = (STRIDE * math.ceil(max(size[i] for size in sizes) / STRIDE) for i in (0, 1))
-    target = torch.full((len(samples), height, width), ignore, dtype=torch.long)
+    target = torch.full(
+        (len(samples), height, width),
+        ignore,
+        dtype=torch.long,
+        pin_memory=device.type == "cuda",
+    )
     for row, sample in zip(target, samples, strict=True):
         h, w = sample["sem_seg"].shape
         row[:h, :w] = sample["sem_seg"]
@@ -116,6 +121,7 @@ class SegmentorPeer(Peer):
         self.score = score
         where, self.dense = find_prediction(module, name)
         self.multiple = padding_multiple(module, cfg)
+        self._mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
         self._caught: Any = None
         self._ends = False
         module.get_submodule(where).register_forward_hook(self._catch)
@@ -158,7 +164,8 @@ class SegmentorPeer(Peer):
         """
         seen = [self.view(sample) for sample in samples]
         if self.multiple > 1:
-            return pad(seen, self.multiple, self.cfg.MODEL.PIXEL_MEAN, ignore)
+            self._mean = self._mean.to(seen[0]["image"].device)  # once; it stays there
+            return pad(seen, self.multiple, self._mean, ignore)
         return seen
 
     def probabilities(self, sem_seg: Tensor) -> Tensor:
@@ -303,14 +310,14 @@ def padding_multiple(module: nn.Module, cfg: CfgNode) -> int:
 
 
 def pad(
-    inputs: Sequence[dict[str, Any]], multiple: int, mean: Sequence[float], ignore: int
+    inputs: Sequence[dict[str, Any]], multiple: int, mean: Tensor, ignore: int
 ) -> list[dict[str, Any]]:
     """Pad images and labels at the right and the bottom to one size.
 
     Args:
         inputs: A peer's view of the samples.
         multiple: Of which both sides shall be.
-        mean: Of each channel; what the padding is filled with.
+        mean: Of each channel [3, 1, 1], on the images' device; what the padding is filled with.
         ignore: The label of the padding.
     """
     height, width = (
@@ -321,14 +328,13 @@ def pad(
 
 
 def _pad_one(
-    sample: dict[str, Any], height: int, width: int, mean: Sequence[float], ignore: int
+    sample: dict[str, Any], height: int, width: int, mean: Tensor, ignore: int
 ) -> dict[str, Any]:
     image, labels = sample["image"], sample["sem_seg"]
     h, w = labels.shape
     if (h, w) == (height, width):
         return sample
-    fill = torch.tensor(mean, device=image.device).view(-1, 1, 1)  # float: exactly 0 to the network
-    padded = fill.repeat(1, height, width)
+    padded = mean.repeat(1, height, width)  # float: exactly 0 to the network
     padded[:, :h, :w] = image
     return {
         **sample,

@@ -114,7 +114,12 @@ class TransferTrainer(TrainerBase):
             self.storage.put_scalars(**self._evaluate_at(0), smoothing_hint=False)
 
     def run_step(self) -> None:
-        """Learn from TRANSFER.ACCUMULATE batches. Nothing waits for the device but at log time."""
+        """Learn from TRANSFER.ACCUMULATE batches.
+
+        Nothing here waits for the device but at log time. Two parts of others do, in each step: the
+        GradScaler of float16 asks whether a step is to be skipped, and Mask2Former matches queries
+        with masks on the CPU (and its masks come from memory that is not pinned).
+        """
         waited, count = 0.0, self.run.transfer.ACCUMULATE
         for i in range(count):
             begun = time.perf_counter()
@@ -248,17 +253,16 @@ class TransferTrainer(TrainerBase):
         cfg, transfer = self.run.cfg, self.run.transfer
         per_rank = per_rank_batch(cfg.SOLVER.IMS_PER_BATCH, self.world.size)
         masks = any(not peer.dense for peer in self.peers)
-        return iter(
-            build_train_loader(
-                self.dataset,
-                SharedMapper(cfg, masks),
-                batch=per_rank,
-                workers=cfg.DATALOADER.NUM_WORKERS,
-                seed=self.seed if seed is None else seed,
-                rank=self.world.rank,
-                ranks=self.world.size,
-                start=done * transfer.ACCUMULATE * cfg.SOLVER.IMS_PER_BATCH,
-            )
+        return build_train_loader(
+            self.dataset,
+            SharedMapper(cfg, masks),
+            batch=per_rank,
+            workers=cfg.DATALOADER.NUM_WORKERS,
+            seed=self.seed if seed is None else seed,
+            rank=self.world.rank,
+            ranks=self.world.size,
+            start=done * transfer.ACCUMULATE * cfg.SOLVER.IMS_PER_BATCH,
+            pin=self.world.device.type == "cuda",
         )
 
     def _log(self, done: int) -> None:

@@ -317,7 +317,8 @@ def test_the_network_sees_training_images_padded_as_the_config_says(kind):
 
 def test_padding_is_the_mean_to_the_network_and_ignored_in_the_labels():
     sample = make_samples(sizes=((50, 70),))[0]
-    padded = pad([sample], 32, [10.2, 20.6, 30.0], 255)[0]
+    mean = torch.tensor([10.2, 20.6, 30.0]).view(3, 1, 1)
+    padded = pad([sample], 32, mean, 255)[0]
     assert padded["image"].shape == (3, 64, 96) and padded["sem_seg"].shape == (64, 96)
     assert torch.equal(padded["image"][:, :50, :70], sample["image"].float())
     assert torch.equal(padded["image"][:, 63, 95], torch.tensor([10.2, 20.6, 30.0]))
