@@ -16,6 +16,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.projects.point_rend import add_pointrend_config
 
 from common.peers import check_names
 from common.roles import check_rule
@@ -133,12 +134,13 @@ def transfer_defaults() -> CfgNode:
 
 
 def base_config() -> CfgNode:
-    """Return Detectron2's defaults, with the keys of DeepLab and of Mask2Former.
+    """Return Detectron2's defaults, with the keys of DeepLab, PointRend and Mask2Former.
 
     The device's default is the GPU where there is one, else the CPU.
     """
     cfg = get_cfg()
     add_deeplab_config(cfg)
+    add_pointrend_config(cfg)
     add_mask2former_config(cfg)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

@@ -287,8 +287,8 @@ def find_prediction(module: nn.Module, name: str) -> tuple[str, bool]:
         return "sem_seg_head", False
     raise SegmentorError(
         f"peer {name!r}: no dense prediction is known for {kind} with this head; known are "
-        "SemanticSegmentor with SemSegFPNHead, DeepLabV3Head or DeepLabV3PlusHead, and the "
-        "MaskFormer family"
+        "SemanticSegmentor with SemSegFPNHead, PointRendSemSegHead, DeepLabV3Head or "
+        "DeepLabV3PlusHead, and the MaskFormer family"
     )
 
 
