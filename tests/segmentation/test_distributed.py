@@ -88,7 +88,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, scenes_without_edges, gr
         for name, begun in start[peer.name].items():
             moved = float((learned[name] - begun).norm())
             assert float((saved[name] - learned[name]).norm()) <= 1e-2 * moved + 1e-6, name
-        assert not torch.equal(learned[name], begun)
+            assert moved > 0, name
     records = [read_file(tmp_path / name / "run.pt") for name in ("one", "two")]
     one, two = (record["lessons"][-1] for record in records)
     assert one["transfer/taught"] > 0

@@ -148,6 +148,37 @@ def test_a_kill_while_a_longer_run_is_saved_costs_nothing(
         assert (tmp_path / "out" / peer.name / "last_checkpoint").read_text() == "model_final.pth"
 
 
+def test_a_run_of_all_features_goes_on_bit_for_bit(tmp_path, datasets):
+    """Accumulation, bfloat16, PreciseBN, a warm-up of the transfer and a peer with masks."""
+    options = ["SOLVER.MAX_ITER", 3, "SOLVER.AMP.ENABLED", True, "SOLVER.CHECKPOINT_PERIOD", 2]
+    options += ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
+    settings = {"RULE": "random", "GRANULARITY": "pixel", "ACCUMULATE": 2, "WARMUP_ITERS": 3}
+    kinds = ("fpn", "mask2former")
+    path = write_run(tmp_path, kinds, AMP_DTYPE="bfloat16", **settings)
+    whole = TransferTrainer(load_run([path], [*options, "OUTPUT_DIR", str(tmp_path / "whole")]))
+    whole.train()
+    cut = TransferTrainer(load_run([path], [*options, "OUTPUT_DIR", str(tmp_path / "cut")]))
+    run_step = cut.run_step
+
+    def step():
+        if cut.iter == 2:
+            raise KeyboardInterrupt
+        run_step()
+
+    cut.run_step = step
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    torch.manual_seed(99)  # a process of its own would have other draws
+    again = TransferTrainer(
+        load_run([path], [*options, "OUTPUT_DIR", str(tmp_path / "cut")]), resume=True
+    )
+    assert again.start_iter == 2
+    again.train()
+    for one, other in zip(whole.peers, again.peers, strict=True):
+        assert same(one.module.state_dict(), other.module.state_dict())
+    assert str(whole.history) == str(again.history) and str(whole.lessons) == str(again.lessons)
+
+
 def test_eval_only_measures_the_weights_that_are_given(finished, datasets, capsys):
     options = ["--config-file", str(finished / "run.yaml"), "--eval-only"]
     for peer in ("fpn", "deeplab"):
