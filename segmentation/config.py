@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from common.peers import check_names
 from common.roles import check_rule
 from common.transfer import SCORES
 from segmentation import compat
-from segmentation.errors import ConfigError
+from segmentation.errors import ConfigError, told_of
+from segmentation.keys import choices, value_at
 from segmentation.mask2former import Mask2Former
 from segmentation.mask2former_config import add_mask2former_config
 
@@ -97,7 +97,7 @@ def lasting_settings(run: RunConfig) -> dict[str, str]:
     """Return by name what a run cannot change on its way: its data, its batches, its solvers."""
     cfg = run.cfg
     keys = ("DATASETS.TRAIN", "DATASETS.TEST", "SEED")
-    found: dict[str, Any] = {key: _at(cfg, key) for key in keys}
+    found: dict[str, Any] = {key: value_at(cfg, key) for key in keys}
     found |= {f"TRANSFER.{key}": run.transfer[key] for key in ("ACCUMULATE", "AMP_DTYPE")}
     for peer in run.peers:
         found[f"{PEER_PREFIX}{peer.name}.FROZEN"] = peer.frozen
@@ -304,8 +304,8 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
         raise ConfigError(f"{file}: {error}") from error
     if any("." in name for name in names):
         raise ConfigError(f"{file}: a peer's name may not hold a dot: {', '.join(names)}")
-    choices = {"GRANULARITY": GRANULARITIES, "SCORE": SCORES, "AMP_DTYPE": tuple(AMP_DTYPES)}
-    for key, allowed in choices.items():
+    named = {"GRANULARITY": GRANULARITIES, "SCORE": SCORES, "AMP_DTYPE": tuple(AMP_DTYPES)}
+    for key, allowed in named.items():
         if node[key] not in allowed:
             raise ConfigError(
                 f"{file}: TRANSFER.{key} is {node[key]!r}; choose from {', '.join(allowed)}"
@@ -409,7 +409,7 @@ def _as_floats(cfg: CfgNode, content: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unknown(cfg: CfgNode, content: Mapping[str, Any], where: str, prefix: str = "") -> None:
     for key, value in content.items():
         if key not in cfg:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; {_choices(cfg, str(key))}")
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; {choices(cfg, str(key))}")
         if not isinstance(cfg[key], CfgNode):
             continue
         if not isinstance(value, Mapping):
@@ -420,23 +420,12 @@ def _refuse_unknown(cfg: CfgNode, content: Mapping[str, Any], where: str, prefix
         _refuse_unknown(cfg[key], value, where, f"{prefix}{key}.")
 
 
-def _choices(node: CfgNode, key: str) -> str:
-    keys = sorted(node)
-    close = difflib.get_close_matches(key, keys, n=1)
-    meant = f"did you mean {close[0]}? " if close else ""
-    return f"{meant}choose from {', '.join(keys)}"
-
-
 def _merge_options(cfg: CfgNode, options: Sequence[Any], where: str) -> None:
     if len(options) % 2:
         raise ConfigError(f"{where}: expected pairs of keys and values, got {list(options)}")
     for key, value in zip(options[::2], options[1::2], strict=True):
-        node: Any = cfg
-        for part in str(key).split("."):
-            if not isinstance(node, CfgNode) or part not in node:
-                choices = _choices(node, part) if isinstance(node, CfgNode) else "it holds a value"
-                raise ConfigError(f"{where}: unknown key {key}; {choices}")
-            node = node[part]
+        with told_of(where):
+            node = value_at(cfg, str(key))
         try:
             whole = isinstance(node, float) and str(value).lstrip("+-").isdigit()
             cfg.merge_from_list([key, float(value) if whole else value])
@@ -447,13 +436,14 @@ def _merge_options(cfg: CfgNode, options: Sequence[Any], where: str) -> None:
 def _check_shared(peers: Sequence[PeerConfig]) -> None:
     first = peers[0]
     for key in (*SHARED_KEYS, "OUTPUT_DIR"):
-        expected = _at(first.cfg, key)
+        expected = value_at(first.cfg, key)
         for peer in peers[1:]:
-            if _at(peer.cfg, key) != expected:
+            found = value_at(peer.cfg, key)
+            if found != expected:
                 raise ConfigError(
-                    f"peers differ in {key}: {first.name}: {expected!r}, {peer.name}: "
-                    f"{_at(peer.cfg, key)!r}; all peers see one stream of data in one loop, so set "
-                    "it for all, in the run file or as KEY VALUE on the command line"
+                    f"peers differ in {key}: {first.name}: {expected!r}, {peer.name}: {found!r}; "
+                    "all peers see one stream of data in one loop, so set it for all, in the run "
+                    "file or as KEY VALUE on the command line"
                 )
 
 
@@ -461,21 +451,15 @@ def _check_values(peers: Sequence[PeerConfig]) -> None:
     """Refuse what would end in a traceback only later."""
     cfg = peers[0].cfg
     for key in ("DATALOADER.NUM_WORKERS", "SOLVER.MAX_ITER"):
-        if _at(cfg, key) < 0:
-            raise ConfigError(f"{key} is {_at(cfg, key)}; expected 0 or more")
+        if value_at(cfg, key) < 0:
+            raise ConfigError(f"{key} is {value_at(cfg, key)}; expected 0 or more")
     if cfg.INPUT.CROP.ENABLED and not all(side > 0 for side in cfg.INPUT.CROP.SIZE):
         raise ConfigError(f"INPUT.CROP.SIZE is {cfg.INPUT.CROP.SIZE}; expected more than 0")
     for peer in peers:
         for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
-            if len(_at(peer.cfg, key)) != 3:
+            values = value_at(peer.cfg, key)
+            if len(values) != 3:
                 raise ConfigError(
-                    f"peer {peer.name!r}: {key} is {_at(peer.cfg, key)}; expected 3 values, in "
-                    "the order of INPUT.FORMAT"
+                    f"peer {peer.name!r}: {key} is {values}; expected 3 values, in the order of "
+                    "INPUT.FORMAT"
                 )
-
-
-def _at(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        node = node[part]
-    return node
