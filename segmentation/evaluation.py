@@ -76,13 +76,13 @@ def evaluate_group(
     Raises:
         DataError: Files that are missing or broken, or a dataset of another kind.
     """
-    load_datasets([dataset])
+    records = load_datasets([dataset])
     names = [peer.name for peer in peers] + [ENSEMBLE] * (len(peers) > 1)
     evaluators = {name: _evaluator(dataset) for name in names}
     for evaluator in evaluators.values():
         evaluator.reset()
     with torch.no_grad(), evaluating(peers):
-        for inputs in _progress(_loader(peers, dataset, tta)):
+        for inputs in _progress(_loader(peers, records, tta)):
             mean: Tensor | None = None
             for peer, sample in zip(peers, inputs, strict=True):
                 p = augmented(peer, sample) if tta else predict(peer, sample)
@@ -134,11 +134,11 @@ def augmented(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
 
 
 def _loader(
-    peers: Sequence[SegmentorPeer], dataset: str, tta: bool
+    peers: Sequence[SegmentorPeer], records: list[dict[str, Any]], tta: bool
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield one image after another, as each peer's sample."""
     loader = build_detection_test_loader(
-        load_datasets([dataset]),
+        records,
         mapper=Carrying(_GroupMapper(peers, tta)),
         num_workers=peers[0].cfg.DATALOADER.NUM_WORKERS,
     )

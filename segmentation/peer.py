@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -43,6 +44,11 @@ class Batch:
         """Height and width of the common grid."""
         height, width = self.target.shape[-2:]
         return height // STRIDE, width // STRIDE
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """The target on the common grid [B, h, w]; made once for all peers."""
+        return at_grid(self.target, self.grid)
 
 
 def make_batch(samples: Sequence[dict[str, Any]], device: torch.device, ignore: int) -> Batch:
@@ -131,7 +137,7 @@ class SegmentorPeer(Peer):
     def forward(self, batch: Batch) -> PeerOutput:
         """Run the host's own training forward once; gradient reaches task_loss and logits."""
         losses, logits = self._run(batch)
-        score, valid = dense_score(logits, batch.target, batch.ignore, self.granularity)
+        score, valid = dense_score(logits, batch.labels, batch.ignore, self.granularity)
         if self.frozen:
             task_loss = -score.mean()  # for the record alone; nothing is learned from it
         else:
@@ -213,7 +219,7 @@ class SegmentorPeer(Peer):
     def _correct(self, logits: Tensor, batch: Batch) -> Tensor | None:
         if self.granularity == "image":
             return None
-        return logits.detach().argmax(dim=1) == _at_grid(batch.target, logits.shape[-2:])
+        return logits.detach().argmax(dim=1) == batch.labels
 
     def _where_labelled(self, losses: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Let a batch without any label cost nothing: a mean over no pixel is NaN.
@@ -422,7 +428,7 @@ def dense_score(
     """
     if granularity not in ("image", "pixel"):
         raise ValueError(f"granularity is {granularity!r}; choose from image, pixel")
-    labels = _at_grid(target, logits.shape[-2:])
+    labels = at_grid(target, logits.shape[-2:])
     valid = labels != ignore_index
     wide = logits if logits.dtype == torch.float64 else logits.float()
     with torch.autocast(logits.device.type, enabled=False):
@@ -430,10 +436,14 @@ def dense_score(
     return (score if granularity == "pixel" else _mean_over(score, valid)), valid
 
 
-def _at_grid(target: Tensor, size: torch.Size) -> Tensor:
-    if target.shape[-2:] == size:
+def at_grid(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring labels [B, H, W] to another size by nearest neighbour, int64."""
+    if tuple(target.shape[-2:]) == tuple(size):
         return target.long()
-    return F.interpolate(target[:, None].double(), size=size, mode="nearest")[:, 0].long()
+    strides = [side // of for side, of in zip(target.shape[-2:], size, strict=True)]
+    if [of * stride for of, stride in zip(size, strides, strict=True)] == list(target.shape[-2:]):
+        return target[:, :: strides[0], :: strides[1]].long()  # the same, without a copy in float64
+    return F.interpolate(target[:, None].double(), size=tuple(size), mode="nearest")[:, 0].long()
 
 
 def _mean_over(x: Tensor, valid: Tensor) -> Tensor:

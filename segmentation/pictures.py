@@ -19,7 +19,7 @@ from common.report.plots import color_of
 from common.roles import assign_roles
 from segmentation.data import TestMapper, check_labels, load_datasets, read_labels
 from segmentation.evaluation import evaluating
-from segmentation.peer import Batch, SegmentorPeer, dense_score, make_batch
+from segmentation.peer import Batch, SegmentorPeer, at_grid, dense_score, make_batch
 
 _INCH = 1.5
 
@@ -79,10 +79,7 @@ def _batch(record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int) 
     path, classes = record["sem_seg_file_name"], peers[0].cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     array = read_labels(path, dtype=np.int64)
     check_labels(array, classes, ignore, path)
-    labels = torch.from_numpy(array)
-    size = sample["image"].shape[-2:]
-    resized = torch.nn.functional.interpolate(labels[None, None].double(), size=size)
-    sample["sem_seg"] = resized[0, 0].long()
+    sample["sem_seg"] = at_grid(torch.from_numpy(array)[None], sample["image"].shape[-2:])[0]
     device = next(peers[0].module.parameters()).device
     return make_batch([sample], device, ignore)
 
@@ -92,10 +89,10 @@ def _lessons(peers: Sequence[SegmentorPeer], batch: Batch) -> tuple[list[Tensor]
     """Return predictions [h, w], the best peer at each pixel [h, w] or -1, and of the image."""
     with evaluating(peers):
         logits = [peer.predict(batch) for peer in peers]
-    scores = [dense_score(z, batch.target, batch.ignore, "pixel") for z in logits]
+    scores = [dense_score(z, batch.labels, batch.ignore, "pixel") for z in logits]
     valid = scores[0][1]
     pixel = torch.stack([score for score, _ in scores])
-    image = torch.stack([dense_score(z, batch.target, batch.ignore)[0] for z in logits])
+    image = torch.stack([dense_score(z, batch.labels, batch.ignore)[0] for z in logits])
     names = [*(peer.name for peer in peers), "nobody"]
     best = torch.where(valid, _best(pixel), -1)[0]
     return [z[0].argmax(dim=0) for z in logits], best, names[int(_best(image)[0])]

@@ -11,6 +11,7 @@ from torch import nn
 from common.transfer import KnowledgeTransfer
 from segmentation.errors import SegmentorError
 from segmentation.peer import (
+    at_grid,
     dense_score,
     find_prediction,
     make_batch,
@@ -74,6 +75,16 @@ def test_dense_score_brings_labels_to_the_grid_by_nearest_neighbour():
     small, _ = dense_score(logits, torch.arange(4).view(1, 2, 2), granularity="pixel")
     large, valid = dense_score(logits, target, granularity="pixel")
     assert torch.equal(small, large) and valid.shape == (1, 2, 2)
+
+
+def test_labels_come_to_a_grid_as_by_nearest_neighbour():
+    draw = torch.Generator().manual_seed(0)
+    target = torch.randint(CLASSES, (2, 12, 20), generator=draw)
+    for size in ((12, 20), (3, 5), (6, 10), (4, 10), (5, 7), (24, 40)):
+        expected = F.interpolate(target[:, None].double(), size=size, mode="nearest")[:, 0]
+        assert torch.equal(at_grid(target, size), expected.long()), size
+    batch = make_batch(make_samples(), CPU, 255)
+    assert batch.labels is batch.labels and batch.labels.shape[1:] == batch.grid
 
 
 def test_an_image_without_labels_scores_zero_for_all():
