@@ -20,6 +20,7 @@ from common.roles import assign_roles
 from segmentation.data import TestMapper, check_labels, load_datasets, read_labels
 from segmentation.evaluation import evaluating
 from segmentation.peer import Batch, SegmentorPeer, at_grid, dense_score, make_batch
+from segmentation.scenes import palette
 
 _INCH = 1.5
 
@@ -39,7 +40,7 @@ def teaching_pictures(
     """
     records = load_datasets([dataset])[:count]
     ignore = int(MetadataCatalog.get(dataset).ignore_label)
-    palette = _palette(dataset, ignore)
+    colors = _palette(dataset, ignore)
     columns = ["image", "truth", *(peer.name for peer in peers), "best at each pixel"]
     figure = Figure(
         figsize=(_INCH * len(columns), _INCH * len(records) + 0.4), layout="constrained"
@@ -50,8 +51,8 @@ def teaching_pictures(
         predictions, teacher, of_image = _lessons(peers, batch)
         shown = [
             batch.samples[0]["image"].permute(1, 2, 0).cpu().numpy(),
-            palette[batch.target[0].cpu().numpy()],
-            *(palette[prediction.cpu().numpy()] for prediction in predictions),
+            colors[batch.target[0].cpu().numpy()],
+            *(colors[prediction.cpu().numpy()] for prediction in predictions),
             _teacher_map(teacher, len(peers)),
         ]
         for axis, picture in zip(row, shown, strict=True):
@@ -113,13 +114,8 @@ def _teacher_map(teacher: Tensor, peers: int) -> np.ndarray:
 
 def _palette(dataset: str, ignore: int) -> np.ndarray:
     """Return a colour for every label [256, 3] uint8: the dataset's own where it has some."""
-    colors = np.full((256, 3), 255, dtype=np.uint8)
     own = MetadataCatalog.get(dataset).get("stuff_colors")
     if own:
-        colors[: len(own)] = own
-    else:
-        tab = np.uint8(255 * np.array(colormaps["tab20"].colors))
-        colors[0] = 40
-        colors[1:] = tab[np.arange(255) % len(tab)]
-    colors[ignore] = 255
-    return colors
+        return palette(own, ignore)
+    tab = np.uint8(255 * np.array(colormaps["tab20"].colors))
+    return palette([(40, 40, 40), *tab[np.arange(255) % len(tab)]], ignore)
