@@ -6,6 +6,8 @@ CLASSIFICATION = [
     "timm>=1.0.31,<1.1",
     "torchvision>=0.20",
     "fvcore>=0.1.5",
+    "huggingface_hub>=0.23",
+    "pillow>=10",
     "pyyaml>=6,<7",
     "tensorboard>=2.15,<3",
 ]
@@ -23,6 +25,7 @@ SEGMENTATION = [
     "omegaconf>=2.1,<2.4",
     "pillow>=10",
     "pycocotools>=2.0.2",
+    "pyyaml>=6,<7",
     "tabulate",
     "termcolor>=1.1",
     "yacs>=0.1.8",
@@ -30,7 +33,6 @@ SEGMENTATION = [
 SALIENCY = [
     "torchvision>=0.20",
     "opencv-python>=4.8,<5",
-    "scipy>=1.11,<2",
     "pillow>=10",
     "pyyaml>=6,<7",
     "tensorboard>=2.15,<3",
@@ -56,6 +58,7 @@ setup(
     install_requires=[
         "torch>=2.5",
         "numpy>=1.26,<3",
+        "scipy>=1.11,<2",
         "safetensors>=0.4.3,<1",
         "matplotlib>=3.8,<4",
         "tqdm>=4.60,<5",

@@ -6,12 +6,13 @@ was killed before goes on from the one before. Every peer's file is a plain Dete
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 
 from common.checkpoint import CheckpointError, atomic_write, load_weights, read_file
 from segmentation.peer import SegmentorPeer
@@ -19,39 +20,70 @@ from segmentation.peer import SegmentorPeer
 RECORD = "run.pt"
 FORMAT = 1
 BEST = "model_best.pth"
+FINAL = "model_final.pth"
+LAST = "last_checkpoint"  # where Detectron2 looks for a file's name
 _KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "history", "lessons"}
 
 
 def save(
-    folder: Path, peers: Sequence[SegmentorPeer], state: Mapping[str, Any], name: str, keep: int
+    folder: Path,
+    peers: Sequence[SegmentorPeer],
+    state: Mapping[str, Any],
+    keep: int,
+    final: bool = False,
 ) -> None:
     """Write every peer's checkpoint, then the record; prune what is old.
+
+    A file that an earlier record names is not written again, so that a kill costs nothing.
 
     Args:
         folder: Of the run.
         peers: Frozen ones are not written: they stay what they were.
         state: Tensors and plain containers, with ``iteration``, the iterations finished.
-        name: Of the peers' files, without suffix.
-        keep: How many periodic checkpoints stay; 0: all.
+        keep: How many resumable checkpoints stay; 0: all.
+        final: Also give the peers' files the name that Detectron2 gives a run's last.
     """
-    iteration = state["iteration"]
+    file = f"model_{state['iteration'] - 1:07d}.pth"  # Detectron2 counts from 0
     for peer in peers:
         if not peer.frozen:
-            checkpointer = DetectionCheckpointer(
-                peer.module,
-                str(folder / peer.name),
-                optimizer=peer.optimizer,
-                scheduler=peer.scheduler,
-            )
-            checkpointer.save(name, iteration=iteration - 1)  # Detectron2 counts from 0
-    record = {"format": FORMAT, "file": f"{name}.pth", "peers": [p.name for p in peers], **state}
+            _save_peer(folder / peer.name / file, peer, state["iteration"] - 1)
+    record = {"format": FORMAT, "file": file, "peers": [p.name for p in peers], **state}
     atomic_write(folder / RECORD, lambda to: torch.save(record, to))
+    if final:
+        finish(folder, peers, record)
+    else:
+        _tag(folder, peers, file)
     for peer in peers:
         files = sorted((folder / peer.name).glob("model_[0-9]*.pth"))
-        kept = {f"{name}.pth", *(file.name for file in files[-keep:])}
-        for file in files:
-            if file.name not in kept:
-                file.unlink(missing_ok=True)
+        for old in files[:-keep] if keep else ():
+            if old.name != file:
+                old.unlink(missing_ok=True)
+
+
+def finish(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]) -> None:
+    """Copy the files that a record names to ``model_final.pth``, where that is not done yet."""
+    for peer in peers:
+        source, to = (folder / peer.name / name for name in (record["file"], FINAL))
+        if not peer.frozen and source != to:
+            atomic_write(to, functools.partial(shutil.copyfile, source))
+    _tag(folder, peers, FINAL)
+
+
+def _save_peer(path: Path, peer: SegmentorPeer, iteration: int) -> None:
+    content = {
+        "model": peer.module.state_dict(),
+        "optimizer": peer.optimizer.state_dict(),  # type: ignore[union-attr]
+        "scheduler": peer.scheduler.state_dict(),
+        "iteration": iteration,
+    }
+    atomic_write(path, lambda to: torch.save(content, to))
+
+
+def _tag(folder: Path, peers: Sequence[SegmentorPeer], file: str) -> None:
+    for peer in peers:
+        if not peer.frozen:
+            last = folder / peer.name / LAST
+            atomic_write(last, lambda to: to.write_text(file, encoding="utf-8"))
 
 
 def save_best(folder: Path, peer: SegmentorPeer, iteration: int) -> None:
@@ -78,6 +110,32 @@ def find(folder: Path) -> dict[str, Any] | None:
             "package"
         )
     return record
+
+
+def refuse_other_settings(
+    folder: Path, record: Mapping[str, Any], settings: Mapping[str, str]
+) -> None:
+    """Refuse to go on with a run under settings that it cannot change.
+
+    Args:
+        folder: Of the run.
+        record: From ``find``.
+        settings: From ``segmentation.config.lasting_settings``.
+
+    Raises:
+        CheckpointError: Names each with both values.
+    """
+    had = record.get("settings", {})
+    differ = [
+        f"{key} was {had[key]}, is {value}"
+        for key, value in settings.items()
+        if had.get(key, value) != value
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{folder}: the run cannot be resumed with other settings: {'; '.join(differ)}. Give "
+            "the run's own, or start another from its weights in another OUTPUT_DIR"
+        )
 
 
 def load(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]) -> None:

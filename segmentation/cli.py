@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,28 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
+from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from common.checkpoint import CheckpointError
 from common.report import write_run_report
-from common.roles import NonFiniteError
 from common.trainer import write_csv
 from segmentation import checkpoints
 from segmentation.config import RunConfig, load_run
 from segmentation.data import check_classes
-from segmentation.errors import ConfigError, DataError, SegmentorError
+from segmentation.errors import FAULTS, ConfigError
+from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
 from segmentation.pictures import teaching_pictures
 from segmentation.trainer import (
     METRIC,
     TransferTrainer,
-    build_with_weights,
     evaluate_run,
     log_metrics,
     summary_of,
 )
 
 _logger = logging.getLogger("segmentation")
-_FAULTS = (ConfigError, DataError, SegmentorError, CheckpointError, NonFiniteError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,39 +72,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_machine(options, run)
         check_classes({peer.name: peer.cfg for peer in run.peers})
         check_folder(run, options)
-    except _FAULTS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    if options.num_gpus * options.num_machines <= 1:
-        return work(run, options)
-    launch(
-        _work_or_raise,
-        options.num_gpus,
-        num_machines=options.num_machines,
-        machine_rank=options.machine_rank,
-        dist_url=options.dist_url,
-        args=(run, options),
-    )
-    return 0
-
-
-def work(run: RunConfig, options: argparse.Namespace) -> int:
-    """Train or evaluate in this process."""
+    except FAULTS as error:
+        return _failed(error)
+    if options.num_gpus * options.num_machines > 1:
+        return _launch(run, options)
     try:
-        _start(run)
-        if options.eval_only:
-            evaluate_only(run, options.resume)
-        else:
-            train(run, options.resume)
-    except _FAULTS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+        work(run, options)
+    except FAULTS as error:
+        return _failed(error)
     return 0
 
 
-def _work_or_raise(run: RunConfig, options: argparse.Namespace) -> None:
-    if work(run, options):
-        raise SystemExit(1)
+def work(run: RunConfig, options: argparse.Namespace) -> None:
+    """Train or evaluate in this process."""
+    _start(run)
+    if options.eval_only:
+        evaluate_only(run, options.resume)
+    else:
+        train(run, options.resume)
+
+
+def _launch(run: RunConfig, options: argparse.Namespace) -> int:
+    """Work in several processes; of those that fail, the first one's line is told."""
+    told = multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        launch(
+            _work_and_tell,
+            options.num_gpus,
+            num_machines=options.num_machines,
+            machine_rank=options.machine_rank,
+            dist_url=options.dist_url,
+            args=(run, options, told),
+        )
+    except ProcessException as error:
+        if told.empty() and isinstance(error, ProcessRaisedException):
+            raise
+        return _failed(error if told.empty() else told.get())
+    return 0
+
+
+def _work_and_tell(run: RunConfig, options: argparse.Namespace, told: Any) -> None:
+    try:
+        work(run, options)
+    except FAULTS as error:
+        told.put(str(error))
+        raise SystemExit(1) from error
+
+
+def _failed(error: object) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return 1
 
 
 def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
@@ -138,17 +156,34 @@ def evaluate_only(run: RunConfig, resume: bool = False) -> dict[str, float]:
 def check_machine(options: argparse.Namespace, run: RunConfig) -> None:
     """Refuse more GPUs than there are, before any process is started.
 
+    On the CPU any number of processes may run.
+
     Raises:
         ConfigError: Says how many there are.
     """
     there = torch.cuda.device_count()
     device = run.cfg.MODEL.DEVICE
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError as error:
         raise ConfigError(f"MODEL.DEVICE is {device!r}: {error}") from error
     if kind == "cuda" and there == 0:
         raise ConfigError("MODEL.DEVICE is cuda, and there is no GPU; give MODEL.DEVICE cpu")
+    if kind == "cuda" and index is not None:
+        if index >= there:
+            raise ConfigError(f"MODEL.DEVICE is {device}; this machine has {there} GPUs")
+        if options.num_gpus > 1:
+            raise ConfigError(
+                f"MODEL.DEVICE is {device}: with --num-gpus {options.num_gpus} give cuda; "
+                "CUDA_VISIBLE_DEVICES says which GPUs"
+            )
+    if kind == "cpu" and options.num_gpus > 1:
+        if there:  # Detectron2's launch asks for NCCL wherever it sees one
+            raise ConfigError(
+                f"--num-gpus {options.num_gpus} with MODEL.DEVICE cpu: hide the GPUs too "
+                "(CUDA_VISIBLE_DEVICES=)"
+            )
+        return
     if options.num_gpus > max(there, 1):
         raise ConfigError(
             f"--num-gpus {options.num_gpus}: this machine has {there}; give no more than there are"
@@ -156,11 +191,20 @@ def check_machine(options: argparse.Namespace, run: RunConfig) -> None:
 
 
 def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
-    """Refuse to write a fresh run over an older one.
+    """Make OUTPUT_DIR; refuse to write a fresh run over an older one.
 
     Raises:
-        ConfigError: OUTPUT_DIR holds the record of a run, and this is no resume.
+        ConfigError: OUTPUT_DIR cannot be written to, or holds the record of a run and this is no
+            resume.
     """
+    try:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {run.output_dir}: cannot be written to ({error.strerror}); give another"
+        ) from error
     fresh = not (options.resume or options.eval_only)
     if fresh and (run.output_dir / checkpoints.RECORD).exists():
         raise ConfigError(

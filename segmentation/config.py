@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.projects.point_rend import add_pointrend_config
 
 from common.peers import check_names
 from common.roles import check_rule
 from common.transfer import SCORES
 from segmentation import compat
-from segmentation.errors import ConfigError
+from segmentation.errors import ConfigError, told_of
+from segmentation.keys import choices, value_at
 from segmentation.mask2former import Mask2Former
 from segmentation.mask2former_config import add_mask2former_config
 
@@ -48,6 +49,8 @@ SHARED_KEYS = (
     "MODEL.DEVICE",
     "SEED",
 )
+# Of the solver, what a run may be resumed with in another value.
+MAY_CHANGE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,28 @@ class RunConfig:
         return [peer.name for peer in self.peers]
 
 
+def lasting_settings(run: RunConfig) -> dict[str, str]:
+    """Return by name what a run cannot change on its way: its data, its batches, its solvers."""
+    cfg = run.cfg
+    keys = ("DATASETS.TRAIN", "DATASETS.TEST", "SEED")
+    found: dict[str, Any] = {key: value_at(cfg, key) for key in keys}
+    found |= {f"TRANSFER.{key}": run.transfer[key] for key in ("ACCUMULATE", "AMP_DTYPE")}
+    for peer in run.peers:
+        found[f"{PEER_PREFIX}{peer.name}.FROZEN"] = peer.frozen
+        for key, value in _flat(peer.cfg.SOLVER, "SOLVER"):
+            if key not in MAY_CHANGE:
+                found[key if key in SHARED_KEYS else f"{PEER_PREFIX}{peer.name}.{key}"] = value
+    return {key: repr(value) for key, value in found.items()}
+
+
+def _flat(node: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flat(value, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}", value
+
+
 def transfer_defaults() -> CfgNode:
     """Return the TRANSFER node of a run file with its defaults."""
     node = CfgNode()
@@ -109,12 +134,13 @@ def transfer_defaults() -> CfgNode:
 
 
 def base_config() -> CfgNode:
-    """Return Detectron2's defaults, with the keys of DeepLab and of Mask2Former.
+    """Return Detectron2's defaults, with the keys of DeepLab, PointRend and Mask2Former.
 
     The device's default is the GPU where there is one, else the CPU.
     """
     cfg = get_cfg()
     add_deeplab_config(cfg)
+    add_pointrend_config(cfg)
     add_mask2former_config(cfg)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -151,7 +177,7 @@ def load_run(
     node = transfer_defaults()
     _merge(node, shared.pop("TRANSFER", {}), f"{files[0]}: TRANSFER")
     _merge_options(node, transfer, "the command line: TRANSFER")
-    specs = specs or [_checked_spec(spec, files[0]) for spec in node.PEERS]
+    specs = specs or [_checked_spec(spec, files[0]) for spec in _listed_peers(node, files[0])]
     names = [spec["NAME"] for spec in specs]
     _check_run(node, names, files[0])
     unknown = sorted(set(own) - set(names))
@@ -162,6 +188,7 @@ def load_run(
         for spec in specs
     ]
     _check_shared(peers)
+    _check_values(peers)
     output = Path(peers[0].cfg.OUTPUT_DIR)
     for peer in peers:
         peer.cfg.OUTPUT_DIR = str(output / peer.name)
@@ -194,7 +221,7 @@ def _read_yaml(path: Path, allow_unsafe: bool) -> dict[str, Any]:
         content = CfgNode.load_yaml_with_base(str(path), allow_unsafe=allow_unsafe)
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(_unsafe(path, error)) from error
-    except (yaml.YAMLError, OSError, AssertionError, TypeError) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, AssertionError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: holds no keys")
@@ -212,6 +239,9 @@ def _split_options(
     options: Sequence[str],
 ) -> tuple[list[str], list[str], dict[str, list[str]]]:
     """Sort the command line's pairs into the run's, every peer's, and one peer's."""
+    flags = [str(option) for option in options if str(option).startswith("--")]
+    if flags:
+        raise ConfigError(f"{flags[0]}: arguments with -- come before KEY VALUE; move it there")
     if len(options) % 2:
         raise ConfigError(
             f"options come in pairs of KEY VALUE; {options[-1]!r} is left over in "
@@ -231,6 +261,12 @@ def _split_options(
     return transfer, common, own
 
 
+def _listed_peers(node: CfgNode, file: str | Path) -> Sequence[Any]:
+    if not isinstance(node.PEERS, Sequence) or isinstance(node.PEERS, str):
+        raise ConfigError(f"{file}: TRANSFER.PEERS is {node.PEERS!r}; expected a list of peers")
+    return node.PEERS
+
+
 def _checked_spec(spec: Any, file: str | Path) -> dict[str, Any]:
     if not isinstance(spec, Mapping):
         raise ConfigError(
@@ -243,8 +279,16 @@ def _checked_spec(spec: Any, file: str | Path) -> dict[str, Any]:
         )
     if not spec.get("CONFIG"):
         raise ConfigError(f"{file}: peer {spec.get('NAME', '?')!r} has no CONFIG")
-    name = str(spec.get("NAME") or Path(spec["CONFIG"]).stem)
-    return {**spec, "NAME": name}
+    name = str(spec.get("NAME") or Path(str(spec["CONFIG"])).stem)
+    options = spec.get("OPTS") or []
+    if not isinstance(options, Sequence) or isinstance(options, str):
+        raise ConfigError(
+            f"{file}: peer {name!r}: OPTS is {options!r}; expected a list: [KEY, VALUE, ...]"
+        )
+    frozen = spec.get("FROZEN", False)
+    if not isinstance(frozen, bool):
+        raise ConfigError(f"{file}: peer {name!r}: FROZEN is {frozen!r}; expected true or false")
+    return {**spec, "NAME": name, "CONFIG": str(spec["CONFIG"]), "OPTS": options}
 
 
 def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
@@ -260,8 +304,8 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
         raise ConfigError(f"{file}: {error}") from error
     if any("." in name for name in names):
         raise ConfigError(f"{file}: a peer's name may not hold a dot: {', '.join(names)}")
-    choices = {"GRANULARITY": GRANULARITIES, "SCORE": SCORES, "AMP_DTYPE": tuple(AMP_DTYPES)}
-    for key, allowed in choices.items():
+    named = {"GRANULARITY": GRANULARITIES, "SCORE": SCORES, "AMP_DTYPE": tuple(AMP_DTYPES)}
+    for key, allowed in named.items():
         if node[key] not in allowed:
             raise ConfigError(
                 f"{file}: TRANSFER.{key} is {node[key]!r}; choose from {', '.join(allowed)}"
@@ -294,6 +338,7 @@ def _peer_config(
     _merge_options(cfg, spec.get("OPTS") or [], f"{where}: OPTS")
     _merge_options(cfg, common, "the command line")
     _merge_options(cfg, own, f"the command line, {PEER_PREFIX}{spec['NAME']}")
+    cfg.MODEL.WEIGHTS = _find_weights(cfg.MODEL.WEIGHTS, run_file)
     if cfg.MODEL.META_ARCHITECTURE == "MaskFormer" and "MaskFormer" not in META_ARCH_REGISTRY:
         cfg.MODEL.META_ARCHITECTURE = Mask2Former.__name__  # ours reads the original's keys
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
@@ -301,7 +346,7 @@ def _peer_config(
             f"{where}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}; choose from "
             f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}"
         )
-    return PeerConfig(spec["NAME"], cfg, bool(spec.get("FROZEN", False)))
+    return PeerConfig(spec["NAME"], cfg, spec.get("FROZEN", False))
 
 
 def _find_config(name: str, run_file: Path) -> Path:
@@ -318,17 +363,29 @@ def _find_config(name: str, run_file: Path) -> Path:
     )
 
 
+def _find_weights(source: str, run_file: Path) -> str:
+    """Find a file of weights beside the run file too; what is no such file stays as it is."""
+    given = Path(source).expanduser()
+    beside = run_file.parent / given
+    return str(beside) if source and not given.is_file() and beside.is_file() else source
+
+
 def _merge_file(cfg: CfgNode, path: Path, allow_unsafe: bool) -> None:
     content = _read_yaml(path, allow_unsafe)
     if "TRANSFER" in content:
         raise ConfigError(f"{path}: a run file, not the config of one peer")
     if content.get("VERSION", cfg.VERSION) == cfg.VERSION:
         _merge(cfg, content, str(path))
-    else:
-        cfg.merge_from_file(str(path), allow_unsafe=allow_unsafe)
+        return
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=allow_unsafe)  # translates older versions
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{path}: VERSION {content['VERSION']}: {error.args[0]}") from error
 
 
-def _merge(cfg: CfgNode, content: Mapping[str, Any], where: str) -> None:
+def _merge(cfg: CfgNode, content: Any, where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{where} is {content!r}; expected keys, of {', '.join(sorted(cfg))}")
     _refuse_unknown(cfg, content, where)
     try:
         cfg.merge_from_other_cfg(CfgNode(_as_floats(cfg, content)))
@@ -352,28 +409,23 @@ def _as_floats(cfg: CfgNode, content: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unknown(cfg: CfgNode, content: Mapping[str, Any], where: str, prefix: str = "") -> None:
     for key, value in content.items():
         if key not in cfg:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; {_choices(cfg, str(key))}")
-        if isinstance(value, Mapping) and isinstance(cfg[key], CfgNode):
-            _refuse_unknown(cfg[key], value, where, f"{prefix}{key}.")
-
-
-def _choices(node: CfgNode, key: str) -> str:
-    keys = sorted(node)
-    close = difflib.get_close_matches(key, keys, n=1)
-    meant = f"did you mean {close[0]}? " if close else ""
-    return f"{meant}choose from {', '.join(keys)}"
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; {choices(cfg, str(key))}")
+        if not isinstance(cfg[key], CfgNode):
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{where}: {prefix}{key} is {value!r}; expected keys, of "
+                f"{', '.join(sorted(cfg[key]))}"
+            )
+        _refuse_unknown(cfg[key], value, where, f"{prefix}{key}.")
 
 
 def _merge_options(cfg: CfgNode, options: Sequence[Any], where: str) -> None:
     if len(options) % 2:
         raise ConfigError(f"{where}: expected pairs of keys and values, got {list(options)}")
     for key, value in zip(options[::2], options[1::2], strict=True):
-        node: Any = cfg
-        for part in str(key).split("."):
-            if not isinstance(node, CfgNode) or part not in node:
-                choices = _choices(node, part) if isinstance(node, CfgNode) else "it holds a value"
-                raise ConfigError(f"{where}: unknown key {key}; {choices}")
-            node = node[part]
+        with told_of(where):
+            node = value_at(cfg, str(key))
         try:
             whole = isinstance(node, float) and str(value).lstrip("+-").isdigit()
             cfg.merge_from_list([key, float(value) if whole else value])
@@ -384,18 +436,30 @@ def _merge_options(cfg: CfgNode, options: Sequence[Any], where: str) -> None:
 def _check_shared(peers: Sequence[PeerConfig]) -> None:
     first = peers[0]
     for key in (*SHARED_KEYS, "OUTPUT_DIR"):
-        expected = _at(first.cfg, key)
+        expected = value_at(first.cfg, key)
         for peer in peers[1:]:
-            if _at(peer.cfg, key) != expected:
+            found = value_at(peer.cfg, key)
+            if found != expected:
                 raise ConfigError(
-                    f"peers differ in {key}: {first.name}: {expected!r}, {peer.name}: "
-                    f"{_at(peer.cfg, key)!r}; all peers see one stream of data in one loop, so set "
-                    "it for all, in the run file or as KEY VALUE on the command line"
+                    f"peers differ in {key}: {first.name}: {expected!r}, {peer.name}: {found!r}; "
+                    "all peers see one stream of data in one loop, so set it for all, in the run "
+                    "file or as KEY VALUE on the command line"
                 )
 
 
-def _at(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        node = node[part]
-    return node
+def _check_values(peers: Sequence[PeerConfig]) -> None:
+    """Refuse what would end in a traceback only later."""
+    cfg = peers[0].cfg
+    for key in ("DATALOADER.NUM_WORKERS", "SOLVER.MAX_ITER"):
+        if value_at(cfg, key) < 0:
+            raise ConfigError(f"{key} is {value_at(cfg, key)}; expected 0 or more")
+    if cfg.INPUT.CROP.ENABLED and not all(side > 0 for side in cfg.INPUT.CROP.SIZE):
+        raise ConfigError(f"INPUT.CROP.SIZE is {cfg.INPUT.CROP.SIZE}; expected more than 0")
+    for peer in peers:
+        for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
+            values = value_at(peer.cfg, key)
+            if len(values) != 3:
+                raise ConfigError(
+                    f"peer {peer.name!r}: {key} is {values}; expected 3 values, in the order of "
+                    "INPUT.FORMAT"
+                )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.seeding import generators_kept, seed_generators
 from segmentation import scenes
-from segmentation.errors import DataError
+from segmentation.errors import DataError, told_of
 
-FORMATS = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}
+FORMATS = ("RGB", "BGR")
 _CROPS_TRIED = 10
 
 
@@ -59,7 +59,7 @@ class SharedMapper:
                 f"{record['file_name']}: {_size(image)} pixels, its labels "
                 f"{record['sem_seg_file_name']}: {_size(labels)}; they must agree"
             )
-        self._check_labels(labels, record)
+        check_labels(labels, self.classes, self.ignore, record["sem_seg_file_name"])
         height, width = labels.shape
         image, labels = self._augment(image, labels)
         sample: dict[str, Any] = {
@@ -81,19 +81,39 @@ class SharedMapper:
                 break
         return drawn.image, drawn.sem_seg
 
-    def _check_labels(self, labels: np.ndarray, record: Mapping[str, Any]) -> None:
-        wrong = labels[(labels >= self.classes) & (labels != self.ignore)]
-        if wrong.size:
-            raise DataError(
-                f"{record['sem_seg_file_name']}: holds the label {int(wrong[0])}; there are "
-                f"{self.classes} classes (MODEL.SEM_SEG_HEAD.NUM_CLASSES), and {self.ignore} is "
-                "ignored (IGNORE_VALUE). ADE20K's own annotations must be prepared first: "
-                "python -m segmentation.prepare_ade20k"
-            )
+
+def check_labels(labels: np.ndarray, classes: int, ignore: int, path: str) -> None:
+    """Refuse labels that are neither a class nor ignored.
+
+    Args:
+        labels: [H, W].
+        classes: How many there are.
+        ignore: The ignore label.
+        path: Of the file, for the error.
+
+    Raises:
+        DataError: Names the file and the label.
+    """
+    wrong = labels[((labels >= classes) | (labels < 0)) & (labels != ignore)]
+    if wrong.size:
+        raise DataError(
+            f"{path}: holds the label {int(wrong[0])}; there are {classes} classes "
+            f"(MODEL.SEM_SEG_HEAD.NUM_CLASSES), and {ignore} is ignored (IGNORE_VALUE). ADE20K's "
+            "own annotations must be prepared first: python -m segmentation.prepare_ade20k"
+        )
 
 
 def _augmentations(cfg: CfgNode, ignore: int) -> list[T.Augmentation]:
     settings = cfg.INPUT
+    if settings.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
+        raise DataError(
+            f"INPUT.RANDOM_FLIP is {settings.RANDOM_FLIP!r}; choose from none, horizontal, vertical"
+        )
+    with told_of("INPUT"):
+        return _built(settings, ignore)
+
+
+def _built(settings: CfgNode, ignore: int) -> list[T.Augmentation]:
     built: list[Any] = [
         T.ResizeShortestEdge(
             settings.MIN_SIZE_TRAIN, settings.MAX_SIZE_TRAIN, settings.MIN_SIZE_TRAIN_SAMPLING
@@ -110,10 +130,6 @@ def _augmentations(cfg: CfgNode, ignore: int) -> list[T.Augmentation]:
         )
     if settings.COLOR_AUG_SSD:
         built.append(ColorAugSSDTransform(img_format="RGB"))
-    if settings.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
-        raise DataError(
-            f"INPUT.RANDOM_FLIP is {settings.RANDOM_FLIP!r}; choose from none, horizontal, vertical"
-        )
     if settings.RANDOM_FLIP != "none":
         horizontal = settings.RANDOM_FLIP == "horizontal"
         built.append(T.RandomFlip(horizontal=horizontal, vertical=not horizontal))
@@ -162,7 +178,7 @@ def class_masks(labels: torch.Tensor, ignore: int) -> Instances:
 def peer_view(sample: Mapping[str, Any], order: str) -> dict[str, Any]:
     """Return a sample with its RGB channels in a peer's order, one of ``FORMATS``."""
     image = sample["image"]
-    return {**sample, "image": image if order == "RGB" else image[list(FORMATS[order])]}
+    return {**sample, "image": image if order == "RGB" else image.flip(0)}
 
 
 class Stream(Sampler[tuple[int, int]]):
@@ -196,6 +212,37 @@ class Stream(Sampler[tuple[int, int]]):
             position += self.ranks
 
 
+class Carrying:
+    """A mapper whose DataError is its result, so that it crosses from a worker as it is.
+
+    Args:
+        mapper: Makes a sample of a record.
+    """
+
+    def __init__(self, mapper: Callable[[Any], Any]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: Any) -> Any:
+        """Return the sample, or what is wrong with it."""
+        try:
+            return self.mapper(record)
+        except DataError as error:
+            return error
+
+
+def unpacked(batches: Iterable[list[Any]]) -> Iterator[list[Any]]:
+    """Yield batches; raise the error that one carries.
+
+    Raises:
+        DataError: As the mapper did.
+    """
+    for batch in batches:
+        for sample in batch:
+            if isinstance(sample, DataError):
+                raise sample
+        yield batch
+
+
 class SeededRecords(Dataset):
     """Maps each record with draws that depend on the run's seed and the position alone."""
 
@@ -219,7 +266,8 @@ def build_train_loader(
     rank: int = 0,
     ranks: int = 1,
     start: int = 0,
-) -> DataLoader:
+    pin: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
     """Build the endless stream of this rank's batches, lists of samples.
 
     Args:
@@ -230,15 +278,21 @@ def build_train_loader(
         seed: Of the run.
         rank: Of this process, among ``ranks``.
         start: How many samples all ranks together have already taken.
+        pin: Put tensors where a GPU fetches them while this process goes on.
+
+    Raises:
+        DataError: From the stream: a sample that cannot be read; names the file.
     """
-    return DataLoader(
-        SeededRecords(records, mapper, seed),
+    loader = DataLoader(
+        SeededRecords(records, Carrying(mapper), seed),
         batch_size=batch,
         sampler=Stream(len(records), seed, rank, ranks, start),
         num_workers=workers,
         collate_fn=list,
         persistent_workers=workers > 0,
+        pin_memory=pin,
     )
+    return unpacked(iter(loader))  # opened now: that draws from torch's generator
 
 
 def load_datasets(names: Sequence[str]) -> list[dict[str, Any]]:
@@ -290,12 +344,17 @@ def register(name: str) -> None:
                 "TASK=segmentation writes them"
             )
         return
-    semantic = sorted(
-        known
-        for known in DatasetCatalog.list()
-        if "stuff_classes" in MetadataCatalog.get(known).as_dict()
+    raise DataError(f"unknown dataset {name!r}; choose from {_semantic_names()}")
+
+
+def _semantic_names() -> str:
+    return ", ".join(
+        sorted(
+            known
+            for known in DatasetCatalog.list()
+            if "stuff_classes" in MetadataCatalog.get(known).as_dict()
+        )
     )
-    raise DataError(f"unknown dataset {name!r}; choose from {', '.join(semantic)}")
 
 
 def dataset_root() -> Path:
@@ -316,11 +375,13 @@ def check_classes(cfgs: Mapping[str, CfgNode]) -> int:
     Raises:
         DataError: Names both sides.
     """
-    names = [name for cfg in cfgs.values() for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
-    if not names:
-        raise DataError("no dataset: set DATASETS.TRAIN and DATASETS.TEST")
+    names = []
+    for cfg in cfgs.values():
+        if not (cfg.DATASETS.TRAIN and cfg.DATASETS.TEST):
+            raise DataError("no dataset: set DATASETS.TRAIN and DATASETS.TEST")
+        names += [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in names:
-        register(name)
+        _check_semantic(name)
     first = MetadataCatalog.get(names[0])
     classes, ignore = list(first.stuff_classes), int(first.ignore_label)
     for name in names[1:]:
@@ -347,6 +408,21 @@ def check_classes(cfgs: Mapping[str, CfgNode]) -> int:
                 "MODEL.SEM_SEG_HEAD.IGNORE_VALUE"
             )
     return ignore
+
+
+def _check_semantic(name: str) -> None:
+    register(name)
+    known = MetadataCatalog.get(name).as_dict()
+    if "stuff_classes" not in known:
+        raise DataError(
+            f"{name}: no dataset of semantic segmentation (its metadata has no stuff_classes); "
+            f"choose from {_semantic_names()}"
+        )
+    if "ignore_label" not in known:
+        raise DataError(
+            f"{name}: its metadata has no ignore_label; register it with "
+            f"MetadataCatalog.get({name!r}).set(ignore_label=255)"
+        )
 
 
 def _read_image(record: Mapping[str, Any]) -> np.ndarray:

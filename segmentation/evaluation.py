@@ -12,15 +12,19 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.evaluation import (
-    CityscapesSemSegEvaluator,
-    DatasetEvaluator,
-    SemSegEvaluator,
-)
+from detectron2.evaluation import SemSegEvaluator
 from torch import Tensor
 
 from common import distributed
-from segmentation.data import TestMapper, load_datasets, peer_view, read_labels
+from segmentation.data import (
+    Carrying,
+    TestMapper,
+    check_labels,
+    load_datasets,
+    peer_view,
+    read_labels,
+    unpacked,
+)
 from segmentation.errors import DataError
 from segmentation.peer import SegmentorPeer
 
@@ -29,6 +33,7 @@ _logger = logging.getLogger(__name__)
 METRICS = ("mIoU", "fwIoU", "mACC", "pACC")
 ENSEMBLE = "ensemble"
 _LOG_SECONDS = 30
+_SEMANTIC = ("sem_seg", "cityscapes_sem_seg", "ade20k_panoptic_seg")
 
 
 class LabelEvaluator(SemSegEvaluator):
@@ -36,8 +41,13 @@ class LabelEvaluator(SemSegEvaluator):
 
     def __init__(self, dataset: str) -> None:
         # its own reader breaks with numpy 2 (copy=False)
-        super().__init__(dataset, sem_seg_loading_fn=read_labels)
+        super().__init__(dataset, sem_seg_loading_fn=self._read)
         self._compute_boundary_iou = False  # for which each map would be eroded too
+
+    def _read(self, path: str, **settings: Any) -> np.ndarray:
+        labels = read_labels(path, **settings)
+        check_labels(labels, self._num_classes, self._ignore_label, path)
+        return labels
 
     def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[Any]:
         """Encode nothing."""
@@ -66,19 +76,20 @@ def evaluate_group(
     Raises:
         DataError: Files that are missing or broken, or a dataset of another kind.
     """
-    load_datasets([dataset])
+    records = load_datasets([dataset])
     names = [peer.name for peer in peers] + [ENSEMBLE] * (len(peers) > 1)
     evaluators = {name: _evaluator(dataset) for name in names}
     for evaluator in evaluators.values():
         evaluator.reset()
     with torch.no_grad(), evaluating(peers):
-        for inputs in _progress(_loader(peers, dataset, tta)):
+        for inputs in _progress(_loader(peers, records, tta)):
             mean: Tensor | None = None
             for peer, sample in zip(peers, inputs, strict=True):
                 p = augmented(peer, sample) if tta else predict(peer, sample)
                 evaluators[peer.name].process([sample], [{"sem_seg": p}])
                 if ENSEMBLE in evaluators:
-                    mean = p if mean is None else mean + p
+                    mean = p if mean is None else mean.add_(p)
+                del p  # or it stays while the next one is made
             if mean is not None:
                 evaluators[ENSEMBLE].process([inputs[0]], [{"sem_seg": mean}])
     found = {name: evaluator.evaluate() for name, evaluator in evaluators.items()}
@@ -87,7 +98,7 @@ def evaluate_group(
     return {
         f"{name}/{metric}{suffix}": float(value)
         for name, results in found.items()
-        for metric, value in _flat(results["sem_seg"]).items()
+        for metric, value in results["sem_seg"].items()
     }
 
 
@@ -115,22 +126,23 @@ def augmented(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
             seen = {**sample, "image": tensor.flip(-1) if flip else tensor}
             p = predict(peer, seen)
             p = p.flip(-1) if flip else p
-            total = p if total is None else total + p
+            total = p if total is None else total.add_(p)
+            del p
     if total is None:
         raise DataError("TEST.AUG.MIN_SIZES is empty; give at least one size")
-    return total / (len(settings.MIN_SIZES) * len(flips))
+    return total.div_(len(settings.MIN_SIZES) * len(flips))
 
 
 def _loader(
-    peers: Sequence[SegmentorPeer], dataset: str, tta: bool
+    peers: Sequence[SegmentorPeer], records: list[dict[str, Any]], tta: bool
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield one image after another, as each peer's sample."""
     loader = build_detection_test_loader(
-        load_datasets([dataset]),
-        mapper=_GroupMapper(peers, tta),
+        records,
+        mapper=Carrying(_GroupMapper(peers, tta)),
         num_workers=peers[0].cfg.DATALOADER.NUM_WORKERS,
     )
-    for batch in loader:
+    for batch in unpacked(loader):
         yield batch[0]
 
 
@@ -149,26 +161,14 @@ class _GroupMapper:
         return [samples[size] for size in self.geometries]
 
 
-def _evaluator(dataset: str) -> DatasetEvaluator:
+def _evaluator(dataset: str) -> LabelEvaluator:
+    """Build what compares label files; Cityscapes' own evaluator needs more, and tells less."""
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
-    if kind == "cityscapes_sem_seg":
-        try:
-            return CityscapesSemSegEvaluator(dataset)
-        except ImportError as error:
-            raise DataError(f"{dataset}: needs pip install cityscapesscripts ({error})") from error
-    if kind in ("sem_seg", "ade20k_panoptic_seg"):
-        return LabelEvaluator(dataset)
-    raise DataError(
-        f"{dataset}: evaluator type {kind!r}; semantic datasets are of sem_seg or "
-        "cityscapes_sem_seg"
-    )
-
-
-def _flat(results: dict[str, float]) -> dict[str, float]:
-    """Name the metrics alike: Cityscapes' evaluator calls its mean ``IoU``."""
-    if "mIoU" in results:
-        return dict(results)
-    return {"mIoU" if name == "IoU" else name: value for name, value in results.items()}
+    if kind not in _SEMANTIC:
+        raise DataError(
+            f"{dataset}: evaluator type {kind!r}; semantic datasets are of {', '.join(_SEMANTIC)}"
+        )
+    return LabelEvaluator(dataset)
 
 
 @contextmanager

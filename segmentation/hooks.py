@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 
 from segmentation.peer import SegmentorPeer
 
@@ -28,15 +28,24 @@ class PeerSchedules(HookBase):
             peer.scheduler.step()
 
 
+class Evaluate(hooks.EvalHook):
+    """Detectron2's, but for a run that failed in its last iteration: that is not evaluated."""
+
+    def after_train(self) -> None:
+        """Evaluate the end."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
 class PeriodicSave(HookBase):
     """Write a checkpoint of the whole run every ``period`` iterations, and at the end.
 
     Args:
-        save: Called with the files' name, without suffix.
+        save: Called with whether this is the end.
         period: In iterations; 0: at the end alone.
     """
 
-    def __init__(self, save: Callable[[str], None], period: int) -> None:
+    def __init__(self, save: Callable[[bool], None], period: int) -> None:
         self.save = save
         self.period = period
 
@@ -44,12 +53,12 @@ class PeriodicSave(HookBase):
         """Save where the period is over."""
         done = self.trainer.iter + 1
         if self.period > 0 and done % self.period == 0 and done < self.trainer.max_iter:
-            self.save(f"model_{self.trainer.iter:07d}")
+            self.save(False)
 
     def after_train(self) -> None:
         """Save the end; a run that failed is not saved."""
         if self.trainer.iter >= self.trainer.max_iter:
-            self.save("model_final")
+            self.save(True)
 
 
 class SameBatches:
@@ -73,4 +82,8 @@ class SameBatches:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield from map(self.view, itertools.islice(self.open_stream(), self.count))
+            stream = self.open_stream()
+            yield from map(self.view, itertools.islice(stream, self.count - 1))
+            last = next(stream)
+            del stream  # with its workers, which would wait for the next call
+            yield self.view(last)

@@ -34,6 +34,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 from common.distributed import active
 from segmentation import mask2former_names as names
 from segmentation.errors import ConfigError
+from segmentation.keys import value_at
 
 STAGES = ("res2", "res3", "res4", "res5")
 _SWIN, _RESNET = "D2SwinTransformer", "build_resnet_backbone"
@@ -276,7 +277,7 @@ class Criterion(Mask2FormerLoss):
 
 def mean_over_ranks(count: int, device: torch.device) -> Tensor:
     """Return the mean of a count over all ranks, at least 1, on the device."""
-    mean = torch.tensor(float(count), device=device)
+    mean = torch.full((), float(count), device=device)  # without waiting for the device
     if active():
         dist.all_reduce(mean)
         mean /= dist.get_world_size()
@@ -396,9 +397,7 @@ def _stand_in(backbone: nn.Module) -> ResNetConfig:
 
 def _check(cfg: CfgNode, only: Mapping[str, Any]) -> None:
     for key, value in only.items():
-        node: Any = cfg
-        for part in key.split("."):
-            node = node[part]
+        node = value_at(cfg, key)
         found = list(node) if isinstance(value, list) else node
         if found != value:
             raise ConfigError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from common.distributed import sum_over_ranks
 from common.peers import Peer
 from common.transfer import PeerOutput, confidence
 from segmentation.data import FORMATS, peer_view
@@ -43,6 +45,11 @@ class Batch:
         height, width = self.target.shape[-2:]
         return height // STRIDE, width // STRIDE
 
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """The target on the common grid [B, h, w]; made once for all peers."""
+        return at_grid(self.target, self.grid)
+
 
 def make_batch(samples: Sequence[dict[str, Any]], device: torch.device, ignore: int) -> Batch:
     """Move samples to the device and pad their labels to one size.
@@ -54,7 +61,12 @@ def make_batch(samples: Sequence[dict[str, Any]], device: torch.device, ignore: 
     """
     sizes = [sample["sem_seg"].shape for sample in samples]
     height, width = (STRIDE * math.ceil(max(size[i] for size in sizes) / STRIDE) for i in (0, 1))
-    target = torch.full((len(samples), height, width), ignore, dtype=torch.long)
+    target = torch.full(
+        (len(samples), height, width),
+        ignore,
+        dtype=torch.long,
+        pin_memory=device.type == "cuda",
+    )
     for row, sample in zip(target, samples, strict=True):
         h, w = sample["sem_seg"].shape
         row[:h, :w] = sample["sem_seg"]
@@ -66,6 +78,10 @@ def make_batch(samples: Sequence[dict[str, Any]], device: torch.device, ignore: 
         for sample in samples
     ]
     return Batch(moved, target.to(device, non_blocking=True), ignore)
+
+
+class _CaughtError(Exception):
+    """Ends the forward of a frozen peer, whose prediction is caught."""
 
 
 class SegmentorPeer(Peer):
@@ -111,7 +127,9 @@ class SegmentorPeer(Peer):
         self.score = score
         where, self.dense = find_prediction(module, name)
         self.multiple = padding_multiple(module, cfg)
+        self._mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
         self._caught: Any = None
+        self._ends = False
         module.get_submodule(where).register_forward_hook(self._catch)
         self._losses: dict[str, Tensor] = {}
         self._batches = 0
@@ -119,10 +137,11 @@ class SegmentorPeer(Peer):
     def forward(self, batch: Batch) -> PeerOutput:
         """Run the host's own training forward once; gradient reaches task_loss and logits."""
         losses, logits = self._run(batch)
-        score, valid = dense_score(logits, batch.target, batch.ignore, self.granularity)
+        score, valid = dense_score(logits, batch.labels, batch.ignore, self.granularity)
         if self.frozen:
             task_loss = -score.mean()  # for the record alone; nothing is learned from it
         else:
+            losses = self._where_labelled(losses, batch)
             task_loss = torch.stack(list(losses.values())).sum()
             self._count(losses)
         return PeerOutput(
@@ -142,29 +161,48 @@ class SegmentorPeer(Peer):
         seen = peer_view(sample, self.cfg.INPUT.FORMAT)
         return {key: value for key, value in seen.items() if key not in ("height", "width")}
 
-    def probabilities(self, sem_seg: Tensor) -> Tensor:
-        """Turn the module's ``sem_seg`` output [C, H, W] into probabilities over dim 0."""
-        sem_seg = sem_seg.float()
-        if self.dense:
-            return sem_seg.softmax(dim=0)
-        return sem_seg / sem_seg.sum(dim=0, keepdim=True).clamp_min(_tiny(sem_seg))
+    def inputs(self, samples: Sequence[dict[str, Any]], ignore: int) -> list[dict[str, Any]]:
+        """Return samples as the training forward gets them: this peer's channels and padding.
 
-    def read_losses(self) -> dict[str, float]:
-        """Return each of the host's losses, a mean since the last call; waits for the device."""
-        means = {name: float(x) / self._batches for name, x in self._losses.items()}
+        Args:
+            samples: From ``segmentation.data.SharedMapper``.
+            ignore: The label of the padding.
+        """
+        seen = [self.view(sample) for sample in samples]
+        if self.multiple > 1:
+            self._mean = self._mean.to(seen[0]["image"].device)  # once; it stays there
+            return pad(seen, self.multiple, self._mean, ignore)
+        return seen
+
+    def probabilities(self, sem_seg: Tensor) -> Tensor:
+        """Turn the module's ``sem_seg`` output [C, H, W] into probabilities over dim 0.
+
+        In place where it is float32: such a map, at a file's resolution, is the largest there is.
+        """
+        p = sem_seg.detach().float()
+        if self.dense:
+            p.sub_(p.amax(dim=0, keepdim=True)).exp_()
+        return p.div_(p.sum(dim=0, keepdim=True).clamp_min(_tiny(p)))
+
+    def take_losses(self) -> tuple[dict[str, Tensor], int]:
+        """Return the sum of each of the host's losses and its batches, and begin anew."""
+        taken = self._losses, self._batches
         self._losses, self._batches = {}, 0
-        return means
+        return taken
 
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
-        inputs = [self.view(sample) for sample in batch.samples]
-        if self.multiple > 1:
-            inputs = pad(inputs, self.multiple, self.cfg.MODEL.PIXEL_MEAN, batch.ignore)
-        with _scope(self.name):
+        inputs = self.inputs(batch.samples, batch.ignore)
+        output = None
+        self._ends = self.frozen  # the rest of an evaluation is not for this
+        with _scope(self.name), suppress(_CaughtError):
             output = self.model(inputs)
+        self._ends = False
         return output, self._logits(padded_size(self.module, inputs), batch.grid)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._caught = output
+        if self._ends:
+            raise _CaughtError
 
     def _logits(self, padded: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         """Bring what the hook caught to logits [B, C, h, w] on the common grid."""
@@ -181,13 +219,48 @@ class SegmentorPeer(Peer):
     def _correct(self, logits: Tensor, batch: Batch) -> Tensor | None:
         if self.granularity == "image":
             return None
-        return logits.detach().argmax(dim=1) == _at_grid(batch.target, logits.shape[-2:])
+        return logits.detach().argmax(dim=1) == batch.labels
+
+    def _where_labelled(self, losses: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Let a batch without any label cost nothing: a mean over no pixel is NaN.
+
+        The host's gradient is zero there, and stays so. Nothing waits for the device.
+        """
+        if not self.dense:
+            return losses  # masks and their classes: that there are none is a lesson too
+        labelled = (batch.target != batch.ignore).any()
+        return {
+            name: torch.where(labelled, loss, torch.zeros_like(loss))
+            for name, loss in losses.items()
+        }
 
     def _count(self, losses: dict[str, Tensor]) -> None:
         for name, loss in losses.items():
             loss = loss.detach()
             self._losses[name] = self._losses[name] + loss if name in self._losses else loss
         self._batches += 1
+
+
+def read_losses(peers: Sequence[SegmentorPeer]) -> dict[str, float]:
+    """Return the mean of each of the hosts' losses since the last call, over all ranks.
+
+    All ranks must call it; it waits for the device, once for all peers.
+
+    Returns:
+        ``PEER/LOSS``; a frozen peer has none.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: list[int] = []
+    for peer in peers:
+        losses, batches = peer.take_losses()
+        sums |= {f"{peer.name}/{name}": x.float() for name, x in losses.items()}
+        counts += [batches] * len(losses)
+    if not sums:
+        return {}
+    values = torch.stack(list(sums.values()))
+    both = sum_over_ranks(torch.stack([values, values.new_tensor(counts)]))
+    totals, taken = both.tolist()
+    return {name: x / n for name, x, n in zip(sums, totals, taken, strict=True)}
 
 
 def find_prediction(module: nn.Module, name: str) -> tuple[str, bool]:
@@ -220,8 +293,8 @@ def find_prediction(module: nn.Module, name: str) -> tuple[str, bool]:
         return "sem_seg_head", False
     raise SegmentorError(
         f"peer {name!r}: no dense prediction is known for {kind} with this head; known are "
-        "SemanticSegmentor with SemSegFPNHead, DeepLabV3Head or DeepLabV3PlusHead, and the "
-        "MaskFormer family"
+        "SemanticSegmentor with SemSegFPNHead, PointRendSemSegHead, DeepLabV3Head or "
+        "DeepLabV3PlusHead, and the MaskFormer family"
     )
 
 
@@ -243,14 +316,14 @@ def padding_multiple(module: nn.Module, cfg: CfgNode) -> int:
 
 
 def pad(
-    inputs: Sequence[dict[str, Any]], multiple: int, mean: Sequence[float], ignore: int
+    inputs: Sequence[dict[str, Any]], multiple: int, mean: Tensor, ignore: int
 ) -> list[dict[str, Any]]:
     """Pad images and labels at the right and the bottom to one size.
 
     Args:
         inputs: A peer's view of the samples.
         multiple: Of which both sides shall be.
-        mean: Of each channel; what the padding is filled with.
+        mean: Of each channel [3, 1, 1], on the images' device; what the padding is filled with.
         ignore: The label of the padding.
     """
     height, width = (
@@ -261,14 +334,13 @@ def pad(
 
 
 def _pad_one(
-    sample: dict[str, Any], height: int, width: int, mean: Sequence[float], ignore: int
+    sample: dict[str, Any], height: int, width: int, mean: Tensor, ignore: int
 ) -> dict[str, Any]:
     image, labels = sample["image"], sample["sem_seg"]
     h, w = labels.shape
     if (h, w) == (height, width):
         return sample
-    fill = torch.tensor(mean, device=image.device).view(-1, 1, 1)  # float: exactly 0 to the network
-    padded = fill.repeat(1, height, width)
+    padded = mean.repeat(1, height, width)  # float: exactly 0 to the network
     padded[:, :h, :w] = image
     return {
         **sample,
@@ -356,7 +428,7 @@ def dense_score(
     """
     if granularity not in ("image", "pixel"):
         raise ValueError(f"granularity is {granularity!r}; choose from image, pixel")
-    labels = _at_grid(target, logits.shape[-2:])
+    labels = at_grid(target, logits.shape[-2:])
     valid = labels != ignore_index
     wide = logits if logits.dtype == torch.float64 else logits.float()
     with torch.autocast(logits.device.type, enabled=False):
@@ -364,10 +436,14 @@ def dense_score(
     return (score if granularity == "pixel" else _mean_over(score, valid)), valid
 
 
-def _at_grid(target: Tensor, size: torch.Size) -> Tensor:
-    if target.shape[-2:] == size:
+def at_grid(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring labels [B, H, W] to another size by nearest neighbour, int64."""
+    if tuple(target.shape[-2:]) == tuple(size):
         return target.long()
-    return F.interpolate(target[:, None].double(), size=size, mode="nearest")[:, 0].long()
+    strides = [side // of for side, of in zip(target.shape[-2:], size, strict=True)]
+    if [of * stride for of, stride in zip(size, strides, strict=True)] == list(target.shape[-2:]):
+        return target[:, :: strides[0], :: strides[1]].long()  # the same, without a copy in float64
+    return F.interpolate(target[:, None].double(), size=tuple(size), mode="nearest")[:, 0].long()
 
 
 def _mean_over(x: Tensor, valid: Tensor) -> Tensor:

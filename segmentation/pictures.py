@@ -17,9 +17,10 @@ from torch import Tensor
 
 from common.report.plots import color_of
 from common.roles import assign_roles
-from segmentation.data import TestMapper, load_datasets, read_labels
+from segmentation.data import TestMapper, check_labels, load_datasets, read_labels
 from segmentation.evaluation import evaluating
-from segmentation.peer import Batch, SegmentorPeer, dense_score, make_batch
+from segmentation.peer import Batch, SegmentorPeer, at_grid, dense_score, make_batch
+from segmentation.scenes import palette
 
 _INCH = 1.5
 
@@ -39,7 +40,7 @@ def teaching_pictures(
     """
     records = load_datasets([dataset])[:count]
     ignore = int(MetadataCatalog.get(dataset).ignore_label)
-    palette = _palette(dataset, ignore)
+    colors = _palette(dataset, ignore)
     columns = ["image", "truth", *(peer.name for peer in peers), "best at each pixel"]
     figure = Figure(
         figsize=(_INCH * len(columns), _INCH * len(records) + 0.4), layout="constrained"
@@ -50,8 +51,8 @@ def teaching_pictures(
         predictions, teacher, of_image = _lessons(peers, batch)
         shown = [
             batch.samples[0]["image"].permute(1, 2, 0).cpu().numpy(),
-            palette[batch.target[0].cpu().numpy()],
-            *(palette[prediction.cpu().numpy()] for prediction in predictions),
+            colors[batch.target[0].cpu().numpy()],
+            *(colors[prediction.cpu().numpy()] for prediction in predictions),
             _teacher_map(teacher, len(peers)),
         ]
         for axis, picture in zip(row, shown, strict=True):
@@ -76,10 +77,10 @@ def teaching_pictures(
 def _batch(record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int) -> Batch:
     settings = peers[0].cfg.INPUT
     sample = TestMapper(settings.MIN_SIZE_TEST, settings.MAX_SIZE_TEST)(record)
-    labels = torch.from_numpy(read_labels(record["sem_seg_file_name"], dtype=np.int64))
-    size = sample["image"].shape[-2:]
-    resized = torch.nn.functional.interpolate(labels[None, None].double(), size=size)
-    sample["sem_seg"] = resized[0, 0].long()
+    path, classes = record["sem_seg_file_name"], peers[0].cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    array = read_labels(path, dtype=np.int64)
+    check_labels(array, classes, ignore, path)
+    sample["sem_seg"] = at_grid(torch.from_numpy(array)[None], sample["image"].shape[-2:])[0]
     device = next(peers[0].module.parameters()).device
     return make_batch([sample], device, ignore)
 
@@ -89,10 +90,10 @@ def _lessons(peers: Sequence[SegmentorPeer], batch: Batch) -> tuple[list[Tensor]
     """Return predictions [h, w], the best peer at each pixel [h, w] or -1, and of the image."""
     with evaluating(peers):
         logits = [peer.predict(batch) for peer in peers]
-    scores = [dense_score(z, batch.target, batch.ignore, "pixel") for z in logits]
+    scores = [dense_score(z, batch.labels, batch.ignore, "pixel") for z in logits]
     valid = scores[0][1]
     pixel = torch.stack([score for score, _ in scores])
-    image = torch.stack([dense_score(z, batch.target, batch.ignore)[0] for z in logits])
+    image = torch.stack([dense_score(z, batch.labels, batch.ignore)[0] for z in logits])
     names = [*(peer.name for peer in peers), "nobody"]
     best = torch.where(valid, _best(pixel), -1)[0]
     return [z[0].argmax(dim=0) for z in logits], best, names[int(_best(image)[0])]
@@ -113,13 +114,8 @@ def _teacher_map(teacher: Tensor, peers: int) -> np.ndarray:
 
 def _palette(dataset: str, ignore: int) -> np.ndarray:
     """Return a colour for every label [256, 3] uint8: the dataset's own where it has some."""
-    colors = np.full((256, 3), 255, dtype=np.uint8)
     own = MetadataCatalog.get(dataset).get("stuff_colors")
     if own:
-        colors[: len(own)] = own
-    else:
-        tab = np.uint8(255 * np.array(colormaps["tab20"].colors))
-        colors[0] = 40
-        colors[1:] = tab[np.arange(255) % len(tab)]
-    colors[ignore] = 255
-    return colors
+        return palette(own, ignore)
+    tab = np.uint8(255 * np.array(colormaps["tab20"].colors))
+    return palette([(40, 40, 40), *tab[np.arange(255) % len(tab)]], ignore)

@@ -171,7 +171,10 @@ def register_scenes(folder: Path) -> list[str]:
             continue
         DatasetCatalog.register(name, functools.partial(_records, done.parent))
         MetadataCatalog.get(name).set(
-            stuff_classes=list(CLASSES), ignore_label=IGNORE, evaluator_type="sem_seg"
+            stuff_classes=list(CLASSES),
+            stuff_colors=[list(color) for color in _colors()],
+            ignore_label=IGNORE,
+            evaluator_type="sem_seg",
         )
     return names
 
@@ -202,17 +205,28 @@ def contact_sheet(folder: Path, count: int = 8) -> Image.Image:
 
 def colour(labels: np.ndarray) -> Image.Image:
     """Draw labels [H, W] in colours; what is ignored is white."""
-    return Image.fromarray(_palette()[labels])
+    return Image.fromarray(palette(_colors(), IGNORE)[labels])
 
 
 @functools.cache
-def _palette() -> np.ndarray:
+def _colors() -> tuple[tuple[int, int, int], ...]:
     from matplotlib import colormaps
 
-    palette = np.full((256, 3), 255, dtype=np.uint8)
-    palette[0] = 40
-    palette[1 : len(CLASSES)] = np.uint8(255 * np.array(colormaps["tab10"].colors[:DIGITS]))
-    return palette
+    tab = 255 * np.array(colormaps["tab10"].colors[:DIGITS])
+    return ((40, 40, 40), *(tuple(map(int, color)) for color in tab))
+
+
+def palette(colors: Sequence[Sequence[int]], ignore: int) -> np.ndarray:
+    """Return a colour for every label [256, 3] uint8; white where ``colors`` has none, or ignored.
+
+    Args:
+        colors: Red, green and blue of the first labels, 0 to 255.
+        ignore: The ignore label.
+    """
+    table = np.full((256, 3), 255, dtype=np.uint8)
+    table[: len(colors)] = colors
+    table[ignore] = 255
+    return table
 
 
 def _listed(digits: Mapping[int, float] | None) -> Sequence[Sequence[float]] | None:

@@ -76,7 +76,7 @@ def _clips_whole(cfg: CfgNode) -> bool:
 
 
 def _class(cfg: CfgNode, kind: type[torch.optim.Optimizer]) -> Any:
-    if _clips_whole(cfg) or cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model":
+    if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model":
         return kind
     return maybe_add_gradient_clipping(cfg, kind)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from detectron2.data import DatasetFromList
 from detectron2.engine import TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import get_bn_modules
@@ -24,13 +25,13 @@ from common.peers import PeerGroup
 from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
 from segmentation import checkpoints, solver
-from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig
+from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig, lasting_settings
 from segmentation.data import SharedMapper, build_train_loader, check_classes, load_datasets
-from segmentation.errors import ConfigError
+from segmentation.errors import FAULTS, ConfigError, told_of
 from segmentation.evaluation import evaluate_group
-from segmentation.hooks import PeerSchedules, PeriodicSave, SameBatches
-from segmentation.peer import SegmentorPeer, make_batch
-from segmentation.weights import load_peer_weights
+from segmentation.hooks import Evaluate, PeerSchedules, PeriodicSave, SameBatches
+from segmentation.models import build_with_weights
+from segmentation.peer import SegmentorPeer, make_batch, read_losses
 
 _logger = logging.getLogger(__name__)
 
@@ -60,16 +61,20 @@ class TransferTrainer(TrainerBase):
 
     def __init__(self, run: RunConfig, resume: bool = False) -> None:
         super().__init__()
+        if all(peer.frozen for peer in run.peers):
+            raise ConfigError("every peer is FROZEN; nothing would be trained")
         self.run = run
         self.world = current_world(run.cfg.MODEL.DEVICE)
         self.ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
         self.folder = run.output_dir
-        record = checkpoints.find(self.folder) if resume else None
+        self.settings = lasting_settings(run)
+        record = self._find_record() if resume else None
         self.seed = self._draw_seed() if record is None else int(record["seed"])
         self.history: list[dict[str, float]] = []
         self.lessons: list[dict[str, float]] = []
         self.best: dict[str, list[float]] = {}
-        self.dataset = load_datasets(run.cfg.DATASETS.TRAIN)
+        records = load_datasets(run.cfg.DATASETS.TRAIN)
+        self.dataset = DatasetFromList(records, copy=False)  # one copy for all workers
         seed_all_rng(self.seed)  # of weights that no file gives
         self.peers = PeerGroup([self._build_peer(peer) for peer in run.peers])
         self.transfer = build_transfer(run, self.seed + self.world.rank)
@@ -95,8 +100,10 @@ class TransferTrainer(TrainerBase):
         max_iter = self.max_iter if max_iter is None else max_iter
         if start_iter >= max_iter:
             _logger.info("nothing to do: the run is at iteration %d of %d", start_iter, max_iter)
+            self._finish()
             return
-        super().train(start_iter, max_iter)
+        with faults_untold():
+            super().train(start_iter, max_iter)
 
     def before_train(self) -> None:
         """Measure the start, so that gains can be told."""
@@ -107,7 +114,12 @@ class TransferTrainer(TrainerBase):
             self.storage.put_scalars(**self._evaluate_at(0), smoothing_hint=False)
 
     def run_step(self) -> None:
-        """Learn from TRANSFER.ACCUMULATE batches. Nothing waits for the device but at log time."""
+        """Learn from TRANSFER.ACCUMULATE batches.
+
+        Nothing here waits for the device but at log time. Two parts of others do, in each step: the
+        GradScaler of float16 asks whether a step is to be skipped, and Mask2Former matches queries
+        with masks on the CPU (and its masks come from memory that is not pinned).
+        """
         waited, count = 0.0, self.run.transfer.ACCUMULATE
         for i in range(count):
             begun = time.perf_counter()
@@ -132,16 +144,21 @@ class TransferTrainer(TrainerBase):
             data sets ``PEER/DATASET/...``, of which the first is also under the plain name; with
             ``tta`` names end in ``_TTA``.
         """
+        share_buffers(self.peers)
         return evaluate_run(self.run, self.peers, tta)
 
-    def save(self, name: str) -> None:
+    def save(self, final: bool = False) -> None:
         """Write a checkpoint of the run; every rank calls it.
+
+        Args:
+            final: It is the run's last: also write each peer's ``model_final.pth``.
 
         Raises:
             NonFiniteError: A peer's weights are not finite; nothing is written.
         """
         done = min(self.iter + 1, self.max_iter)
         refuse_broken_weights(self.peers, done)
+        share_buffers(self.peers)
         ranks = distributed.gather_objects(
             {
                 "rng": rng_state(self.world.device),
@@ -154,15 +171,30 @@ class TransferTrainer(TrainerBase):
             state = {
                 "iteration": done,
                 "seed": self.seed,
+                "settings": self.settings,
                 "ranks": ranks,
                 "scaler": self.engine.scaler.state_dict(),
                 "best": self.best,
                 "history": self.history,
                 "lessons": self.lessons,
             }
-            keep = self.run.transfer.KEEP
-            checkpoints.save(self.folder, self.peers, state, name, keep)
+            checkpoints.save(self.folder, self.peers, state, self.run.transfer.KEEP, final)
         distributed.barrier()
+
+    def _finish(self) -> None:
+        """Give a run that was killed at its very end the files that it lacks."""
+        record = checkpoints.find(self.folder) if self.world.is_main else None
+        if record is not None:
+            checkpoints.finish(self.folder, self.peers, record)
+        distributed.barrier()
+
+    def _find_record(self) -> dict[str, Any] | None:
+        record = checkpoints.find(self.folder)
+        if record is None:
+            _logger.warning("no checkpoint of a run in %s: starting anew", self.folder)
+        else:
+            checkpoints.refuse_other_settings(self.folder, record, self.settings)
+        return record
 
     def _draw_seed(self) -> int:
         seed = self.run.cfg.SEED
@@ -172,10 +204,11 @@ class TransferTrainer(TrainerBase):
         module, cfg = build_with_weights(config)
         learning: dict[str, Any] = {"frozen": True}
         if not config.frozen:
-            learning = {
-                "optimizer": solver.build_optimizer(cfg, module),
-                "clip": solver.build_clip(cfg, module),
-            }
+            with told_of(f"peer {config.name!r}"):
+                learning = {
+                    "optimizer": solver.build_optimizer(cfg, module),
+                    "clip": solver.build_clip(cfg, module),
+                }
         transfer = self.run.transfer
         peer = SegmentorPeer(
             config.name,
@@ -186,14 +219,15 @@ class TransferTrainer(TrainerBase):
             **learning,
         )
         if peer.optimizer is not None:
-            peer.scheduler = solver.build_lr_scheduler(cfg, peer.optimizer)
+            with told_of(f"peer {config.name!r}"):
+                peer.scheduler = solver.build_lr_scheduler(cfg, peer.optimizer)
         peer.distribute(self.world, broadcast_buffers=False)
         return peer
 
     def _build_hooks(self) -> list[Any]:
         cfg = self.run.cfg
         built = [hooks.IterationTimer(), PeerSchedules(self.peers), *self._precise_bn()]
-        built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_now))
+        built.append(Evaluate(cfg.TEST.EVAL_PERIOD, self._evaluate_now))
         built.append(PeriodicSave(self.save, cfg.SOLVER.CHECKPOINT_PERIOD))
         if self.world.is_main:
             writers = default_writers(str(self.folder), self.max_iter)
@@ -207,7 +241,7 @@ class TransferTrainer(TrainerBase):
             if settings.ENABLED and not peer.frozen and get_bn_modules(peer.module):
                 batches = SameBatches(
                     lambda: self._open_stream(seed=self.seed + 1),
-                    lambda samples, peer=peer: [peer.view(sample) for sample in samples],
+                    lambda samples, peer=peer: peer.inputs(samples, self.ignore),
                     settings.NUM_ITER,
                 )
                 period = peer.cfg.TEST.EVAL_PERIOD
@@ -219,26 +253,22 @@ class TransferTrainer(TrainerBase):
         cfg, transfer = self.run.cfg, self.run.transfer
         per_rank = per_rank_batch(cfg.SOLVER.IMS_PER_BATCH, self.world.size)
         masks = any(not peer.dense for peer in self.peers)
-        return iter(
-            build_train_loader(
-                self.dataset,
-                SharedMapper(cfg, masks),
-                batch=per_rank,
-                workers=cfg.DATALOADER.NUM_WORKERS,
-                seed=self.seed if seed is None else seed,
-                rank=self.world.rank,
-                ranks=self.world.size,
-                start=done * transfer.ACCUMULATE * cfg.SOLVER.IMS_PER_BATCH,
-            )
+        return build_train_loader(
+            self.dataset,
+            SharedMapper(cfg, masks),
+            batch=per_rank,
+            workers=cfg.DATALOADER.NUM_WORKERS,
+            seed=self.seed if seed is None else seed,
+            rank=self.world.rank,
+            ranks=self.world.size,
+            start=done * transfer.ACCUMULATE * cfg.SOLVER.IMS_PER_BATCH,
+            pin=self.world.device.type == "cuda",
         )
 
     def _log(self, done: int) -> None:
         lessons = self.ledger.read()
         refuse_non_finite(lessons, self.engine.scaler, done)
-        for peer in self.peers:
-            for name, value in peer.read_losses().items():
-                self.storage.put_scalar(f"{peer.name}/{name}", value)
-        scalars = lessons.scalars()
+        scalars = read_losses(self.peers) | lessons.scalars()
         scalars["transfer/weight"] = self.transfer.weight_at(done)
         self.storage.put_scalars(**scalars)
 
@@ -286,26 +316,46 @@ class TransferTrainer(TrainerBase):
         load_rng_state(mine["rng"], self.world.device)
 
 
+@contextmanager
+def faults_untold() -> Iterator[None]:
+    """Keep Detectron2's loop from logging a traceback of what is told in one line later."""
+
+    def tells_more(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], FAULTS)
+
+    logger = logging.getLogger(TrainerBase.__module__)
+    logger.addFilter(tells_more)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells_more)
+
+
+@torch.no_grad()
+def share_buffers(peers: Iterable[SegmentorPeer]) -> None:
+    """Give every rank the buffers of the first, which are those that are saved.
+
+    In between, batch norm has its own running statistics on each rank, as in Detectron2.
+    """
+    if distributed.active():
+        for peer in peers:
+            for buffer in peer.module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+
 def current_world(device: str) -> World:
-    """Describe this process as Detectron2's ``launch`` started it."""
+    """Describe this process as Detectron2's ``launch`` started it.
+
+    Args:
+        device: MODEL.DEVICE; alone, a process keeps the GPU that it names.
+    """
     size = comm.get_world_size()
     local_rank = comm.get_local_rank() if size > 1 else 0
-    index = local_rank if torch.device(device).type == "cuda" else None
-    return World(comm.get_rank(), size, local_rank, torch.device(torch.device(device).type, index))
-
-
-def build_with_weights(config: PeerConfig) -> tuple[torch.nn.Module, Any]:
-    """Build a peer's model and load MODEL.WEIGHTS into it.
-
-    Raises:
-        CheckpointError: No such file, or a checkpoint of another model.
-    """
-    module = build_model(config.cfg)
-    if config.cfg.MODEL.WEIGHTS:
-        load_peer_weights(module, config.cfg.MODEL.WEIGHTS, f"peer {config.name!r}")
-    else:
-        _logger.warning("peer %r has no MODEL.WEIGHTS: it starts from random ones", config.name)
-    return module, config.cfg
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        alone = size == 1 and chosen.index is not None
+        chosen = torch.device("cuda", chosen.index if alone else local_rank)
+    return World(comm.get_rank(), size, local_rank, chosen)
 
 
 def build_transfer(run: RunConfig, seed: int) -> KnowledgeTransfer:

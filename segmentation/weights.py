@@ -34,6 +34,9 @@ _ALLOWED = {
     ("_codecs", "encode"),
 }
 _ENOUGH = 0.9
+_WHERE = ("model", "blobs")  # Detectron2's and Caffe2's files have their arrays under these
+_CAFFE2 = "conv1_w"  # in every ResNet of the zoo's ImageNetPretrained/MSRA
+_OF_INPUT = ("pixel_mean", "pixel_std")  # saved by older versions; the config has them
 # What segmentors add to a backbone, or what is computed anew.
 _NOT_IN_BACKBONES = re.compile(
     r"\.fpn_|num_batches_tracked|relative_position_index|^backbone\.norm\d\."
@@ -88,12 +91,21 @@ def read_segmentor(path: Path) -> dict[str, Tensor]:
         CheckpointError: As ``read_pickle`` and ``common.checkpoint.read_weights``.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; check MODEL.WEIGHTS")
+        raise CheckpointError(
+            f"{path}: no such file in the working folder or beside the run file; check "
+            "MODEL.WEIGHTS"
+        )
     if path.suffix != ".pkl":
         return read_weights(path)
     content: Any = read_pickle(path)
-    content = content.get("model", content)
-    arrays = {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
+    content = next((content[key] for key in _WHERE if key in content), content)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds no arrays of weights")
+    arrays = {
+        name: value
+        for name, value in content.items()
+        if isinstance(value, np.ndarray) and not name.endswith("_momentum")
+    }
     if not arrays or any(array.dtype.hasobject for array in arrays.values()):
         raise CheckpointError(f"{path}: holds no arrays of weights")
     return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
@@ -112,8 +124,8 @@ def load_peer_weights(module: nn.Module, source: str, who: str) -> None:
     Raises:
         CheckpointError: Not there, unsafe, or weights of another model.
     """
-    weights = _read(source)
     own = module.state_dict()
+    weights = {name: x for name, x in _read(source).items() if name in own or name not in _OF_INPUT}
     if not set(own) - set(weights):
         load_weights(module, weights, f"{who}: {source}")
         return
@@ -136,7 +148,16 @@ def _load_backbone(module: nn.Module, weights: Mapping[str, Tensor], source: str
     """Load what fits a backbone, by Detectron2's own matching of names."""
     own = {name: x for name, x in module.state_dict().items() if "backbone" in name}
     body = {name for name in own if not _NOT_IN_BACKBONES.search(name)}
-    matched = align_and_update_state_dicts(own, dict(weights), c2_conversion=False)
+    caffe2 = _CAFFE2 in weights
+    if caffe2:  # their means and variances are folded into the affine of the norms
+        body = {name for name in body if ".running_" not in name}
+    try:
+        matched = align_and_update_state_dicts(own, dict(weights), c2_conversion=caffe2)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source}: neither a checkpoint of this {type(module).__name__} nor of its backbone "
+            f"({error})"
+        ) from error
     fits = {name: x for name, x in matched.items() if name in body and own[name].shape == x.shape}
     if not body or len(fits) < _ENOUGH * len(body):
         missing = sorted(body - set(fits))[:4]

@@ -1,6 +1,8 @@
 """Who may know what: read from the imports of every file."""
 
 import ast
+import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -24,6 +26,9 @@ HOSTS = {
     "segmentation": set(),
     "saliency": {"detectron2", "mask2former", "timm"},
 }
+# How packages are called where their modules have other names.
+DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow", "yaml": "pyyaml"}
+BY_HAND = {"detectron2"}  # no release on PyPI: segmentation/detectron2.txt pins what serves
 
 
 def files(folder):
@@ -39,6 +44,41 @@ def imports(path):
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module.split(".")[0])
     return found
+
+
+def needed(path):
+    """Packages without which a module cannot be imported."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    own = {"common", *TASKS, *sys.stdlib_module_names}
+    return {DISTRIBUTIONS.get(name, name) for name in found - own - BY_HAND}
+
+
+@pytest.fixture
+def declared(monkeypatch):
+    """What setup.py says a task's users get, by the task."""
+    told = {}
+    monkeypatch.setattr("setuptools.setup", lambda **given: told.update(given))
+    runpy.run_path(str(ROOT / "setup.py"))
+    names = {
+        extra: {
+            re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
+            for requirement in requirements
+        }
+        for extra, requirements in {"": told["install_requires"], **told["extras_require"]}.items()
+    }
+    return {"common": names[""], **{task: names[""] | names[task] for task in TASKS}}
+
+
+@pytest.mark.parametrize("folder", ["common", *TASKS])
+def test_setup_declares_what_every_module_needs(folder, declared):
+    for path in files(folder):
+        left_over = {name.replace("_", "-") for name in needed(path)} - declared[folder]
+        assert not left_over, f"{path} imports {left_over}; setup.py does not name it"
 
 
 @pytest.mark.parametrize("path", files("common"), ids=lambda p: p.name)

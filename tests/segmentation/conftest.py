@@ -11,10 +11,15 @@ def scenes_root(tmp_path_factory):
 @pytest.fixture
 def datasets(scenes_root, monkeypatch):
     """A folder of data sets with a few scenes, where Detectron2 looks for it."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes_root))
+    forget_scenes()  # of a test that had others of the same names
+    yield scenes_root
+    forget_scenes()
+
+
+def forget_scenes():
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes_root))
-    yield scenes_root
     for name in [name for name in DatasetCatalog.list() if name.startswith("scenes_")]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

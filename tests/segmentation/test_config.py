@@ -70,6 +70,19 @@ def test_several_configs_are_the_short_form(folder):
     assert run.transfer.RULE == "mutual"
 
 
+def test_weights_are_found_beside_the_run_file(folder, monkeypatch):
+    peers = [{"NAME": n, "CONFIG": "a.yaml", "WEIGHTS": "w.pth"} for n in ("x", "y")]
+    path = write_run(folder, peers)
+    (folder / "w.pth").touch()
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    options = ["PEER.y.MODEL.WEIGHTS", "hf:some/name"]
+    run = load_run([path], options)
+    assert [p.cfg.MODEL.WEIGHTS for p in run.peers] == [str(folder / "w.pth"), "hf:some/name"]
+    (folder / "here" / "w.pth").touch()
+    assert load_run([path]).peers[0].cfg.MODEL.WEIGHTS == "w.pth"
+
+
 def test_a_config_of_the_model_zoo_is_found_by_its_name(folder):
     peers = [{"NAME": n, "CONFIG": "Misc/semantic_R_50_FPN_1x.yaml"} for n in ("x", "y")]
     run = load_run([write_run(folder, peers)])
@@ -99,6 +112,22 @@ def test_a_config_of_the_model_zoo_is_found_by_its_name(folder):
         ({"peers": [{"NAME": n, "CONFIG": "a.yaml"} for n in ("x", "ensemble")]}, "'ensemble'"),
         ({"peers": [{"NAME": n, "CONFIG": "a.yaml"} for n in ("x", "y.z")]}, "may not hold a dot"),
         ({"peers": [{"NAME": "x", "CONFIG": "a.yaml"}]}, "needs two peers or more, got 1"),
+        ({"peers": {"NAME": "x"}}, "PEERS"),
+        ({"peers": "a.yaml"}, "PEERS"),
+        (
+            {"peers": [{"CONFIG": "a.yaml", "OPTS": {"SEED": 1}}]},
+            r"OPTS is \{'SEED': 1\}; expected",
+        ),
+        ({"peers": [{"CONFIG": "a.yaml", "OPTS": "SEED 1"}]}, "OPTS is 'SEED 1'; expected a list"),
+        ({"peers": [{"CONFIG": "a.yaml", "FROZEN": "false"}]}, "FROZEN is 'false'; expected true"),
+        ({"SOLVER": None}, "SOLVER is None; expected keys, of AMP, .*MAX_ITER"),
+        ({"SOLVER": {"MAX_ITER": -5}}, "SOLVER.MAX_ITER is -5; expected 0 or more"),
+        ({"DATALOADER": {"NUM_WORKERS": -1}}, "NUM_WORKERS is -1; expected 0 or more"),
+        (
+            {"INPUT": {"CROP": {"ENABLED": True, "SIZE": [0, 8]}}},
+            r"SIZE is \[0, 8\]; expected more",
+        ),
+        ({"MODEL": {"PIXEL_MEAN": [1.0]}}, r"'x': MODEL.PIXEL_MEAN is \[1.0\]; expected 3 values"),
     ],
 )
 def test_run_files_are_refused_by_name(folder, change, message):
@@ -112,6 +141,7 @@ def test_run_files_are_refused_by_name(folder, change, message):
     ("options", "message"),
     [
         (["SOLVER.BASE_LR"], "pairs of KEY VALUE; 'SOLVER.BASE_LR' is left over"),
+        (["SEED", "1", "--resume"], "--resume: arguments with -- come before KEY VALUE"),
         (["SOLVER.RATE", "1"], "unknown key SOLVER.RATE; .*choose from .*BASE_LR"),
         (["SOLVER.BASE_LR.X", "1"], "unknown key SOLVER.BASE_LR.X; it holds a value"),
         (["PEER.z.SOLVER.BASE_LR", "1"], "PEER.z: no such peer; peers: x, y"),
@@ -143,6 +173,33 @@ def test_peers_must_agree_on_what_they_share(folder, key):
     with pytest.raises(ConfigError, match=f"peers differ in {key[:10]}.*x: .*y: .*set it for all"):
         load_run([write_run(folder)], [f"PEER.y.{key}", value])
     assert load_run([write_run(folder)], [key, value]).names == ["x", "y"]
+
+
+@pytest.mark.parametrize("transfer", [None, [1]])
+def test_a_transfer_node_without_keys_is_refused(folder, transfer):
+    (folder / "run.yaml").write_text(yaml.safe_dump({"TRANSFER": transfer}))
+    with pytest.raises(ConfigError, match=r"TRANSFER is .*; expected keys, of ACCUMULATE, .*RULE"):
+        load_run([folder / "run.yaml"])
+
+
+def test_no_list_of_peers_is_refused(folder):
+    (folder / "run.yaml").write_text("TRANSFER:\n  PEERS:\n")
+    with pytest.raises(ConfigError, match="PEERS is None; expected a list of peers"):
+        load_run([folder / "run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PEER.replace("VERSION: 2", "VERSION: 3"), "a.yaml: VERSION 3: Cannot merge a v3 config"),
+        (PEER.replace("VERSION: 2", "VERSION: 1\nSOLVERR:\n  A: 1"), "a.yaml: VERSION 1: "),
+        ("\udcff\udcfe", "a.yaml: cannot be read as YAML .*utf-8"),
+    ],
+)
+def test_peers_configs_that_cannot_be_read_are_named(folder, text, message):
+    (folder / "a.yaml").write_text(text, errors="surrogateescape")
+    with pytest.raises(ConfigError, match=message):
+        load_run([write_run(folder)])
 
 
 def test_python_in_yaml_runs_only_where_the_file_is_trusted(folder):
@@ -180,6 +237,12 @@ def test_the_published_settings_are_in_the_ade20k_runs():
             assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.OPTIMIZER) == (1e-6, 1e-5, "ADAMW")
             assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (4, 160000)
             assert peer.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 150
+            given = peer.cfg.INPUT
+            assert (given.CROP.ENABLED, given.CROP.TYPE) == (True, "absolute")
+            assert (list(given.CROP.SIZE), given.SIZE_DIVISIBILITY) == ([512, 512], 512)
+            assert list(given.MIN_SIZE_TRAIN) == [int(512 * x / 10) for x in range(5, 21)]
+            sizes = given.MAX_SIZE_TRAIN, given.MIN_SIZE_TEST, given.MAX_SIZE_TEST
+            assert sizes == (2048, 512, 2048)
 
 
 def test_optimizers_have_the_groups_that_mask2former_knows():

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,51 @@ def test_the_ensemble_is_the_mean_of_probabilities(by_hand):
     found = evaluate_group([sure, unsure], by_hand)
     assert found["unsure/pACC"] == 0
     assert found["ensemble/mIoU"] == found["sure/mIoU"] == 100
+
+
+@pytest.mark.parametrize("label", [3, 77])
+def test_labels_of_no_class_are_refused(by_hand, label):
+    path = DatasetCatalog.get(by_hand)[0]["sem_seg_file_name"]
+    Image.fromarray(np.full((2, 3), label, dtype=np.uint8)).save(path)
+    with pytest.raises(DataError, match=rf"labels\.png: holds the label {label}; there are 3"):
+        evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand)
+
+
+def test_cityscapes_is_evaluated_as_detectron2_registers_it(tmp_path, monkeypatch):
+    """Its files under their own names, without cityscapesscripts."""
+    from detectron2.data.datasets.cityscapes import load_cityscapes_semantic
+
+    labels = np.array([[0, 0, 1], [18, 18, 255]], dtype=np.uint8)
+    for folder, end, array in (
+        ("leftImg8bit", "leftImg8bit", np.zeros((2, 3, 3), dtype=np.uint8)),
+        ("gtFine", "gtFine_labelTrainIds", labels),
+        ("gtFine", "gtFine_labelIds", labels),
+        ("gtFine", "gtFine_instanceIds", labels),
+    ):
+        (tmp_path / folder / "town").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(tmp_path / folder / "town" / f"town_000000_000000_{end}.png")
+    (tmp_path / "gtFine" / "town" / "town_000000_000000_gtFine_polygons.json").write_text(
+        '{"imgHeight": 2, "imgWidth": 3}'
+    )
+    folders = str(tmp_path / "leftImg8bit"), str(tmp_path / "gtFine")
+    monkeypatch.setitem(
+        DatasetCatalog.data,
+        "cityscapes_fine_sem_seg_val",
+        lambda: load_cityscapes_semantic(*folders),
+    )
+    monkeypatch.setitem(sys.modules, "cityscapesscripts", None)
+    logits = 8 * np.eye(19, dtype=np.float32)[[[0, 1, 1], [18, 18, 0]]].transpose(2, 0, 1)
+    found = evaluate_group([Told("one", logits)], "cityscapes_fine_sem_seg_val")
+    assert found["one/pACC"] == pytest.approx(100 * 4 / 5)
+    assert found["one/mIoU"] == pytest.approx(100 * (1 / 2 + 1 / 2 + 1) / 3)
+    assert found["one/IoU-road"] == pytest.approx(50)
+
+
+def test_coco_stuff_has_an_evaluator_as_detectron2_registers_it():
+    from segmentation.evaluation import _SEMANTIC
+
+    for name in ("coco_2017_val_panoptic_stuffonly", "ade20k_sem_seg_val"):
+        assert MetadataCatalog.get(name).evaluator_type in _SEMANTIC
 
 
 def test_modes_are_put_back(by_hand):

@@ -11,12 +11,14 @@ from torch import nn
 from common.transfer import KnowledgeTransfer
 from segmentation.errors import SegmentorError
 from segmentation.peer import (
+    at_grid,
     dense_score,
     find_prediction,
     make_batch,
     mask_classification_logits,
     pad,
     padded_size,
+    read_losses,
     to_grid,
 )
 from tests.segmentation.original import mended
@@ -73,6 +75,16 @@ def test_dense_score_brings_labels_to_the_grid_by_nearest_neighbour():
     small, _ = dense_score(logits, torch.arange(4).view(1, 2, 2), granularity="pixel")
     large, valid = dense_score(logits, target, granularity="pixel")
     assert torch.equal(small, large) and valid.shape == (1, 2, 2)
+
+
+def test_labels_come_to_a_grid_as_by_nearest_neighbour():
+    draw = torch.Generator().manual_seed(0)
+    target = torch.randint(CLASSES, (2, 12, 20), generator=draw)
+    for size in ((12, 20), (3, 5), (6, 10), (4, 10), (5, 7), (24, 40)):
+        expected = F.interpolate(target[:, None].double(), size=size, mode="nearest")[:, 0]
+        assert torch.equal(at_grid(target, size), expected.long()), size
+    batch = make_batch(make_samples(), CPU, 255)
+    assert batch.labels is batch.labels and batch.labels.shape[1:] == batch.grid
 
 
 def test_an_image_without_labels_scores_zero_for_all():
@@ -134,7 +146,10 @@ def test_the_task_loss_is_the_hosts_own(kind):
     torch.manual_seed(1)
     losses = peer.module([peer.view(sample) for sample in batch.samples])
     torch.testing.assert_close(ours, sum(losses.values()), rtol=1e-5, atol=1e-5)
-    assert set(peer.read_losses()) == set(losses)
+    assert read_losses([peer]) == pytest.approx(
+        {f"{kind}/{name}": float(loss) for name, loss in losses.items()}, rel=1e-4, abs=1e-4
+    )
+    assert read_losses([peer]) == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,10 +240,50 @@ def test_a_frozen_peer_scores_as_in_evaluation_and_learns_nothing(kind):
     peer.train()
     assert not peer.module.training
     before = {name: x.clone() for name, x in peer.module.state_dict().items()}
+    outputs = []
+    peer.module.register_forward_hook(lambda *call: outputs.append(call[-1]))
     with torch.no_grad():
         output = peer.forward(batch_of())
+        assert not outputs  # it ends where its prediction is caught
+        peer.module([peer.view(sample) for sample in make_samples()])
+    assert len(outputs) == 1 and outputs[0][0]["sem_seg"].shape == (CLASSES, 48, 64)
     assert output.logits.shape == (2, CLASSES, 12, 16) and output.score.isfinite().all()
     assert all(torch.equal(x, before[name]) for name, x in peer.module.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["fpn", "deeplab", "deeplab_v3"])
+def test_a_batch_without_labels_teaches_a_dense_peer_nothing(kind):
+    samples = make_samples(((48, 64), (48, 64)))
+    for sample in samples:
+        sample["sem_seg"].fill_(255)
+        sample["instances"] = sample["instances"][:0]
+    batch = make_batch(samples, CPU, 255)
+    peers = [make_peer(kind), make_peer("mask2former", seed=1)]
+    outputs = []
+    for peer in peers:
+        peer.train()
+        outputs.append(peer.forward(batch))
+    assert float(outputs[0].task_loss) == 0
+    total = KnowledgeTransfer("mutual")(outputs).total
+    total.backward()
+    assert total.isfinite()
+    for peer in peers:
+        gradients = [p.grad for p in peer.module.parameters() if p.grad is not None]
+        assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    assert all(not p.grad.any() for p in peers[0].module.parameters())
+    assert set(read_losses(peers[:1]).values()) == {0.0}
+
+
+@pytest.mark.parametrize(("kind", "dense"), [("fpn", True), ("mask2former", False)])
+def test_probabilities_are_made_in_place(kind, dense):
+    peer = make_peer(kind)
+    given = torch.randn(CLASSES, 3, 4) if dense else torch.rand(CLASSES, 3, 4)
+    expected = given.softmax(0) if dense else given / given.sum(0)
+    p = peer.probabilities(given)
+    torch.testing.assert_close(p, expected)
+    assert p.data_ptr() == given.data_ptr()
+    half = given.half()
+    assert peer.probabilities(half).dtype == torch.float32
 
 
 def test_confidence_needs_no_labels():
@@ -260,9 +315,21 @@ def test_each_peer_has_its_own_channels_and_padding():
         ] == (13, 18)
 
 
+@pytest.mark.parametrize("kind", ["fpn", "deeplab", "mask2former"])
+def test_the_network_sees_training_images_padded_as_the_config_says(kind):
+    peer = make_peer(kind, "INPUT.SIZE_DIVISIBILITY", 128)
+    peer.train()
+    seen = []
+    peer.module.backbone.register_forward_pre_hook(lambda module, x: seen.append(x[0].shape))
+    output = peer.forward(batch_of())
+    assert [tuple(shape) for shape in seen] == [(2, 3, 128, 128)]
+    assert output.logits.shape[-2:] == (12, 16) and output.task_loss.isfinite()
+
+
 def test_padding_is_the_mean_to_the_network_and_ignored_in_the_labels():
     sample = make_samples(sizes=((50, 70),))[0]
-    padded = pad([sample], 32, [10.2, 20.6, 30.0], 255)[0]
+    mean = torch.tensor([10.2, 20.6, 30.0]).view(3, 1, 1)
+    padded = pad([sample], 32, mean, 255)[0]
     assert padded["image"].shape == (3, 64, 96) and padded["sem_seg"].shape == (64, 96)
     assert torch.equal(padded["image"][:, :50, :70], sample["image"].float())
     assert torch.equal(padded["image"][:, 63, 95], torch.tensor([10.2, 20.6, 30.0]))

@@ -7,8 +7,13 @@ from PIL import Image
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
 
+from detectron2.data import MetadataCatalog
+
 from segmentation import pictures
+from segmentation.data import load_datasets
+from segmentation.errors import DataError
 from segmentation.peer import make_batch
+from segmentation.scenes import colour
 from tests.segmentation.toy import make_peer, make_samples
 
 OPTIONS = [
@@ -27,6 +32,24 @@ def test_pictures_are_drawn_and_modes_put_back(datasets):
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 100
     assert "scenes_val" in caption
     assert [peer.module.training for peer in peers] == [True, False]
+
+
+def test_labels_of_no_class_are_refused(datasets):
+    peers = [make_peer("fpn", *OPTIONS[:-1], 3)]
+    with pytest.raises(DataError, match=r"\.png: holds the label \d; there are 3 classes"):
+        pictures.teaching_pictures(peers, "scenes_val")
+
+
+def test_labels_have_the_datasets_own_colours_or_some(datasets):
+    load_datasets(["scenes_val"])
+    own = MetadataCatalog.get("scenes_val").stuff_colors
+    table = pictures._palette("scenes_val", 255)
+    assert table[: len(own)].tolist() == own and table[255].tolist() == [255, 255, 255]
+    sheet = np.array(colour(np.array([[0, 1], [5, 255]], dtype=np.uint8)))
+    assert (sheet == table[[[0, 1], [5, 255]]]).all()
+    others = pictures._palette("no_colours", 3)
+    MetadataCatalog.remove("no_colours")
+    assert others[3].tolist() == [255, 255, 255] and others[4].tolist() != [255, 255, 255]
 
 
 def test_who_would_teach_is_who_does_best():

@@ -1,6 +1,8 @@
 """Whole runs through the command line's own functions."""
 
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,10 @@ from detectron2.modeling import build_model
 
 from common.checkpoint import CheckpointError, read_file
 from segmentation import checkpoints
-from segmentation.cli import main
+from segmentation.cli import check_machine, main, parser
 from segmentation.config import load_run
-from segmentation.trainer import TransferTrainer
+from segmentation.errors import ConfigError
+from segmentation.trainer import TransferTrainer, current_world
 from tests.segmentation.runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +64,7 @@ def test_a_run_leaves_what_its_users_expect(finished):
 
 def test_old_checkpoints_are_pruned(finished):
     files = sorted(path.name for path in (finished / "out" / "fpn").glob("model_0*.pth"))
-    assert files == ["model_0000001.pth", "model_0000003.pth"]
+    assert files == ["model_0000001.pth", "model_0000003.pth", "model_0000005.pth"]
     assert read_file(finished / "out" / "fpn" / "model_0000003.pth")["iteration"] == 3
 
 
@@ -116,6 +119,66 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, scenes_root, worke
         assert str(mine[rows]) == str(whole[rows])  # as text: NaN where a class is not there
 
 
+@pytest.mark.parametrize("file", ["model_0000006.pth", "run.pt", "model_final.pth"])
+def test_a_kill_while_a_longer_run_is_saved_costs_nothing(
+    finished, datasets, tmp_path, monkeypatch, file
+):
+    """The finished run goes on to 7; it is killed as it writes the given file."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    options = ["SOLVER.MAX_ITER", 7, "TEST.EVAL_PERIOD", 0]
+    run = load_run([write_run(tmp_path, RULE="random")], options)
+    written = checkpoints.atomic_write
+
+    def killed(path, write):
+        if path.name == file:
+            raise KeyboardInterrupt
+        written(path, write)
+
+    monkeypatch.setattr(checkpoints, "atomic_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        TransferTrainer(run, resume=True).train()
+    monkeypatch.undo()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+    again = TransferTrainer(run, resume=True)
+    assert again.start_iter == (7 if file == "model_final.pth" else 6)
+    again.train()
+    for peer in again.peers:
+        content = read_file(tmp_path / "out" / peer.name / "model_final.pth")
+        assert content["iteration"] == 6 and same(content["model"], peer.module.state_dict())
+        assert (tmp_path / "out" / peer.name / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_run_of_all_features_goes_on_bit_for_bit(tmp_path, datasets):
+    """Accumulation, bfloat16, PreciseBN, a warm-up of the transfer and a peer with masks."""
+    options = ["SOLVER.MAX_ITER", 3, "SOLVER.AMP.ENABLED", True, "SOLVER.CHECKPOINT_PERIOD", 2]
+    options += ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
+    settings = {"RULE": "random", "GRANULARITY": "pixel", "ACCUMULATE": 2, "WARMUP_ITERS": 3}
+    kinds = ("fpn", "mask2former")
+    path = write_run(tmp_path, kinds, AMP_DTYPE="bfloat16", **settings)
+    whole = TransferTrainer(load_run([path], [*options, "OUTPUT_DIR", str(tmp_path / "whole")]))
+    whole.train()
+    cut = TransferTrainer(load_run([path], [*options, "OUTPUT_DIR", str(tmp_path / "cut")]))
+    run_step = cut.run_step
+
+    def step():
+        if cut.iter == 2:
+            raise KeyboardInterrupt
+        run_step()
+
+    cut.run_step = step
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    torch.manual_seed(99)  # a process of its own would have other draws
+    again = TransferTrainer(
+        load_run([path], [*options, "OUTPUT_DIR", str(tmp_path / "cut")]), resume=True
+    )
+    assert again.start_iter == 2
+    again.train()
+    for one, other in zip(whole.peers, again.peers, strict=True):
+        assert same(one.module.state_dict(), other.module.state_dict())
+    assert str(whole.history) == str(again.history) and str(whole.lessons) == str(again.lessons)
+
+
 def test_eval_only_measures_the_weights_that_are_given(finished, datasets, capsys):
     options = ["--config-file", str(finished / "run.yaml"), "--eval-only"]
     for peer in ("fpn", "deeplab"):
@@ -158,6 +221,14 @@ def test_three_peers_pixels_accumulation_and_a_frozen_one(tmp_path, datasets):
     assert max(lessons["fpn/transfer_loss"], lessons["deeplab/transfer_loss"]) > 0
 
 
+def test_deeplab_trains_on_crops_and_is_tested_at_other_sizes(tmp_path, datasets):
+    options = ["SOLVER.MAX_ITER", "1", "INPUT.MIN_SIZE_TEST", "70", "TEST.EVAL_PERIOD", "0"]
+    run = write_run(tmp_path, ("deeplab",), RULE="none")
+    assert main(["--config-file", str(run), *options]) == 0
+    config = (tmp_path / "out" / "deeplab" / "config.yaml").read_text()
+    assert "CROP:\n    ENABLED: true" in config  # as the user wrote it
+
+
 def test_precise_batch_norm_replaces_the_running_statistics(tmp_path, datasets):
     """At a rate of zero nothing else can differ."""
     config = write_run(tmp_path, kinds=("fpn",), RULE="none")
@@ -181,9 +252,51 @@ def test_precise_batch_norm_replaces_the_running_statistics(tmp_path, datasets):
     )
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_precise_batch_norm_pads_as_training_does_and_leaves_no_workers(
+    tmp_path, datasets, workers
+):
+    config = write_run(tmp_path, kinds=("deeplab",), RULE="none")
+    options = ["SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "INPUT.CROP.ENABLED", "False"]
+    options += ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
+    options += ["INPUT.MIN_SIZE_TRAIN", "(70,)", "DATALOADER.NUM_WORKERS", str(workers)]
+    trainer = TransferTrainer(load_run([config], options))
+    trainer.train()
+    assert len(multiprocessing.active_children()) == workers  # those of the training stream
+
+
 def test_a_fresh_run_is_not_written_over_an_older_one(finished, datasets, capsys):
     assert main(["--config-file", str(finished / "run.yaml")]) == 1
     assert "holds an earlier run; give --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["SOLVER.BASE_LR", 0.5], r"PEER\.fpn\.SOLVER\.BASE_LR was 0\.01, is 0\.5"),
+        (["PEER.deeplab.SOLVER.OPTIMIZER", "ADAMW"], r"OPTIMIZER was 'SGD', is 'ADAMW'"),
+        (["SOLVER.IMS_PER_BATCH", 4], "SOLVER.IMS_PER_BATCH was 2, is 4"),
+        (["SOLVER.AMP.ENABLED", True], r"SOLVER\.AMP\.ENABLED was False, is True"),
+        (["TRANSFER.ACCUMULATE", 2], "TRANSFER.ACCUMULATE was 1, is 2"),
+        (["DATASETS.TRAIN", ("scenes_val",)], "DATASETS.TRAIN was .*scenes_train.*scenes_val"),
+    ],
+)
+def test_other_settings_are_refused_at_resume(finished, datasets, options, message):
+    run = load_run([finished / "run.yaml"], options)
+    with pytest.raises(CheckpointError, match=f"{message}.*Give the run's own"):
+        TransferTrainer(run, resume=True)
+
+
+def test_what_may_change_at_resume(finished, datasets):
+    options = ["SOLVER.MAX_ITER", 9, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 5]
+    options += ["DATALOADER.NUM_WORKERS", 1]
+    assert TransferTrainer(load_run([finished / "run.yaml"], options), resume=True).start_iter == 6
+
+
+def test_a_resume_where_no_run_is_starts_anew_and_says_so(tmp_path, datasets, caplog):
+    trainer = TransferTrainer(load_run([write_run(tmp_path)]), resume=True)
+    assert trainer.start_iter == 0
+    assert f"no checkpoint of a run in {tmp_path / 'out'}: starting anew" in caplog.text
 
 
 def test_other_peers_are_refused_at_resume(finished, datasets, tmp_path):
@@ -196,10 +309,8 @@ def test_other_peers_are_refused_at_resume(finished, datasets, tmp_path):
 
 
 def test_peers_of_two_moments_are_refused(finished, datasets, tmp_path):
-    import shutil
-
     shutil.copytree(finished / "out", tmp_path / "out")
-    shutil.copy(tmp_path / "out/fpn/model_0000003.pth", tmp_path / "out/fpn/model_final.pth")
+    shutil.copy(tmp_path / "out/fpn/model_0000003.pth", tmp_path / "out/fpn/model_0000005.pth")
     run = load_run([write_run(tmp_path, RULE="random")])
     with pytest.raises(CheckpointError, match="of iteration 3, the run's record is of 5"):
         TransferTrainer(run, resume=True)
@@ -222,7 +333,16 @@ def test_peers_of_two_moments_are_refused(finished, datasets, tmp_path):
         (["PEER.fpn.INPUT.FORMAT", "YUV"], "'YUV'; choose from RGB, BGR"),
         (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH is 0"),
         (["INPUT.RANDOM_FLIP", "up"], "'up'; choose from none, horizontal, vertical"),
-        (["SOLVER.OPTIMIZER", "LION"], "'LION'; choose from SGD, ADAMW"),
+        (["SOLVER.OPTIMIZER", "LION"], "'fpn': SOLVER.OPTIMIZER is 'LION'; choose from SGD, ADAMW"),
+        (["DATASETS.TRAIN", "('coco_2017_train',)"], "coco_2017_train: no dataset of semantic"),
+        (["DATASETS.TEST", "()"], "no dataset: set DATASETS.TRAIN and DATASETS.TEST"),
+        (["SOLVER.LR_SCHEDULER_NAME", "No"], "peer 'fpn': Unknown LR scheduler: No"),
+        (["PEER.fpn.MODEL.BACKBONE.NAME", "no"], "peer 'fpn': No object named 'no' found in"),
+        (["PEER.fpn.MODEL.SEM_SEG_HEAD.NAME", "no"], "peer 'fpn': No object named 'no' found in"),
+        (["PEER.fpn.MODEL.RESNETS.DEPTH", "51"], "peer 'fpn': KeyError: 51 in Detectron2 at:"),
+        (["INPUT.CROP.TYPE", "abs"], "INPUT: AssertionError in Detectron2 at: assert crop_type"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "pick"], "INPUT: AssertionError: pick in Detectron2"),
+        (["OUTPUT_DIR", f"{__file__}/out"], "cannot be written to (Not a directory); give another"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, datasets, capfd, options, message):
@@ -232,6 +352,41 @@ def test_bad_input_ends_in_one_line(tmp_path, datasets, capfd, options, message)
     told = capfd.readouterr()
     assert message in told.err + told.out
     assert "Traceback" not in told.err + told.out
+
+
+def test_a_process_alone_keeps_the_gpu_that_is_named():
+    found = [str(current_world(name).device) for name in ("cuda:1", "cuda", "cpu")]
+    assert found == ["cuda:1", "cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "asked", "message"),
+    [
+        (2, "cuda:2", 1, "MODEL.DEVICE is cuda:2; this machine has 2 GPUs"),
+        (2, "cuda:1", 2, "cuda:1: with --num-gpus 2 give cuda"),
+        (2, "cuda", 3, "--num-gpus 3: this machine has 2"),
+        (2, "cpu", 2, "hide the GPUs too"),
+        (0, "cpu", 3, None),
+        (2, "cuda:1", 1, None),
+        (2, "cuda", 2, None),
+    ],
+)
+def test_what_a_machine_has(tmp_path, monkeypatch, there, device, asked, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    run = load_run([write_run(tmp_path)], ["MODEL.DEVICE", device])
+    options = parser().parse_args(["--num-gpus", str(asked)])
+    if message is None:
+        check_machine(options, run)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_machine(options, run)
+
+
+def test_a_run_in_which_nobody_learns_is_refused(tmp_path, datasets, capsys):
+    path = write_run(tmp_path)
+    path.write_text(path.read_text().replace("NAME:", "FROZEN: true\n    NAME:"))
+    assert main(["--config-file", str(path)]) == 1
+    assert "every peer is FROZEN; nothing would be trained" in capsys.readouterr().err
 
 
 def test_without_detectron2_it_is_said_how_to_get_it(tmp_path):

@@ -106,6 +106,55 @@ def test_torchvisions_resnet_starts_the_backbone(tmp_path):
         torch.testing.assert_close(found, expected)
 
 
+def caffe2_names(model):
+    """A ResNet's arrays as Caffe2 calls them: no running statistics, classifier, momentum."""
+    named = {}
+    for name, x in model.backbone.bottom_up.state_dict().items():
+        *path, what = name.split(".")
+        if what.startswith("running") or what.startswith("num_"):
+            continue
+        norm = path[-1] == "norm"
+        path = path[:-1] if norm else path
+        if path[0] == "stem":
+            base = "res_conv1_bn" if norm else "conv1"
+        else:
+            branch = {"shortcut": "1", "conv1": "2a", "conv2": "2b", "conv3": "2c"}[path[2]]
+            base = f"{path[0]}_{path[1]}_branch{branch}" + "_bn" * norm
+        named[f"{base}_{'b' if what == 'bias' else 's' if norm else 'w'}"] = x.numpy()
+    return {**named, "fc1000_w": np.zeros((3, 3)), "conv1_w_momentum": np.zeros(3)}
+
+
+@pytest.mark.parametrize("wrap", [lambda arrays: arrays, lambda arrays: {"blobs": arrays}])
+def test_caffe2s_resnet_starts_the_backbone(tmp_path, wrap):
+    """As the zoo's detectron2://ImageNetPretrained/MSRA/R-50.pkl is."""
+    options = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NORM", "FrozenBN"]
+    theirs, ours = build("fpn", *options, seed=1), build("fpn", *options)
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps(wrap(caffe2_names(theirs))))
+    load_peer_weights(ours, str(path), "x")
+    given = theirs.backbone.bottom_up.state_dict()
+    for name, x in ours.backbone.bottom_up.state_dict().items():
+        assert torch.equal(x, given[name]), name
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        load_peer_weights(build("swin"), str(path), "x")
+
+
+def test_normalisation_saved_by_older_versions_is_left_out(tmp_path):
+    model, path = build("fpn"), tmp_path / "old.pth"
+    extra = {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    torch.save({"model": model.state_dict() | extra}, path)
+    other = build("fpn", seed=4)
+    load_peer_weights(other, str(path), "x")
+    assert all(torch.equal(x, other.state_dict()[k]) for k, x in model.state_dict().items())
+    assert float(other.pixel_mean.sum()) > 0
+
+
+def test_names_that_fit_in_several_places_are_refused(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(64, 64, 3, 3)}, tmp_path / "some.pth")
+    with pytest.raises(CheckpointError, match=r"some\.pth: neither .*multiple keys"):
+        load_peer_weights(build("fpn"), str(tmp_path / "some.pth"), "x")
+
+
 def small_swin():
     return timm.create_model(
         "swin_tiny_patch4_window7_224",
@@ -141,7 +190,7 @@ def test_a_file_of_something_else_starts_no_backbone(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("none.pkl", "none.pkl: no such file; check MODEL.WEIGHTS"),
+        ("none.pkl", "none.pkl: no such file in the working folder or beside the run file"),
         ("hf:facebook/none", "hf:facebook/none: .*give a local folder: hf:FOLDER"),
         ("timm:resnet18.none", "timm:resnet18.none: .*give the path of a local file"),
         ("detectron2://none.pkl", "cannot be fetched"),

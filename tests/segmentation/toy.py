@@ -22,6 +22,12 @@ FPN = [
     *("MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead", "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32),
     *("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p2", "p3", "p4", "p5"]),
 ]
+POINT_REND = [  # a config has POINT_HEAD.NUM_CLASSES beside SEM_SEG_HEAD's
+    *FPN,
+    *("MODEL.SEM_SEG_HEAD.NAME", "PointRendSemSegHead", "MODEL.POINT_HEAD.NUM_CLASSES", CLASSES),
+    *("MODEL.POINT_HEAD.FC_DIM", 32, "MODEL.POINT_HEAD.NUM_FC", 1),
+    *("MODEL.POINT_HEAD.TRAIN_NUM_POINTS", 64),
+]
 DEEPLAB = [
     *("MODEL.META_ARCHITECTURE", "SemanticSegmentor"),
     *("MODEL.BACKBONE.NAME", "build_resnet_backbone"),
@@ -70,6 +76,7 @@ SWIN = [
 ]
 ARCHITECTURES = {
     "fpn": FPN,
+    "point_rend": POINT_REND,
     "deeplab": DEEPLAB,
     "deeplab_v3": DEEPLAB_V3,
     "mask2former": MASK2FORMER,
