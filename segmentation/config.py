@@ -17,6 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.projects.point_rend import add_pointrend_config
 
+from common.engine import ENGINES
 from common.peers import check_names
 from common.roles import check_rule
 from common.transfer import SCORES
@@ -126,6 +127,7 @@ def transfer_defaults() -> CfgNode:
     node.DETACH_TEACHER = True
     node.MARGIN = 0.0  # by how much a teacher's score must be higher
     node.WARMUP_ITERS = 0  # the weight grows linearly from 0 over these
+    node.ENGINE = "joint"  # or "two-pass": one peer's activations at a time
     node.ACCUMULATE = 1  # batches of SOLVER.IMS_PER_BATCH in one iteration
     node.AMP_DTYPE = "float16"  # with SOLVER.AMP.ENABLED
     node.KEEP = 3  # resumable checkpoints that stay on disk; 0: all
@@ -304,7 +306,12 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
         raise ConfigError(f"{file}: {error}") from error
     if any("." in name for name in names):
         raise ConfigError(f"{file}: a peer's name may not hold a dot: {', '.join(names)}")
-    named = {"GRANULARITY": GRANULARITIES, "SCORE": SCORES, "AMP_DTYPE": tuple(AMP_DTYPES)}
+    named = {
+        "GRANULARITY": GRANULARITIES,
+        "SCORE": SCORES,
+        "AMP_DTYPE": tuple(AMP_DTYPES),
+        "ENGINE": tuple(ENGINES),
+    }
     for key, allowed in named.items():
         if node[key] not in allowed:
             raise ConfigError(

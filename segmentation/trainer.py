@@ -18,7 +18,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 
 from common import distributed
 from common.distributed import World
-from common.engine import JointEngine
+from common.engine import ENGINES
 from common.guards import refuse_broken_weights, refuse_non_finite
 from common.ledger import Ledger
 from common.peers import PeerGroup
@@ -79,7 +79,9 @@ class TransferTrainer(TrainerBase):
         self.peers = PeerGroup([self._build_peer(peer) for peer in run.peers])
         self.transfer = build_transfer(run, self.seed + self.world.rank)
         amp = AMP_DTYPES[run.transfer.AMP_DTYPE] if run.cfg.SOLVER.AMP.ENABLED else None
-        self.engine = JointEngine(self.peers, self.transfer, self.world.device, amp)
+        self.engine = ENGINES[run.transfer.ENGINE](
+            self.peers, self.transfer, self.world.device, amp
+        )
         self.ledger = Ledger(self.peers.names, self.world.device)
         self.max_iter = run.cfg.SOLVER.MAX_ITER
         self._data: Iterator[Any] = iter(())

@@ -179,6 +179,23 @@ def test_a_run_of_all_features_goes_on_bit_for_bit(tmp_path, datasets):
     assert str(whole.history) == str(again.history) and str(whole.lessons) == str(again.lessons)
 
 
+def test_engines_give_the_same_run(finished, tmp_path, scenes_root, monkeypatch):
+    """Up to rounding: batch norm and all that is drawn are replayed."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes_root))
+    run = write_run(tmp_path, RULE="random", ENGINE="two-pass")
+    options = ["SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0"]
+    assert main(["--config-file", str(run), *options]) == 0
+    two = read_file(tmp_path / "out" / checkpoints.RECORD)["lessons"][-1]
+    run = write_run(tmp_path, RULE="random", output="joint")
+    assert main(["--config-file", str(run), *options]) == 0
+    one = read_file(tmp_path / "joint" / checkpoints.RECORD)["lessons"][-1]
+    assert two == pytest.approx(one, rel=1e-4, nan_ok=True)
+    for peer in ("fpn", "deeplab"):
+        mine, other = weights(tmp_path / "out", peer), weights(tmp_path / "joint", peer)
+        for name, value in other.items():
+            torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_eval_only_measures_the_weights_that_are_given(finished, datasets, capsys):
     options = ["--config-file", str(finished / "run.yaml"), "--eval-only"]
     for peer in ("fpn", "deeplab"):
