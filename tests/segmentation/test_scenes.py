@@ -6,6 +6,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from common.demo import handwritten, photographs
 from segmentation import scenes
 from segmentation.data import load_datasets
 
@@ -44,7 +45,7 @@ def test_labels_are_those_of_what_is_seen(tmp_path):
 
 
 def test_what_is_held_out_is_in_no_other_split():
-    for other, held_out in zip(scenes._digits(False), scenes._digits(True), strict=True):
+    for other, held_out in zip(handwritten(False), handwritten(True), strict=True):
         ours = {image.tobytes() for image in other}
         assert ours.isdisjoint(image.tobytes() for image in held_out)
         assert len(held_out) > 100
@@ -80,7 +81,7 @@ def test_a_sheet_shows_scenes_above_their_labels(scenes_root):
 @pytest.mark.parametrize("package", ["sklearn.datasets", "mlxtend.data"])
 def test_a_missing_package_is_named(monkeypatch, package):
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    for cached in (scenes._photographs, scenes._digits):
+    for cached in (photographs, handwritten):
         cached.cache_clear()
     with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
         scenes.compose(np.random.default_rng(0))
