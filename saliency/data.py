@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -383,7 +383,7 @@ class TrainLoader:
         self.batches = -(-len(self.order) // batch_size)
         self._generator = torch.Generator()
         self._loader = DataLoader(
-            dataset,
+            _Telling(dataset),
             batch_size=batch_size,
             sampler=self.order,
             generator=self._generator,
@@ -400,7 +400,7 @@ class TrainLoader:
         return self.batches
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        for batch in self._loader:
+        for batch in _told(self._loader):
             yield batch.to(self.device, non_blocking=True)
 
 
@@ -445,7 +445,7 @@ class EvalLoader:
         self.batches = every[share]
         self.device = world.device
         self._loader = DataLoader(
-            self.dataset,
+            _Telling(self.dataset),
             batch_sampler=self.batches,
             generator=torch.Generator().manual_seed(0),
             **_reading(workers, world),
@@ -455,8 +455,48 @@ class EvalLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        for batch in self._loader:
+        for batch in _told(self._loader):
             yield batch.to(self.device, non_blocking=True)
+
+
+class _Telling(Dataset):
+    """Hands a ``DataError`` over as a sample; raised in a worker, torch would put a traceback in it.
+
+    Args:
+        dataset: Reads the samples.
+    """
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, asked: Any) -> ClipSample | DataError:
+        try:
+            return self.dataset[asked]
+        except DataError as error:
+            return error
+
+
+def _join(samples: Sequence[ClipSample | DataError]) -> ClipBatch | DataError:
+    """Join samples, or hand the first error over."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    return collate(samples)
+
+
+def _told(batches: Iterable[Any]) -> Iterator[Any]:
+    """Give what workers read.
+
+    Raises:
+        DataError: One was handed over; in this process, so that it is one plain line.
+    """
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def _batches(videos: VideoSet, batch_size: int, stride: int) -> list[list[tuple[int, int]]]:
@@ -479,7 +519,7 @@ def _reading(workers: int, world: World) -> Mapping[str, Any]:
     """Return what training and evaluation loaders share."""
     return {
         "num_workers": workers,
-        "collate_fn": collate,
+        "collate_fn": _join,
         "pin_memory": world.device.type == "cuda",
         "worker_init_fn": _one_thread,
     }

@@ -434,6 +434,24 @@ def test_a_broken_file_is_named_wherever_it_is_read(tmp_path, workers):
         epoch_of(loader)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_one_line(tmp_path, workers):
+    write_dataset(tmp_path, {"annotation/0001": 3, "val/0601": 3}, size=SIZE)
+    for path in tmp_path.glob("*/*/images/0002.png"):
+        damaged = bytearray(path.read_bytes())
+        middle = len(damaged) // 2
+        damaged[middle : middle + 40] = bytes(40)
+        path.write_bytes(damaged)
+    rest = {"batch_size": 2, "workers": workers}
+    train, val = (open_dataset("dhf1k", tmp_path, split) for split in ("train", "val"))
+    loaders = TrainLoader(train, [TMFI], HERE, **rest), EvalLoader(val, [TMFI], HERE, **rest)
+    for loader in loaders:
+        with pytest.raises(DataError) as caught:
+            list(loader)
+        assert str(caught.value).endswith("; copy or extract it anew")
+        assert "\n" not in str(caught.value) and "images/0002.png: no image" in str(caught.value)
+
+
 def test_a_listing_with_faults_is_refused(tmp_path):
     folder = write_video(tmp_path / "0001", 3, size=SIZE)
     (folder / "maps" / "0002.png").unlink()
