@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -58,8 +58,8 @@ class ClipBatch:
         rows: Of each view, int64 [B, T]: which of these frames its clips show.
         maps: float32 [B, H, W], in [0, 1].
         fixations: Bool or float32 [B, H, W], see ``ClipSample``; or None.
-        video: Int64 [B].
-        target: Int64 [B].
+        video: Int64 [B]; stays on the CPU, as only the host asks for it.
+        target: Int64 [B]; so does this.
     """
 
     frames: dict[Size, Tensor]
@@ -74,6 +74,11 @@ class ClipBatch:
 
     def __len__(self) -> int:
         return len(self.maps)
+
+    @property
+    def targets(self) -> list[tuple[int, int]]:
+        """The number of each sample's video, and of its frame."""
+        return list(zip(self.video.tolist(), self.target.tolist(), strict=True))
 
     def clips(self, view: ClipView, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the clips of a view, normalised, [B, 3, T, height, width].
@@ -107,8 +112,8 @@ class ClipBatch:
             rows={view: change(x) for view, x in self.rows.items()},
             maps=change(self.maps),
             fixations=None if self.fixations is None else change(self.fixations),
-            video=change(self.video),
-            target=change(self.target),
+            video=self.video,
+            target=self.target,
         )
 
 
@@ -116,7 +121,7 @@ def collate(samples: Sequence[ClipSample]) -> ClipBatch:
     """Join samples; frames that several of them show are kept once.
 
     Raises:
-        DataError: Maps of different sizes, which evaluation cannot stack.
+        DataError: Maps or fixations of different sizes, which cannot be stacked.
     """
     frames: dict[Size, Tensor] = {}
     at: dict[Size, dict[tuple[int, int], int]] = {}
@@ -159,8 +164,8 @@ def _stack(maps: Sequence[Tensor], what: str, samples: Sequence[ClipSample]) -> 
     sizes = sorted({tuple(x.shape) for x in maps})
     if len(sizes) > 1:
         raise DataError(
-            f"{what} of the sizes {sizes} in one batch, of video number {samples[0].video}; a "
-            "video's maps must agree; evaluate with a batch of 1"
+            f"{what} of the sizes {sizes} in one batch, of video number {samples[0].video}; read "
+            "them at one size (map_size)"
         )
     return torch.stack(list(maps))
 
@@ -388,7 +393,7 @@ class TrainLoader:
             sampler=self.order,
             generator=self._generator,
             persistent_workers=workers > 0,
-            **_reading(workers, world),
+            **_reading(workers, world, _join),
         )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -407,9 +412,9 @@ class TrainLoader:
 class EvalLoader:
     """This rank's target frames of a split, in order, none twice and none left out.
 
-    A batch is of one video, because maps and fixations stay at their own size. Ranks take
-    consecutive batches, so that frames read for one target serve the next ones; with more ranks
-    than batches, some have none.
+    A batch is of one video, because maps and fixations stay at their own size; where these differ
+    within a video, a batch comes in parts, one a size. Ranks take consecutive batches, so that
+    frames read for one target serve the next ones; with more ranks than batches, some have none.
 
     Args:
         videos: Of the validation split.
@@ -448,19 +453,20 @@ class EvalLoader:
             _Telling(self.dataset),
             batch_sampler=self.batches,
             generator=torch.Generator().manual_seed(0),
-            **_reading(workers, world),
+            **_reading(workers, world, _join_by_size),
         )
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        for batch in _told(self._loader):
-            yield batch.to(self.device, non_blocking=True)
+        for parts in _told(self._loader):
+            for batch in parts:
+                yield batch.to(self.device, non_blocking=True)
 
 
 class _Telling(Dataset):
-    """Hands a ``DataError`` over as a sample; raised in a worker, torch would put a traceback in it.
+    """Hands a ``DataError`` over as a sample; torch puts a traceback in what a worker raises.
 
     Args:
         dataset: Reads the samples.
@@ -481,10 +487,19 @@ class _Telling(Dataset):
 
 def _join(samples: Sequence[ClipSample | DataError]) -> ClipBatch | DataError:
     """Join samples, or hand the first error over."""
+    errors = [sample for sample in samples if isinstance(sample, DataError)]
+    return errors[0] if errors else collate(samples)
+
+
+def _join_by_size(samples: Sequence[ClipSample | DataError]) -> list[ClipBatch] | DataError:
+    """Join those samples whose maps and fixations have the same sizes."""
+    groups: dict[Any, list[ClipSample]] = {}
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    return collate(samples)
+        points = None if sample.fixations is None else sample.fixations.shape
+        groups.setdefault((sample.map.shape, points), []).append(sample)
+    return [collate(group) for group in groups.values()]
 
 
 def _told(batches: Iterable[Any]) -> Iterator[Any]:
@@ -515,11 +530,11 @@ def _window(views: Sequence[ClipView], stride: int) -> int:
     return before + after + 1 + stride
 
 
-def _reading(workers: int, world: World) -> Mapping[str, Any]:
+def _reading(workers: int, world: World, join: Callable[..., Any]) -> Mapping[str, Any]:
     """Return what training and evaluation loaders share."""
     return {
         "num_workers": workers,
-        "collate_fn": _join,
+        "collate_fn": join,
         "pin_memory": world.device.type == "cuda",
         "worker_init_fn": _one_thread,
     }

@@ -175,8 +175,8 @@ class SaliencyEvaluator:
         modes = [module.training for module in modules]
         for module in modules:
             module.eval()
-        batches = zip(self.loader.batches, self.watch(self.loader, "evaluating"), strict=True)
-        for targets, batch in batches:
+        for batch in self.watch(self.loader, "evaluating"):
+            targets = batch.targets
             size = batch.maps.shape[-2:]
             fixations = None if batch.fixations is None else batch.fixations > 0
             other = None

@@ -408,9 +408,24 @@ def test_validation_of_videos_of_different_sizes(tmp_path):
         tuple(b.maps.shape) for b in EvalLoader(videos, [TMFI], HERE, batch_size=4, workers=0)
     ]
     assert shapes == [(2, 36, 64), (2, 30, 40)]
-    write_image(tmp_path / "0602" / "maps" / "0002.png", np.ones((10, 10), np.uint8))
-    with pytest.raises(DataError, match=r"sizes \[\(10, 10\), \(30, 40\)\] in one batch"):
-        list(EvalLoader(videos, [TMFI], HERE, batch_size=4, workers=0, fixations=False))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_maps_of_several_sizes_in_a_video_come_in_parts(tmp_path, workers):
+    folder = write_video(tmp_path / "0601", 5, size=SIZE)
+    for k in (2, 3):
+        write_image(folder / "maps" / f"000{k}.png", np.full((10, 20), k, np.uint8))
+    videos = open_dataset("dhf1k", tmp_path, "val")
+    loader = EvalLoader(videos, [TMFI], HERE, batch_size=4, workers=workers)
+    batches = list(loader)
+    assert [tuple(b.maps.shape) for b in batches] == [(2, 36, 64), (2, 10, 20), (1, 36, 64)]
+    assert [b.targets for b in batches] == [[(0, 0), (0, 3)], [(0, 1), (0, 2)], [(0, 4)]]
+    assert torch.equal(batches[1].maps[:, 0, 0] * 255, torch.tensor([2.0, 3.0]))
+    for batch in batches:
+        alone = [collate([loader.dataset[target]]).clips(TMFI) for target in batch.targets]
+        assert torch.equal(batch.clips(TMFI), torch.cat(alone))
+    with pytest.raises(DataError, match=r"sizes \[\(10, 20\), \(36, 64\)\] in one batch"):
+        collate([loader.dataset[0, 0], loader.dataset[0, 1]])
 
 
 @pytest.mark.parametrize("option", ["batch_size", "stride"])
@@ -463,8 +478,9 @@ def test_batches_move_with_all_they_hold(train):
     batch = collate([dataset(train, fixations=True).sample(0, 9)])
     there = batch.to("meta")
     tensors = [*there.frames.values(), *there.rows.values()]
-    tensors += [there.maps, there.fixations, there.video, there.target]
-    assert len(tensors) == 8 and all(x.device.type == "meta" for x in tensors)
+    tensors += [there.maps, there.fixations]
+    assert len(tensors) == 6 and all(x.device.type == "meta" for x in tensors)
+    assert there.targets == batch.targets == [(0, 9)], "what the host asks for stays there"
 
 
 def test_packed_frames_are_the_same_pixels(train, tmp_path, opened):
