@@ -33,8 +33,9 @@ class ClipSample:
         numbers: Of each size, the numbers of the distinct frames below, int64 [K].
         frames: Of each size, uint8 RGB [K, height, width, 3].
         map: Ground truth, float32 [H, W], in [0, 1].
-        fixations: Bool [H, W] as stored; or, at a common training size, float32 [H, W]: how many
-            fell on each pixel. All zero where the frame has none; None where nobody asked.
+        fixations: Bool as stored, of a size of its own; or, at a common training size, float32
+            [H, W]: how many fell on each pixel. All zero where the frame has none; None where
+            nobody asked.
     """
 
     video: int
@@ -57,7 +58,7 @@ class ClipBatch:
         frames: Of each size, uint8 RGB [K, height, width, 3].
         rows: Of each view, int64 [B, T]: which of these frames its clips show.
         maps: float32 [B, H, W], in [0, 1].
-        fixations: Bool or float32 [B, H, W], see ``ClipSample``; or None.
+        fixations: Bool [B, h, w] or float32 [B, H, W], see ``ClipSample``; or None.
         video: Int64 [B]; stays on the CPU, as only the host asks for it.
         target: Int64 [B]; so does this.
     """
@@ -201,6 +202,7 @@ class ClipDataset(Dataset):
         self.map_size = map_size
         self.fixations = fixations
         self.reader = reader or FrameReader()
+        self._looks_size: dict[int, Size] = {}
 
     def sample(self, video: int, target: int, truth: np.ndarray | None = None) -> ClipSample:
         """Read a sample.
@@ -228,19 +230,32 @@ class ClipDataset(Dataset):
             numbers=numbers,
             frames=self.reader.read(its, numbers),
             map=torch.from_numpy(resize_map(truth, self.map_size or truth.shape)),
-            fixations=self._fixations(its, target, truth.shape) if self.fixations else None,
+            fixations=self._fixations(video, target, truth.shape) if self.fixations else None,
         )
 
     def truth(self, video: Video, target: int) -> np.ndarray:
         """Read the map of a frame, and no other."""
         return read_map(video.path(video.maps[target]))
 
-    def _fixations(self, video: Video, target: int, size: Size) -> Tensor:
+    def _fixations(self, number: int, target: int, size: Size) -> Tensor:
+        video = self.videos.videos[number]
         file = video.fixations[target]
-        points = np.zeros(size, bool) if file is None else read_fixations(video.path(file))
         if self.map_size is not None:
+            points = np.zeros(size, bool) if file is None else read_fixations(video.path(file))
             return torch.from_numpy(scale_fixations(points, self.map_size))
-        return torch.from_numpy(points)
+        if file is None:
+            return torch.zeros(self._size_of_fixations(number, size), dtype=torch.bool)
+        return torch.from_numpy(read_fixations(video.path(file)))
+
+    def _size_of_fixations(self, number: int, otherwise: Size) -> Size:
+        """Return the size of a video's first fixations, so that its other frames stack with it."""
+        if number not in self._looks_size:
+            video = self.videos.videos[number]
+            files = [file for file in video.fixations if file is not None]
+            if not files:
+                return otherwise
+            self._looks_size[number] = read_fixations(video.path(files[0])).shape
+        return self._looks_size[number]
 
 
 class Draw(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.distributed import World
 from common.peers import PeerGroup
 from saliency.clips import ClipView
-from saliency.data import EvalLoader
+from saliency.data import ClipBatch, EvalLoader
 from saliency.images import read_fixations, scale_fixations
 from saliency.layouts import VideoSet
 from saliency.metrics import METRICS, SaliencyMetrics, Scores, resize_and_blur
@@ -108,6 +108,9 @@ class OtherFixations:
 class SaliencyEvaluator:
     """Evaluates models over a split: each map resized to the ground truth's size, and blurred.
 
+    Fixations may have a size of their own: what a model predicts is then also resized to that, for
+    the metrics that need them, as the official evaluation does.
+
     Args:
         loader: Of this process's share.
         world: Where this process stands.
@@ -176,33 +179,55 @@ class SaliencyEvaluator:
         for module in modules:
             module.eval()
         for batch in self.watch(self.loader, "evaluating"):
-            targets = batch.targets
-            size = batch.maps.shape[-2:]
-            fixations = None if batch.fixations is None else batch.fixations > 0
-            other = None
-            if self.others is not None:
-                other = self.others.around(targets, tuple(size)).to(self.world.device)
-            mean: Tensor | float = 0.0
-            found: dict[str, Tensor] = {}
-            for name, module, view in zip(names, modules, views, strict=True):
-                found[name] = self._predict(module, batch, view, name)
-                mean = mean + over_sum(found[name])
-            if together:
-                found[ENSEMBLE] = mean
-            video = self.videos.videos[targets[0][0]].name
-            for name, maps in found.items():
-                running[name].update(maps, batch.maps, fixations, other, video=video)
+            looks = self._looks(batch)
+            found = self._predict_all(modules, batch, views, names)
+            video = self.videos.videos[batch.targets[0][0]].name
+            for name, sizes in found.items():
+                maps, at_looks = sizes[0], sizes[-1]
+                running[name].update(maps, batch.maps, *looks, video=video, pred_looks=at_looks)
                 if self.on_maps is not None:
-                    self.on_maps(name, targets, maps)
+                    self.on_maps(name, batch.targets, maps)
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
         return {name: metrics.compute() for name, metrics in running.items()}
 
-    def _predict(self, module: nn.Module, batch: Any, view: ClipView, name: str) -> Tensor:
+    def _looks(self, batch: ClipBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Return where people looked in a batch's frames, and in others."""
+        if batch.fixations is None:
+            return None, None
+        fixations = batch.fixations > 0
+        if self.others is None:
+            return fixations, None
+        other = self.others.around(batch.targets, tuple(fixations.shape[-2:]))
+        return fixations, other.to(self.world.device)
+
+    def _predict_all(
+        self,
+        modules: Sequence[nn.Module],
+        batch: ClipBatch,
+        views: Sequence[ClipView],
+        names: Sequence[str],
+    ) -> dict[str, list[Tensor]]:
+        """Return every model's maps, and their ensemble's, at the map's and the fixations' size."""
+        found = {
+            name: self._predict(module, batch, view, name)
+            for name, module, view in zip(names, modules, views, strict=True)
+        }
+        if len(names) > 1:
+            sizes = zip(*found.values(), strict=True)
+            found[ENSEMBLE] = [torch.stack([over_sum(x) for x in maps]).sum(0) for maps in sizes]
+        return found
+
+    def _predict(
+        self, module: nn.Module, batch: ClipBatch, view: ClipView, name: str
+    ) -> list[Tensor]:
+        """Return a model's maps at the map's size, and at the fixations' where it is another."""
         device = self.world.device.type
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             maps = check_output(module(batch.clips(view)), len(batch), name)
-        return resize_and_blur(maps, batch.maps.shape[-2:], self.blur)
+        truths = [x for x in (batch.maps, batch.fixations) if x is not None]
+        sizes = dict.fromkeys(tuple(x.shape[-2:]) for x in truths)
+        return [resize_and_blur(maps, size, self.blur) for size in sizes]
 
     def _tell_undefined(self, scores: Scores) -> None:
         """Say once which metrics leave frames out."""

@@ -302,23 +302,27 @@ class SaliencyMetrics:
         other: Tensor | None = None,
         *,
         video: str | int | Sequence[str | int | None] | None = None,
+        pred_looks: Tensor | None = None,
     ) -> None:
         """Add a batch of frames.
 
         Args:
             pred: Predicted maps [B, H, W], of the ground truth's size: see ``resize_and_blur``.
             density: Ground-truth maps [B, H, W].
-            fixations: Fixation maps [B, H, W].
-            other: Fixations of other frames [B, H, W].
+            fixations: Fixation maps [B, H, W], or of the size of ``pred_looks``.
+            other: Fixations of other frames, of the size of ``fixations``.
             video: Which video the frames are from, one for all or one a frame. None: it counts for
                 the mean over frames only.
+            pred_looks: Predicted maps [B, h, w] of the fixations' size, for the metrics that need
+                those; None: ``pred``.
 
         Raises:
             ValueError: Maps that a metric needs and that are missing, shapes that differ, or a
                 number of videos that is not the number of frames.
         """
         maps = {"density": density, "fixations": fixations, "other": other}
-        values = torch.stack([self._score(name, pred, maps) for name in self.names], dim=1)
+        looks = pred if pred_looks is None else pred_looks
+        values = torch.stack([self._score(name, pred, looks, maps) for name in self.names], dim=1)
         defined = ~values.isnan()
         frames = torch.ones_like(values[:, :1])
         rows = self._rows_of(video, len(pred)).to(self.device, non_blocking=True)
@@ -347,7 +351,9 @@ class SaliencyMetrics:
         state[mine.to(self.device)] = self._state
         return self._scores(videos, sum_over_ranks(state).cpu().double())
 
-    def _score(self, name: str, pred: Tensor, maps: Mapping[str, Tensor | None]) -> Tensor:
+    def _score(
+        self, name: str, pred: Tensor, looks: Tensor, maps: Mapping[str, Tensor | None]
+    ) -> Tensor:
         metric = METRICS[name]
         missing = [need for need in metric.needs if maps[need] is None]
         if missing:
@@ -357,7 +363,8 @@ class SaliencyMetrics:
             if self._generator is None:
                 self._generator = torch.Generator(self.device).manual_seed(self.seed)
             flags["generator"] = self._generator
-        return metric.function(pred, *(maps[need] for need in metric.needs), **flags)
+        chosen = looks if "fixations" in metric.needs else pred
+        return metric.function(chosen, *(maps[need] for need in metric.needs), **flags)
 
     def _rows_of(self, video: str | int | Sequence[str | int | None] | None, frames: int) -> Tensor:
         if video is None or isinstance(video, str | int):

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from common.distributed import World
+from saliency import evaluation
 from saliency.data import EvalLoader
 from saliency.evaluation import (
     OTHERS,
@@ -15,7 +16,7 @@ from saliency.evaluation import (
 from saliency.images import read_fixations
 from saliency.layouts import open_dataset
 from saliency.metrics import METRICS, resize_and_blur
-from tests.saliency.folders import write_dataset
+from tests.saliency.folders import looks, write_dataset, write_fixations
 from tests.saliency.toy import Deep, Flat
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -56,6 +57,43 @@ def test_scores_are_those_of_each_frame_by_itself(videos, models):
     for name, total in sums.items():
         assert found[name].mean["cc"] == pytest.approx(total / 12, rel=1e-5)
     assert found["deep"].frames == 12 and list(found["deep"].videos) == ["0601", "0602"]
+
+
+def test_fixations_of_another_size_are_scored_at_their_own(tmp_path, models):
+    write_dataset(tmp_path, {"annotation/0001": 1, "val/0601": 4}, size=(24, 40))
+    video = tmp_path / "val" / "0601"
+    for k in (0, 2, 3):  # frame 1 has none
+        write_fixations(video, f"{k + 1:04d}", looks(0, k, (36, 64)), "png")
+    videos = open_dataset("dhf1k", tmp_path, "val")
+    views = [model.view for model in models]
+    asked = ("cc", "kldiv", "nss", "auc_judd", "auc_shuffled")
+    found = evaluator(videos, models, asked, batch=4).score(models, views, ["deep", "flat"])
+    loader = EvalLoader(videos, views, WORLD, batch_size=4, workers=0)
+    (batch,) = list(loader)
+    assert batch.maps.shape == (4, 24, 40) and batch.fixations.shape == (4, 36, 64)
+    with torch.no_grad():
+        raw = [model.eval()(batch.clips(model.view)) for model in models]
+    for name, chosen in (("deep", raw[:1]), ("flat", raw[1:]), ("ensemble", raw)):
+        small, large = (
+            torch.stack([over_sum(resize_and_blur(x, size)) for x in chosen]).sum(0)
+            for size in ((24, 40), (36, 64))
+        )
+        cc = METRICS["cc"].function(small, batch.maps).mean().item()
+        nss = METRICS["nss"].function(large, batch.fixations).nanmean().item()
+        assert found[name].mean["cc"] == pytest.approx(cc, rel=1e-5)
+        assert found[name].mean["nss"] == pytest.approx(nss, rel=1e-5)
+        assert found[name].undefined == {metric: int(metric in asked[2:]) for metric in asked}
+
+
+def test_a_map_is_resized_once_a_size(videos, models, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        evaluation,
+        "resize_and_blur",
+        lambda maps, size, *a, **k: sizes.append(size) or resize_and_blur(maps, size, *a, **k),
+    )
+    evaluator(videos, models[:1], batch=7).score(models[:1], [models[0].view], ["a"])
+    assert sizes == [(36, 64)] * 2
 
 
 def test_modes_are_put_back_and_batches_do_not_matter(videos, models):
