@@ -425,11 +425,12 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """This rank's target frames of a split, in order, none twice and none left out.
+    """This rank's target frames of a split, none twice and none left out.
 
     A batch is of one video, because maps and fixations stay at their own size; where these differ
-    within a video, a batch comes in parts, one a size. Ranks take consecutive batches, so that
-    frames read for one target serve the next ones; with more ranks than batches, some have none.
+    within a video, a batch comes in parts, one a size. Ranks take consecutive batches, and of these
+    so does each worker, so that frames read for one target serve the next ones; hence the batches
+    of several workers come in turns. With more ranks than batches, some have none.
 
     Args:
         videos: Of the validation split.
@@ -462,7 +463,7 @@ class EvalLoader:
         self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
         every = _batches(videos, batch_size, stride)
         share = slice(*(len(every) * k // world.size for k in (world.rank, world.rank + 1)))
-        self.batches = every[share]
+        self.batches = _in_turns(every[share], workers)
         self.device = world.device
         self._loader = DataLoader(
             _Telling(self.dataset),
@@ -536,6 +537,16 @@ def _batches(videos: VideoSet, batch_size: int, stride: int) -> list[list[tuple[
         targets = [(number, frame) for frame in range(0, len(video), stride)]
         batches += [targets[k : k + batch_size] for k in range(0, len(targets), batch_size)]
     return batches
+
+
+def _in_turns(batches: list[Any], workers: int) -> list[Any]:
+    """Order batches so that each worker, dealt every ``workers``-th one, gets consecutive ones."""
+    if workers < 2:
+        return batches
+    least, more = divmod(len(batches), workers)
+    starts = [least * k + min(k, more) for k in range(workers)]
+    order = [start + turn for turn in range(least) for start in starts]
+    return [batches[k] for k in order + [start + least for start in starts[:more]]]
 
 
 def _window(views: Sequence[ClipView], stride: int) -> int:

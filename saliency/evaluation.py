@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,12 @@ class SaliencyEvaluator:
                     self.on_maps(name, batch.targets, maps)
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-        return {name: metrics.compute() for name, metrics in running.items()}
+        return {name: self._in_order(metrics.compute()) for name, metrics in running.items()}
+
+    def _in_order(self, scores: Scores) -> Scores:
+        """Put the videos into the split's order, whatever was read first."""
+        names = [video.name for video in self.videos.videos if video.name in scores.videos]
+        return replace(scores, videos={name: scores.videos[name] for name in names})
 
     def _looks(self, batch: ClipBatch) -> tuple[Tensor | None, Tensor | None]:
         """Return where people looked in a batch's frames, and in others."""

@@ -1,5 +1,6 @@
 """Pixels, decoding, targets, batches, order and positions of the loaders."""
 
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -391,7 +392,43 @@ def test_ranks_share_validation_without_duplicates(val, size):
 
 def test_validation_is_equal_with_workers(val):
     here = list(EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=6, workers=0))
-    assert all_same(here, list(EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=6, workers=2)))
+    for workers in (1, 2):
+        loader = EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=6, workers=workers)
+        found = list(loader)
+        assert [batch.targets for batch in found] == loader.batches
+        assert all_same(here, sorted(found, key=lambda batch: batch.targets))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_share_the_decoding_of_a_video(tmp_path, monkeypatch, workers):
+    write_video(tmp_path / "val" / "0601", 90, size=SIZE)
+    log = tmp_path / "log"
+
+    def note(path):
+        with log.open("a") as file:
+            file.write(f"{os.getpid()} {path}\n")
+        return read_frame(path)
+
+    monkeypatch.setattr(frames, "read_frame", note)
+    videos = open_dataset("dhf1k", tmp_path, "val")
+    loader = EvalLoader(videos, [TMFI], HERE, batch_size=2, workers=workers)
+    seen = sorted(target for batch in loader for target in batch.targets)
+    assert seen == [(0, k) for k in range(90)]
+    lines = log.read_text().splitlines()
+    assert len({line.split()[0] for line in lines}) == workers
+    # a worker also needs the frames, up to 31 of them, before its first target
+    again = sum(min(31, batches[0][1]) for batches in loader.batches[:workers])
+    assert len(lines) == len(set(lines)) == 90 + again
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 9, 10, 11])
+def test_batches_are_dealt_so_that_each_worker_has_consecutive_ones(count, workers):
+    order = data._in_turns(list(range(count)), workers)
+    assert sorted(order) == list(range(count))
+    shares = [order[k::workers] for k in range(workers)]
+    assert [k for share in shares for k in share] == list(range(count))
 
 
 @pytest.mark.parametrize("views", [[TMFI], [VINET_A], [TMFI, VINET_A]])

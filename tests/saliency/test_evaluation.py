@@ -35,9 +35,9 @@ def models():
     return [Deep(), Flat()]
 
 
-def evaluator(videos, models, metrics=("cc", "kldiv", "nss"), batch=2, **rest):
+def evaluator(videos, models, metrics=("cc", "kldiv", "nss"), batch=2, workers=0, **rest):
     views = [model.view for model in models]
-    loader = EvalLoader(videos, views, WORLD, batch_size=batch, workers=0)
+    loader = EvalLoader(videos, views, WORLD, batch_size=batch, workers=workers)
     return SaliencyEvaluator(loader, WORLD, metrics, **rest)
 
 
@@ -105,6 +105,27 @@ def test_modes_are_put_back_and_batches_do_not_matter(videos, models):
     assert models[0].training and not models[1].training
     assert flatten(one) == pytest.approx(flatten(two), rel=1e-6)
     assert flatten(one)["a/loss"] == one["a"].mean["kldiv"] - one["a"].mean["cc"]
+
+
+def test_workers_change_neither_scores_nor_the_order_of_videos(videos, models):
+    views = [m.view for m in models]
+    seen = {}
+    for workers in (0, 2):
+        maps = seen.setdefault(workers, {})
+        asked = {
+            "workers": workers,
+            "on_maps": lambda name, targets, found, to=maps: to.update(
+                {(name, *target): row for target, row in zip(targets, found, strict=True)}
+            ),
+        }
+        seen[workers, "scores"] = evaluator(videos, models, batch=1, **asked).score(
+            models, views, ["a", "b"]
+        )
+    assert flatten(seen[0, "scores"]) == pytest.approx(flatten(seen[2, "scores"]), rel=1e-9)
+    for scores in (seen[0, "scores"], seen[2, "scores"]):
+        assert list(scores["a"].videos) == ["0601", "0602"]
+    assert len(seen[0]) == 36 and seen[0].keys() == seen[2].keys()
+    assert all(torch.equal(seen[2][key], map_) for key, map_ in seen[0].items())
 
 
 def test_one_model_has_no_ensemble(videos, models):
