@@ -171,9 +171,7 @@ class SaliencyEvaluator:
         """
         together = [ENSEMBLE] if len(names) > 1 else []
         running = {
-            name: SaliencyMetrics(
-                self.names, self.world.device, flags=self.flags, seed=self.seed + self.world.rank
-            )
+            name: SaliencyMetrics(self.names, self.world.device, flags=self.flags, seed=self.seed)
             for name in [*names, *together]
         }
         modes = [module.training for module in modules]
@@ -183,9 +181,12 @@ class SaliencyEvaluator:
             looks = self._looks(batch)
             found = self._predict_all(modules, batch, views, names)
             video = self.videos.videos[batch.targets[0][0]].name
+            numbers = [frame for _, frame in batch.targets]
             for name, sizes in found.items():
                 maps, at_looks = sizes[0], sizes[-1]
-                running[name].update(maps, batch.maps, *looks, video=video, pred_looks=at_looks)
+                running[name].update(
+                    maps, batch.maps, *looks, video=video, numbers=numbers, pred_looks=at_looks
+                )
                 if self.on_maps is not None:
                     self.on_maps(name, batch.targets, maps)
         for module, mode in zip(modules, modes, strict=True):

@@ -107,6 +107,23 @@ def test_modes_are_put_back_and_batches_do_not_matter(videos, models):
     assert flatten(one)["a/loss"] == one["a"].mean["kldiv"] - one["a"].mean["cc"]
 
 
+def test_drawn_scores_depend_neither_on_batches_nor_on_ranks(videos, models):
+    views = [models[0].view]
+    asked = ("auc_shuffled", "cc", "kldiv")
+    whole = evaluator(videos, models[:1], asked, batch=1).score(models[:1], views, ["a"])["a"]
+    four = evaluator(videos, models[:1], asked, batch=4).score(models[:1], views, ["a"])["a"]
+    # the forwards themselves differ in their last digits
+    drawn = pytest.approx(whole.mean["auc_shuffled"], abs=1e-4)
+    assert four.mean["auc_shuffled"] == drawn
+    parts = []
+    for rank in range(2):
+        world = World(rank, 2, rank, torch.device("cpu"))
+        loader = EvalLoader(videos, views, world, batch_size=1, workers=0)
+        part = SaliencyEvaluator(loader, world, asked).score(models[:1], views, ["a"])["a"]
+        parts.append(part.mean["auc_shuffled"] * part.frames)
+    assert sum(parts) / 12 == drawn
+
+
 def test_workers_change_neither_scores_nor_the_order_of_videos(videos, models):
     views = [m.view for m in models]
     seen = {}
