@@ -67,7 +67,8 @@ def _needs_fixations(name: str) -> bool:
 class OtherFixations:
     """The fixations of other frames, for shuffled AUC: of ten frames drawn from the whole split.
 
-    What is drawn for a frame depends on the seed and the frame alone.
+    What is drawn for a frame depends on the seed and the frame alone. No frame is drawn twice, nor
+    is the frame itself; where the split has fewer others with fixations, all of them are taken.
 
     Args:
         videos: Of the split.
@@ -83,16 +84,24 @@ class OtherFixations:
             for frame, file in enumerate(video.fixations)
             if file is not None
         ]
+        self._rank = {place: k for k, place in enumerate(self.places)}
         self._points: dict[tuple[int, int], tuple[np.ndarray, tuple[int, ...]]] = {}
 
     def around(self, targets: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor:
         """Return bool [B, H, W]: where people looked in frames drawn for each target."""
         found = np.zeros((len(targets), *size), bool)
         for row, target in zip(found, targets, strict=True):
-            generator = np.random.default_rng((self.seed, *target))
-            for place in generator.choice(len(self.places), OTHERS).tolist():
-                row |= self._read(self.places[place], size)
+            for place in self.drawn(target):
+                row |= self._read(place, size)
         return torch.from_numpy(found)
+
+    def drawn(self, target: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the frames drawn for a target, as (video, frame)."""
+        own = self._rank.get(target, len(self.places))
+        others = len(self.places) - (own < len(self.places))
+        generator = np.random.default_rng((self.seed, *target))
+        chosen = generator.choice(others, min(OTHERS, others), replace=False).tolist()
+        return [self.places[k + (k >= own)] for k in chosen]
 
     def _read(self, place: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
         """Return a frame's fixations at a size; of each file only the points are kept."""

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -166,16 +168,35 @@ def test_other_fixations_are_those_of_ten_drawn_frames(videos):
     found = others.around([(0, 1), (1, 4)], (36, 64))
     assert found.shape == (2, 36, 64)
     for row, target in zip(found, [(0, 1), (1, 4)], strict=True):
-        drawn = np.random.default_rng((3, *target)).choice(12, OTHERS)
+        drawn = others.drawn(target)
+        assert len(set(drawn)) == OTHERS == 10 and target not in drawn
         expected = np.zeros((36, 64), bool)
-        for place in drawn.tolist():
-            video, frame = others.places[place]
+        for video, frame in drawn:
             its = videos.videos[video]
             expected |= read_fixations(its.path(its.fixations[frame])) > 0
         assert np.array_equal(row.numpy(), expected)
     assert torch.equal(others.around([(1, 4)], (36, 64))[0], found[1])
     smaller = others.around([(0, 1)], (18, 32))
     assert smaller.shape == (1, 18, 32) and smaller.any()
+
+
+def test_every_other_frame_is_drawn_equally_often(videos):
+    counts = Counter(
+        place for seed in range(2000) for place in OtherFixations(videos, seed).drawn((0, 2))
+    )
+    assert set(counts) == {(0, 0), (0, 1), (0, 3), (0, 4), *((1, k) for k in range(7))}
+    assert all(abs(count - 2000 * 10 / 11) < 80 for count in counts.values())
+
+
+def test_of_few_other_frames_all_are_taken(tmp_path):
+    write_dataset(tmp_path, {"val/0601": 3}, fixations="png")
+    (tmp_path / "val" / "0601" / "fixation" / "0003.png").unlink()
+    others = OtherFixations(open_dataset("dhf1k", tmp_path, "val"))
+    assert others.drawn((0, 0)) == [(0, 1)] and others.drawn((0, 1)) == [(0, 0)]
+    assert sorted(others.drawn((0, 2))) == [(0, 0), (0, 1)], "it has no fixations itself"
+    (tmp_path / "val" / "0601" / "fixation" / "0002.png").unlink()
+    alone = OtherFixations(open_dataset("dhf1k", tmp_path, "val"))
+    assert alone.drawn((0, 0)) == [] and not alone.around([(0, 0)], (36, 64)).any()
 
 
 def test_maps_are_handed_over_with_their_targets(videos, models):
