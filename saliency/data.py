@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import cv2
@@ -461,15 +463,33 @@ class EvalLoader:
         _refuse_below_one(batch_size=batch_size, stride=stride)
         reader = FrameReader(packed, keep=_window(views, stride))
         self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
-        every = _batches(videos, batch_size, stride)
-        share = slice(*(len(every) * k // world.size for k in (world.rank, world.rank + 1)))
-        self.batches = _in_turns(every[share], workers)
+        self.batch_size = batch_size
+        self.workers = workers
+        self.world = world
         self.device = world.device
+        self._read(_targets(videos, stride))
+
+    def choose(self, choose: Callable[[int], Sequence[int]]) -> None:
+        """Keep some of the split's target frames.
+
+        Args:
+            choose: Given how many there are, returns the places of those to keep, ascending; it
+                must return the same on every rank.
+        """
+        self._read([self._targets[place] for place in choose(len(self._targets))])
+
+    def _read(self, targets: list[tuple[int, int]]) -> None:
+        """Share targets out to the ranks, and to the workers of this one."""
+        self._targets = targets
+        every = _batches(targets, self.batch_size)
+        size, rank = self.world.size, self.world.rank
+        share = slice(*(len(every) * k // size for k in (rank, rank + 1)))
+        self.batches = _in_turns(every[share], self.workers)
         self._loader = DataLoader(
             _Telling(self.dataset),
             batch_sampler=self.batches,
             generator=torch.Generator().manual_seed(0),
-            **_reading(workers, world, _join_by_size),
+            **_reading(self.workers, self.world, _join_by_size),
         )
 
     def __len__(self) -> int:
@@ -530,12 +550,21 @@ def _told(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _batches(videos: VideoSet, batch_size: int, stride: int) -> list[list[tuple[int, int]]]:
-    """List the targets of all videos, in batches of one video each."""
+def _targets(videos: VideoSet, stride: int) -> list[tuple[int, int]]:
+    """List every ``stride``-th frame of all videos."""
+    return [
+        (number, frame)
+        for number, video in enumerate(videos.videos)
+        for frame in range(0, len(video), stride)
+    ]
+
+
+def _batches(targets: Iterable[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    """Cut targets into batches of one video each."""
     batches = []
-    for number, video in enumerate(videos.videos):
-        targets = [(number, frame) for frame in range(0, len(video), stride)]
-        batches += [targets[k : k + batch_size] for k in range(0, len(targets), batch_size)]
+    for _, group in groupby(targets, key=itemgetter(0)):
+        its = list(group)
+        batches += [its[k : k + size] for k in range(0, len(its), size)]
     return batches
 
 

@@ -17,17 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common import distributed
 from common.distributed import World
-from common.options import OptionError
+from common.options import OptionError, check_least
 from common.outputs import log_table, progress_bars, run_command, start_world
 from common.trainer import write_csv
 from saliency.check import check_data
 from saliency.evaluation import ENSEMBLE, flatten
 from saliency.layouts import VideoSet, open_dataset
-from saliency.metrics import METRICS, Scores
+from saliency.metrics import METRICS, Scores, draw_frames
 from saliency.options import (
     add_data_options,
     add_machine_options,
@@ -58,6 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", default="output/evaluate", metavar="DIR")
     add("--predictions", action="store_true", help="also write every predicted map as a PNG")
     add("--exact-auc", action="store_true", help="shuffled AUC as the expectation over all draws")
+    add(
+        "--max-frames",
+        type=int,
+        metavar="N",
+        help="score only N frames, drawn by --seed (official: 50000); all unless given",
+    )
     add("--jitter", action="store_true", help="break ties in AUC-Judd with seeded noise")
     parser.set_defaults(val_stride=1)
     return parser
@@ -80,6 +87,7 @@ def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[
     parser = build_parser()
     options = parser.parse_args(arguments)
     check_data_options(options)
+    check_least(options, {"max_frames": 1})
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
     world = start_world(options.device)
     videos = open_dataset(options.dataset, options.data_root, options.split)
@@ -103,6 +111,8 @@ def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[
         flags=_flags(options),
         on_maps=_writer(folder, videos) if options.predictions else None,
     )
+    if options.max_frames is not None:
+        evaluator.loader.choose(_chooser(options))
     scores = evaluator.score(modules, views, [spec.name for spec in specs])
     if world.is_main:
         write_tables(folder, scores)
@@ -122,6 +132,12 @@ def _folder(options: argparse.Namespace, world: World) -> Path:
         raise OptionError(f"--output: {error}; give a folder that can be written") from error
     distributed.barrier()
     return folder
+
+
+def _chooser(options: argparse.Namespace) -> Callable[[int], list[int]]:
+    """Return what draws the frames to score; alike on all ranks."""
+    generator = torch.Generator().manual_seed(options.seed)
+    return lambda total: draw_frames(total, options.max_frames, generator)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

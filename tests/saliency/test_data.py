@@ -390,6 +390,17 @@ def test_ranks_share_validation_without_duplicates(val, size):
     assert found == [(0, t) for t in range(40)] + [(1, t) for t in range(3)]
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_chosen_frames_are_shared_by_ranks(val, size):
+    found = []
+    for rank in range(size):
+        loader = EvalLoader(val, [TMFI], World(rank, size, rank, CPU), batch_size=2, workers=0)
+        loader.choose(lambda total: [0, 3, total - 4, total - 3, total - 1])
+        found += loader.batches
+        assert [batch.targets for batch in loader] == loader.batches
+    assert found == [[(0, 0), (0, 3)], [(0, 39)], [(1, 0), (1, 2)]]
+
+
 def test_validation_is_equal_with_workers(val):
     here = list(EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=6, workers=0))
     for workers in (1, 2):

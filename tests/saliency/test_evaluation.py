@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from common.distributed import World
+from common.options import OptionError
 from saliency import evaluation
 from saliency.data import EvalLoader
+from saliency.evaluate import evaluate
 from saliency.evaluation import (
     OTHERS,
     OtherFixations,
@@ -207,3 +209,25 @@ def test_maps_are_handed_over_with_their_targets(videos, models):
     targets = [target for _, batch, _ in seen for target in batch]
     assert targets == [(0, k) for k in range(5)] + [(1, k) for k in range(7)]
     assert all(maps.shape[1:] == (36, 64) and len(maps) == len(batch) for _, batch, maps in seen)
+
+
+def run(videos, folder, *rest):
+    """Evaluate the same model each time, into a new folder."""
+    torch.manual_seed(0)
+    output = folder / str(len(list(folder.iterdir())))
+    given = ["--dataset", "dhf1k", "--data-root", videos.root, "--output", str(output)]
+    given += ["--peer", "tests.saliency.toy:Flat", "--workers", "0", "--device", "cpu"]
+    return evaluate([*given, "--check-depth", "listing", *rest], bars=False)["Flat"]
+
+
+def test_frames_can_be_capped(videos, tmp_path):
+    whole = run(videos, tmp_path, "--metrics", "cc")
+    some, again, other = (
+        run(videos, tmp_path, "--metrics", "cc", "--max-frames", "5", "--seed", seed)
+        for seed in "001"
+    )
+    assert whole.frames == 12 and some.frames == 5
+    assert some.mean == again.mean != whole.mean and other.mean != some.mean
+    assert run(videos, tmp_path, "--metrics", "cc", "--max-frames", "99").mean == whole.mean
+    with pytest.raises(OptionError, match="--max-frames is 0; expected 1 or more"):
+        run(videos, tmp_path, "--max-frames", "0")
