@@ -137,6 +137,17 @@ def test_each_frame_is_decoded_once_and_one_map(train, opened, target, count):
     assert [path[-13:] for path in opened["maps"]] == [f"maps/{target + 1:04d}.png"]
 
 
+def test_folders_are_not_listed_again(train, val, monkeypatch):
+    loaders = (
+        TrainLoader(train, [TMFI], HERE, batch_size=2, workers=0, fixations=True),
+        EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=4, workers=0),
+    )
+    listed = []
+    for name in ("listdir", "scandir", "walk"):
+        monkeypatch.setattr(os, name, lambda *a, name=name, **k: listed.append((name, a)))
+    assert [len(list(loader)) for loader in loaders] == [2, 11] and listed == []
+
+
 def test_each_frame_is_resized_once_a_size(train, monkeypatch):
     made = []
     monkeypatch.setattr(
