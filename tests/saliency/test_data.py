@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import transforms
 
-from common.distributed import World
+from common.distributed import PATIENCE, World, start
 from saliency import data, frames, packed
 from saliency.clips import VIEWS
 from saliency.data import EvalLoader, TrainClips, TrainLoader, collate
@@ -21,6 +22,7 @@ from saliency.frames import FrameReader
 from saliency.images import read_fixations, read_frame, read_map, resize_frame, scale_fixations
 from saliency.layouts import open_dataset
 from saliency.packed import pack_frames
+from tests.launch import launch
 from tests.saliency.folders import (
     looks,
     picture,
@@ -594,6 +596,56 @@ def test_packing_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(DataError, match=r"packing needs 0\.0 GB, 0\.0 GB are free"):
         pack_frames(videos, [TMFI.size], tmp_path / "packed", progress=False)
+
+
+def _pack_on_a_rank(world, root, folder):
+    note = []
+    packed.read_frame = lambda path: note.append(path) or read_frame(path)
+    sets = [open_dataset("dhf1k", root, split) for split in ("train", "val")]
+    try:
+        packing = pack_frames(sets, [TMFI.size, VINET_A.size], folder, False, world)
+        found = [packing.read(v, TMFI.size, np.array([0])) for s in sets for v in s.videos]
+        (root / f"read{world.rank}").write_text("\n".join(note))
+        torch.save(torch.cat(found), root / f"pixels{world.rank}")
+    except DataError as error:
+        (root / f"error{world.rank}").write_text(str(error))
+
+
+def test_ranks_share_the_packing(tmp_path):
+    videos = {"annotation/0001": 4, "annotation/0002": 3, "val/0601": 2, "val/0602": 5}
+    root = write_dataset(tmp_path / "videos", videos, size=SIZE)
+    launch(_pack_on_a_rank, 2, root, tmp_path / "packed")
+    read = [(root / f"read{rank}").read_text().splitlines() for rank in range(2)]
+    assert [{path.split("/")[-3] for path in part} for part in read] == [
+        {"0001", "0601"},
+        {"0002", "0602"},
+    ]
+    assert sum(map(len, read)) == len({*read[0], *read[1]}) == 14
+    pixels = [torch.load(root / f"pixels{rank}") for rank in range(2)]
+    alone = pack_frames(open_dataset("dhf1k", root, "val"), [TMFI.size], tmp_path / "b", False)
+    first = alone.read(open_dataset("dhf1k", root, "val").videos[0], TMFI.size, np.array([0]))
+    assert torch.equal(*pixels) and torch.equal(pixels[0][2:3], first)
+    assert len(list((tmp_path / "packed").iterdir())) == 8
+
+
+def test_what_one_rank_cannot_pack_ends_all(tmp_path):
+    root = write_dataset(tmp_path / "videos", {"annotation/0001": 2, "val/0601": 2}, size=SIZE)
+    (root / "val" / "0601" / "images" / "0002.png").write_bytes(b"no image")
+    launch(_pack_on_a_rank, 2, root, tmp_path / "packed")
+    told = {(root / f"error{rank}").read_text() for rank in range(2)}
+    assert len(told) == 1 and "0601/images/0002.png: no image" in told.pop()
+
+
+def test_ranks_are_patient(monkeypatch):
+    given = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *a, **k: given.append(k["timeout"])
+    )
+    start("cpu")
+    start("cpu", timeout=timedelta(seconds=5))
+    assert given == [PATIENCE, timedelta(seconds=5)] and timedelta(hours=6) < PATIENCE
 
 
 def test_a_packed_file_that_is_gone_is_named(train, tmp_path):
