@@ -126,6 +126,8 @@ class SaliencyEvaluator:
         world: Where this process stands.
         metrics: Names of ``METRICS``.
         blur: See ``saliency.metrics.resize_and_blur``.
+        interpolation: ``bilinear``; or ``bicubic``, with antialias and cut at each map's own
+            limits, as the official evaluation resizes its 8-bit maps.
         amp_dtype: Autocast the forwards to it.
         flags: Of the metrics' definitions, see ``SaliencyMetrics``.
         seed: Of what the metrics draw.
@@ -141,6 +143,7 @@ class SaliencyEvaluator:
         metrics: Sequence[str],
         *,
         blur: int = 11,
+        interpolation: str = "bilinear",
         amp_dtype: torch.dtype | None = None,
         flags: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int = 0,
@@ -151,6 +154,7 @@ class SaliencyEvaluator:
         self.world = world
         self.names = tuple(metrics)
         self.blur = blur
+        self.interpolation = interpolation
         self.amp_dtype = amp_dtype
         self.flags = flags
         self.seed = seed
@@ -243,7 +247,15 @@ class SaliencyEvaluator:
             maps = check_output(module(batch.clips(view)), len(batch), name)
         truths = [x for x in (batch.maps, batch.fixations) if x is not None]
         sizes = dict.fromkeys(tuple(x.shape[-2:]) for x in truths)
-        return [resize_and_blur(maps, size, self.blur) for size in sizes]
+        return [self._resize(maps, size) for size in sizes]
+
+    def _resize(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.interpolation == "bilinear":
+            return resize_and_blur(maps, size, self.blur)
+        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        wide = resize_and_blur(maps, size, 0, interpolation=self.interpolation, antialias=True)
+        # beyond the limits the cubic would give negative maps, for which KL has no value
+        return resize_and_blur(wide.clamp(low, high), size, self.blur)
 
     def _tell_undefined(self, scores: Scores) -> None:
         """Say once which metrics leave frames out."""

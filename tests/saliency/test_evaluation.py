@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.distributed import World
 from common.options import OptionError
@@ -231,3 +232,21 @@ def test_frames_can_be_capped(videos, tmp_path):
     assert run(videos, tmp_path, "--metrics", "cc", "--max-frames", "99").mean == whole.mean
     with pytest.raises(OptionError, match="--max-frames is 0; expected 1 or more"):
         run(videos, tmp_path, "--max-frames", "0")
+
+
+def test_bicubic_is_the_official_resize_within_the_maps_limits(videos, tmp_path):
+    asked = ("--metrics", "cc", "--blur", "0")
+    bilinear = run(videos, tmp_path, *asked)
+    bicubic = run(videos, tmp_path, *asked, "--interpolation", "bicubic")
+    assert bicubic.mean["cc"] != bilinear.mean["cc"]
+    assert bicubic.mean["cc"] == pytest.approx(bilinear.mean["cc"], abs=0.05)
+
+
+@pytest.mark.parametrize("size", [(36, 64), (8, 10)])
+def test_bicubic_maps_are_pillows_cut_at_their_limits(videos, models, size):
+    maps = (torch.rand(2, 16, 24, generator=torch.Generator().manual_seed(0)) > 0.7).float()
+    found = evaluator(videos, models, blur=0, interpolation="bicubic")._resize(maps, size)
+    for ours, map_ in zip(found, maps.numpy(), strict=True):
+        theirs = np.asarray(Image.fromarray(map_).resize(size[::-1], Image.BICUBIC))
+        assert theirs.min() < -0.01 and ours.min() == 0
+        np.testing.assert_allclose(ours, theirs.clip(0, 1), atol=1e-5)
