@@ -34,12 +34,19 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "auto", timeout: timedelta | None = None) -> World:
+PATIENCE = timedelta(hours=12)
+"""How long ranks wait for one another. Some of them read the headers of all files, pack frames or
+write checkpoints while the others wait, which takes longer than torch's ten minutes. A rank that
+dies ends the others at once all the same: torchrun sees to that. Only where all ranks live and wait
+for ever is this what ends the run."""
+
+
+def start(device: str = "auto", timeout: timedelta = PATIENCE) -> World:
     """Join the process group that torchrun's environment describes, if any.
 
     Args:
         device: ``auto`` (an accelerator where there is one, else the CPU), or a torch device.
-        timeout: How long a collective may take; None: torch's default.
+        timeout: How long a collective may take, and how long a rank waits for the others.
 
     Raises:
         ValueError, RuntimeError: A device that this machine does not have.

@@ -124,14 +124,3 @@ published knowledge transfer feeds on Hollywood-2, to weights trained on every s
 
 Source of the published transfer: Jain et al., TMLR 2025.
 """
-
-
-def view_named(name: str) -> ClipView:
-    """Look a view up.
-
-    Raises:
-        KeyError: No such view; lists the choices.
-    """
-    if name not in VIEWS:
-        raise KeyError(f"{name!r} is no view; choose from {', '.join(VIEWS)}")
-    return VIEWS[name]

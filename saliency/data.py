@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import cv2
@@ -33,8 +35,9 @@ class ClipSample:
         numbers: Of each size, the numbers of the distinct frames below, int64 [K].
         frames: Of each size, uint8 RGB [K, height, width, 3].
         map: Ground truth, float32 [H, W], in [0, 1].
-        fixations: Bool [H, W] as stored; or, at a common training size, float32 [H, W]: how many
-            fell on each pixel. All zero where the frame has none; None where nobody asked.
+        fixations: Bool as stored, of a size of its own; or, at a common training size, float32
+            [H, W]: how many fell on each pixel. All zero where the frame has none; None where
+            nobody asked.
     """
 
     video: int
@@ -57,9 +60,9 @@ class ClipBatch:
         frames: Of each size, uint8 RGB [K, height, width, 3].
         rows: Of each view, int64 [B, T]: which of these frames its clips show.
         maps: float32 [B, H, W], in [0, 1].
-        fixations: Bool or float32 [B, H, W], see ``ClipSample``; or None.
-        video: Int64 [B].
-        target: Int64 [B].
+        fixations: Bool [B, h, w] or float32 [B, H, W], see ``ClipSample``; or None.
+        video: Int64 [B]; stays on the CPU, as only the host asks for it.
+        target: Int64 [B]; so does this.
     """
 
     frames: dict[Size, Tensor]
@@ -74,6 +77,11 @@ class ClipBatch:
 
     def __len__(self) -> int:
         return len(self.maps)
+
+    @property
+    def targets(self) -> list[tuple[int, int]]:
+        """The number of each sample's video, and of its frame."""
+        return list(zip(self.video.tolist(), self.target.tolist(), strict=True))
 
     def clips(self, view: ClipView, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the clips of a view, normalised, [B, 3, T, height, width].
@@ -107,8 +115,8 @@ class ClipBatch:
             rows={view: change(x) for view, x in self.rows.items()},
             maps=change(self.maps),
             fixations=None if self.fixations is None else change(self.fixations),
-            video=change(self.video),
-            target=change(self.target),
+            video=self.video,
+            target=self.target,
         )
 
 
@@ -116,7 +124,7 @@ def collate(samples: Sequence[ClipSample]) -> ClipBatch:
     """Join samples; frames that several of them show are kept once.
 
     Raises:
-        DataError: Maps of different sizes, which evaluation cannot stack.
+        DataError: Maps or fixations of different sizes, which cannot be stacked.
     """
     frames: dict[Size, Tensor] = {}
     at: dict[Size, dict[tuple[int, int], int]] = {}
@@ -159,8 +167,8 @@ def _stack(maps: Sequence[Tensor], what: str, samples: Sequence[ClipSample]) -> 
     sizes = sorted({tuple(x.shape) for x in maps})
     if len(sizes) > 1:
         raise DataError(
-            f"{what} of the sizes {sizes} in one batch, of video number {samples[0].video}; a "
-            "video's maps must agree; evaluate with a batch of 1"
+            f"{what} of the sizes {sizes} in one batch, of video number {samples[0].video}; read "
+            "them at one size (map_size)"
         )
     return torch.stack(list(maps))
 
@@ -196,6 +204,7 @@ class ClipDataset(Dataset):
         self.map_size = map_size
         self.fixations = fixations
         self.reader = reader or FrameReader()
+        self._looks_size: dict[int, Size] = {}
 
     def sample(self, video: int, target: int, truth: np.ndarray | None = None) -> ClipSample:
         """Read a sample.
@@ -223,19 +232,32 @@ class ClipDataset(Dataset):
             numbers=numbers,
             frames=self.reader.read(its, numbers),
             map=torch.from_numpy(resize_map(truth, self.map_size or truth.shape)),
-            fixations=self._fixations(its, target, truth.shape) if self.fixations else None,
+            fixations=self._fixations(video, target, truth.shape) if self.fixations else None,
         )
 
     def truth(self, video: Video, target: int) -> np.ndarray:
         """Read the map of a frame, and no other."""
         return read_map(video.path(video.maps[target]))
 
-    def _fixations(self, video: Video, target: int, size: Size) -> Tensor:
+    def _fixations(self, number: int, target: int, size: Size) -> Tensor:
+        video = self.videos.videos[number]
         file = video.fixations[target]
-        points = np.zeros(size, bool) if file is None else read_fixations(video.path(file))
         if self.map_size is not None:
+            points = np.zeros(size, bool) if file is None else read_fixations(video.path(file))
             return torch.from_numpy(scale_fixations(points, self.map_size))
-        return torch.from_numpy(points)
+        if file is None:
+            return torch.zeros(self._size_of_fixations(number, size), dtype=torch.bool)
+        return torch.from_numpy(read_fixations(video.path(file)))
+
+    def _size_of_fixations(self, number: int, otherwise: Size) -> Size:
+        """Return the size of a video's first fixations, so that its other frames stack with it."""
+        if number not in self._looks_size:
+            video = self.videos.videos[number]
+            files = [file for file in video.fixations if file is not None]
+            if not files:
+                return otherwise
+            self._looks_size[number] = read_fixations(video.path(files[0])).shape
+        return self._looks_size[number]
 
 
 class Draw(NamedTuple):
@@ -383,12 +405,12 @@ class TrainLoader:
         self.batches = -(-len(self.order) // batch_size)
         self._generator = torch.Generator()
         self._loader = DataLoader(
-            dataset,
+            _Telling(dataset),
             batch_size=batch_size,
             sampler=self.order,
             generator=self._generator,
             persistent_workers=workers > 0,
-            **_reading(workers, world),
+            **_reading(workers, world, _join),
         )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -400,16 +422,17 @@ class TrainLoader:
         return self.batches
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        for batch in self._loader:
+        for batch in _told(self._loader):
             yield batch.to(self.device, non_blocking=True)
 
 
 class EvalLoader:
-    """This rank's target frames of a split, in order, none twice and none left out.
+    """This rank's target frames of a split, none twice and none left out.
 
-    A batch is of one video, because maps and fixations stay at their own size. Ranks take
-    consecutive batches, so that frames read for one target serve the next ones; with more ranks
-    than batches, some have none.
+    A batch is of one video, because maps and fixations stay at their own size; where these differ
+    within a video, a batch comes in parts, one a size. Ranks take consecutive batches, and of these
+    so does each worker, so that frames read for one target serve the next ones; hence the batches
+    of several workers come in turns. With more ranks than batches, some have none.
 
     Args:
         videos: Of the validation split.
@@ -440,32 +463,119 @@ class EvalLoader:
         _refuse_below_one(batch_size=batch_size, stride=stride)
         reader = FrameReader(packed, keep=_window(views, stride))
         self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
-        every = _batches(videos, batch_size, stride)
-        share = slice(*(len(every) * k // world.size for k in (world.rank, world.rank + 1)))
-        self.batches = every[share]
+        self.batch_size = batch_size
+        self.workers = workers
+        self.world = world
         self.device = world.device
+        self._read(_targets(videos, stride))
+
+    def choose(self, choose: Callable[[int], Sequence[int]]) -> None:
+        """Keep some of the split's target frames.
+
+        Args:
+            choose: Given how many there are, returns the places of those to keep, ascending; it
+                must return the same on every rank.
+        """
+        self._read([self._targets[place] for place in choose(len(self._targets))])
+
+    def _read(self, targets: list[tuple[int, int]]) -> None:
+        """Share targets out to the ranks, and to the workers of this one."""
+        self._targets = targets
+        every = _batches(targets, self.batch_size)
+        size, rank = self.world.size, self.world.rank
+        share = slice(*(len(every) * k // size for k in (rank, rank + 1)))
+        self.batches = _in_turns(every[share], self.workers)
         self._loader = DataLoader(
-            self.dataset,
+            _Telling(self.dataset),
             batch_sampler=self.batches,
             generator=torch.Generator().manual_seed(0),
-            **_reading(workers, world),
+            **_reading(self.workers, self.world, _join_by_size),
         )
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        for batch in self._loader:
-            yield batch.to(self.device, non_blocking=True)
+        for parts in _told(self._loader):
+            for batch in parts:
+                yield batch.to(self.device, non_blocking=True)
 
 
-def _batches(videos: VideoSet, batch_size: int, stride: int) -> list[list[tuple[int, int]]]:
-    """List the targets of all videos, in batches of one video each."""
+class _Telling(Dataset):
+    """Hands a ``DataError`` over as a sample; torch puts a traceback in what a worker raises.
+
+    Args:
+        dataset: Reads the samples.
+    """
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, asked: Any) -> ClipSample | DataError:
+        try:
+            return self.dataset[asked]
+        except DataError as error:
+            return error
+
+
+def _join(samples: Sequence[ClipSample | DataError]) -> ClipBatch | DataError:
+    """Join samples, or hand the first error over."""
+    errors = [sample for sample in samples if isinstance(sample, DataError)]
+    return errors[0] if errors else collate(samples)
+
+
+def _join_by_size(samples: Sequence[ClipSample | DataError]) -> list[ClipBatch] | DataError:
+    """Join those samples whose maps and fixations have the same sizes."""
+    groups: dict[Any, list[ClipSample]] = {}
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        points = None if sample.fixations is None else sample.fixations.shape
+        groups.setdefault((sample.map.shape, points), []).append(sample)
+    return [collate(group) for group in groups.values()]
+
+
+def _told(batches: Iterable[Any]) -> Iterator[Any]:
+    """Give what workers read.
+
+    Raises:
+        DataError: One was handed over; in this process, so that it is one plain line.
+    """
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _targets(videos: VideoSet, stride: int) -> list[tuple[int, int]]:
+    """List every ``stride``-th frame of all videos."""
+    return [
+        (number, frame)
+        for number, video in enumerate(videos.videos)
+        for frame in range(0, len(video), stride)
+    ]
+
+
+def _batches(targets: Iterable[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    """Cut targets into batches of one video each."""
     batches = []
-    for number, video in enumerate(videos.videos):
-        targets = [(number, frame) for frame in range(0, len(video), stride)]
-        batches += [targets[k : k + batch_size] for k in range(0, len(targets), batch_size)]
+    for _, group in groupby(targets, key=itemgetter(0)):
+        its = list(group)
+        batches += [its[k : k + size] for k in range(0, len(its), size)]
     return batches
+
+
+def _in_turns(batches: list[Any], workers: int) -> list[Any]:
+    """Order batches so that each worker, dealt every ``workers``-th one, gets consecutive ones."""
+    if workers < 2:
+        return batches
+    least, more = divmod(len(batches), workers)
+    starts = [least * k + min(k, more) for k in range(workers)]
+    order = [start + turn for turn in range(least) for start in starts]
+    return [batches[k] for k in order + [start + least for start in starts[:more]]]
 
 
 def _window(views: Sequence[ClipView], stride: int) -> int:
@@ -475,11 +585,11 @@ def _window(views: Sequence[ClipView], stride: int) -> int:
     return before + after + 1 + stride
 
 
-def _reading(workers: int, world: World) -> Mapping[str, Any]:
+def _reading(workers: int, world: World, join: Callable[..., Any]) -> Mapping[str, Any]:
     """Return what training and evaluation loaders share."""
     return {
         "num_workers": workers,
-        "collate_fn": collate,
+        "collate_fn": join,
         "pin_memory": world.device.type == "cuda",
         "worker_init_fn": _one_thread,
     }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import World
-from common.options import OptionError
+from common.options import OptionError, check_least
 from common.outputs import (
     log_table,
     make_writable,
@@ -36,7 +36,7 @@ from saliency.check import check_data
 from saliency.errors import DataError
 from saliency.evaluation import ENSEMBLE, flatten
 from saliency.layouts import VideoSet, open_dataset
-from saliency.metrics import METRICS, Scores
+from saliency.metrics import METRICS, Scores, draw_frames
 from saliency.options import (
     add_data_options,
     add_machine_options,
@@ -67,6 +67,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", default="output/evaluate", metavar="DIR")
     add("--predictions", action="store_true", help="also write every predicted map as a PNG")
     add("--exact-auc", action="store_true", help="shuffled AUC as the expectation over all draws")
+    add(
+        "--interpolation",
+        default="bilinear",
+        choices=("bilinear", "bicubic"),
+        help="how maps come to the ground truth's size; bicubic, with antialias, is the official "
+        "evaluation's, which blurs nothing (--blur 0)",
+    )
+    add(
+        "--max-frames",
+        type=int,
+        metavar="N",
+        help="score only N frames, drawn by --seed (official: 50000); all unless given",
+    )
     add("--jitter", action="store_true", help="break ties in AUC-Judd with seeded noise")
     parser.set_defaults(val_stride=1)
     return parser
@@ -89,6 +102,7 @@ def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[
     parser = build_parser()
     options = parser.parse_args(arguments)
     check_data_options(options)
+    check_least(options, {"max_frames": 1})
     torch.manual_seed(options.seed)
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
     world = start_world(options.device)
@@ -116,8 +130,11 @@ def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[
         progress_bars(bars and world.is_main),
         shuffled=True,
         flags=_flags(options),
+        interpolation=options.interpolation,
         on_maps=_writer(folder, videos) if options.predictions else None,
     )
+    if options.max_frames is not None:
+        evaluator.loader.choose(_chooser(options))
     scores = evaluator.score(modules, views, [spec.name for spec in specs])
     if world.is_main:
         write_tables(folder, scores)
@@ -132,6 +149,12 @@ def _folder(options: argparse.Namespace, world: World) -> Path:
     folder = Path(options.output)
     on_main(world, lambda: make_writable(folder), (OptionError,))
     return folder
+
+
+def _chooser(options: argparse.Namespace) -> Callable[[int], list[int]]:
+    """Return what draws the frames to score; alike on all ranks."""
+    generator = torch.Generator().manual_seed(options.seed)
+    return lambda total: draw_frames(total, options.max_frames, generator)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

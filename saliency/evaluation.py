@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from common.distributed import World
 from common.peers import PeerGroup
 from saliency.clips import ClipView
-from saliency.data import EvalLoader
+from saliency.data import ClipBatch, EvalLoader
 from saliency.images import read_fixations, scale_fixations
 from saliency.layouts import VideoSet
 from saliency.metrics import METRICS, SaliencyMetrics, Scores, resize_and_blur
@@ -66,7 +67,8 @@ def _needs_fixations(name: str) -> bool:
 class OtherFixations:
     """The fixations of other frames, for shuffled AUC: of ten frames drawn from the whole split.
 
-    What is drawn for a frame depends on the seed and the frame alone.
+    What is drawn for a frame depends on the seed and the frame alone. No frame is drawn twice, nor
+    is the frame itself; where the split has fewer others with fixations, all of them are taken.
 
     Args:
         videos: Of the split.
@@ -82,16 +84,24 @@ class OtherFixations:
             for frame, file in enumerate(video.fixations)
             if file is not None
         ]
+        self._rank = {place: k for k, place in enumerate(self.places)}
         self._points: dict[tuple[int, int], tuple[np.ndarray, tuple[int, ...]]] = {}
 
     def around(self, targets: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor:
         """Return bool [B, H, W]: where people looked in frames drawn for each target."""
         found = np.zeros((len(targets), *size), bool)
         for row, target in zip(found, targets, strict=True):
-            generator = np.random.default_rng((self.seed, *target))
-            for place in generator.choice(len(self.places), OTHERS).tolist():
-                row |= self._read(self.places[place], size)
+            for place in self.drawn(target):
+                row |= self._read(place, size)
         return torch.from_numpy(found)
+
+    def drawn(self, target: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the frames drawn for a target, as (video, frame)."""
+        own = self._rank.get(target, len(self.places))
+        others = len(self.places) - (own < len(self.places))
+        generator = np.random.default_rng((self.seed, *target))
+        chosen = generator.choice(others, min(OTHERS, others), replace=False).tolist()
+        return [self.places[k + (k >= own)] for k in chosen]
 
     def _read(self, place: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
         """Return a frame's fixations at a size; of each file only the points are kept."""
@@ -108,11 +118,16 @@ class OtherFixations:
 class SaliencyEvaluator:
     """Evaluates models over a split: each map resized to the ground truth's size, and blurred.
 
+    Fixations may have a size of their own: what a model predicts is then also resized to that, for
+    the metrics that need them, as the official evaluation does.
+
     Args:
         loader: Of this process's share.
         world: Where this process stands.
         metrics: Names of ``METRICS``.
         blur: See ``saliency.metrics.resize_and_blur``.
+        interpolation: ``bilinear``; or ``bicubic``, with antialias and cut at each map's own
+            limits, as the official evaluation resizes its 8-bit maps.
         amp_dtype: Autocast the forwards to it.
         flags: Of the metrics' definitions, see ``SaliencyMetrics``.
         seed: Of what the metrics draw.
@@ -128,6 +143,7 @@ class SaliencyEvaluator:
         metrics: Sequence[str],
         *,
         blur: int = 11,
+        interpolation: str = "bilinear",
         amp_dtype: torch.dtype | None = None,
         flags: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int = 0,
@@ -138,6 +154,7 @@ class SaliencyEvaluator:
         self.world = world
         self.names = tuple(metrics)
         self.blur = blur
+        self.interpolation = interpolation
         self.amp_dtype = amp_dtype
         self.flags = flags
         self.seed = seed
@@ -167,42 +184,78 @@ class SaliencyEvaluator:
         """
         together = [ENSEMBLE] if len(names) > 1 else []
         running = {
-            name: SaliencyMetrics(
-                self.names, self.world.device, flags=self.flags, seed=self.seed + self.world.rank
-            )
+            name: SaliencyMetrics(self.names, self.world.device, flags=self.flags, seed=self.seed)
             for name in [*names, *together]
         }
         modes = [module.training for module in modules]
         for module in modules:
             module.eval()
-        batches = zip(self.loader.batches, self.watch(self.loader, "evaluating"), strict=True)
-        for targets, batch in batches:
-            size = batch.maps.shape[-2:]
-            fixations = None if batch.fixations is None else batch.fixations > 0
-            other = None
-            if self.others is not None:
-                other = self.others.around(targets, tuple(size)).to(self.world.device)
-            mean: Tensor | float = 0.0
-            found: dict[str, Tensor] = {}
-            for name, module, view in zip(names, modules, views, strict=True):
-                found[name] = self._predict(module, batch, view, name)
-                mean = mean + over_sum(found[name])
-            if together:
-                found[ENSEMBLE] = mean
-            video = self.videos.videos[targets[0][0]].name
-            for name, maps in found.items():
-                running[name].update(maps, batch.maps, fixations, other, video=video)
+        for batch in self.watch(self.loader, "evaluating"):
+            looks = self._looks(batch)
+            found = self._predict_all(modules, batch, views, names)
+            video = self.videos.videos[batch.targets[0][0]].name
+            numbers = [frame for _, frame in batch.targets]
+            for name, sizes in found.items():
+                maps, at_looks = sizes[0], sizes[-1]
+                running[name].update(
+                    maps, batch.maps, *looks, video=video, numbers=numbers, pred_looks=at_looks
+                )
                 if self.on_maps is not None:
-                    self.on_maps(name, targets, maps)
+                    self.on_maps(name, batch.targets, maps)
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-        return {name: metrics.compute() for name, metrics in running.items()}
+        return {name: self._in_order(metrics.compute()) for name, metrics in running.items()}
 
-    def _predict(self, module: nn.Module, batch: Any, view: ClipView, name: str) -> Tensor:
+    def _in_order(self, scores: Scores) -> Scores:
+        """Put the videos into the split's order, whatever was read first."""
+        names = [video.name for video in self.videos.videos if video.name in scores.videos]
+        return replace(scores, videos={name: scores.videos[name] for name in names})
+
+    def _looks(self, batch: ClipBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Return where people looked in a batch's frames, and in others."""
+        if batch.fixations is None:
+            return None, None
+        fixations = batch.fixations > 0
+        if self.others is None:
+            return fixations, None
+        other = self.others.around(batch.targets, tuple(fixations.shape[-2:]))
+        return fixations, other.to(self.world.device)
+
+    def _predict_all(
+        self,
+        modules: Sequence[nn.Module],
+        batch: ClipBatch,
+        views: Sequence[ClipView],
+        names: Sequence[str],
+    ) -> dict[str, list[Tensor]]:
+        """Return every model's maps, and their ensemble's, at the map's and the fixations' size."""
+        found = {
+            name: self._predict(module, batch, view, name)
+            for name, module, view in zip(names, modules, views, strict=True)
+        }
+        if len(names) > 1:
+            sizes = zip(*found.values(), strict=True)
+            found[ENSEMBLE] = [torch.stack([over_sum(x) for x in maps]).sum(0) for maps in sizes]
+        return found
+
+    def _predict(
+        self, module: nn.Module, batch: ClipBatch, view: ClipView, name: str
+    ) -> list[Tensor]:
+        """Return a model's maps at the map's size, and at the fixations' where it is another."""
         device = self.world.device.type
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             maps = check_output(module(batch.clips(view)), len(batch), name)
-        return resize_and_blur(maps, batch.maps.shape[-2:], self.blur)
+        truths = [x for x in (batch.maps, batch.fixations) if x is not None]
+        sizes = dict.fromkeys(tuple(x.shape[-2:]) for x in truths)
+        return [self._resize(maps, size) for size in sizes]
+
+    def _resize(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.interpolation == "bilinear":
+            return resize_and_blur(maps, size, self.blur)
+        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        wide = resize_and_blur(maps, size, 0, interpolation=self.interpolation, antialias=True)
+        # beyond the limits the cubic would give negative maps, for which KL has no value
+        return resize_and_blur(wide.clamp(low, high), size, self.blur)
 
     def _tell_undefined(self, scores: Scores) -> None:
         """Say once which metrics leave frames out."""

@@ -17,6 +17,7 @@ from saliency.errors import DataError
 from saliency.images import FIXATION_SUFFIXES, IMAGE_SUFFIXES
 
 SPLITS = ("train", "val")
+_DHF1K_FOLDERS = ("train", "annotation", "val", "test")
 _NAMED = 3  # files of one fault that are named; the rest is counted
 
 
@@ -132,17 +133,19 @@ def _dhf1k(root: Path, split: str) -> tuple[list[Path], list[Fault]]:
     inside = [name for name in ("train", "annotation") if (root / name).is_dir()]
     train = root / inside[0] if inside else None
     val = root / "val" if (root / "val").is_dir() else None
-    if train and val:
-        folders, faults = _folders(train if split == "train" else val)
-        others = {folder.name for folder in _folders(val if split == "train" else train)[0]}
-        return folders, faults + [
-            Fault(str(folder), "this video is in both splits; remove one of the two")
-            for folder in folders
-            if folder.name in others
-        ]
-    if val and split == "val":
-        return _folders(val)
-    return _by_number(train or root, split)
+    if val is None:
+        return _by_number(train or root, split)
+    found = {
+        "train": _folders(train) if train else _by_number(root, "train"),
+        "val": _folders(val),
+    }
+    folders, faults = found.pop(split)
+    others = {folder.name for rest, _ in found.values() for folder in rest}
+    return folders, faults + [
+        Fault(str(folder), "this video is in both splits; remove one of the two")
+        for folder in folders
+        if folder.name in others
+    ]
 
 
 def _by_number(where: Path, split: str) -> tuple[list[Path], list[Fault]]:
@@ -150,6 +153,8 @@ def _by_number(where: Path, split: str) -> tuple[list[Path], list[Fault]]:
     folders, faults = _folders(where)
     chosen = []
     for folder in folders:
+        if folder.name in _DHF1K_FOLDERS:
+            continue
         if not folder.name.isdecimal():
             text = "no number of DHF1K, so its split is unknown; make folders train and val"
             faults.append(Fault(str(folder), text))

@@ -9,6 +9,7 @@ Source: the code of the MIT Saliency Benchmark, which DHF1K's evaluation uses.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ EPS = 2.0**-52
 JITTER = 1e-7
 FRAME_CAP = 50_000
 _STRETCH = 2**22  # random numbers drawn at once, 32 megabytes
+# SplitMix64's constants, as int64
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 @torch.no_grad()
@@ -37,6 +41,7 @@ def auc_judd(
     fixations: Tensor,
     *,
     jitter: bool = False,
+    seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Measure the area under the curve whose thresholds are the map's values at the fixations.
@@ -50,7 +55,9 @@ def auc_judd(
         fixations: [B, H, W], fixated where positive; any dtype.
         jitter: Break ties with uniform noise of up to 1e-7, as the official evaluation does for
             maps of a few values. It is added in the map's own unit.
-        generator: Source of the jitter; None: one with seed 0.
+        seeds: Of each map's jitter, int64 [B]; None: drawn from the generator, or without one its
+            place in the batch.
+        generator: Where seeds are drawn from.
 
     Returns:
         Areas [B]. NaN without fixations, where every pixel is fixated, and for a map that is
@@ -60,7 +67,7 @@ def auc_judd(
         ValueError: Shapes that differ or are not [B, H, W], or a ``pred`` that is not float.
     """
     check_maps(pred=pred, fixations=fixations)
-    values = _jittered(pred, generator) if jitter else pred.detach()
+    values = _jittered(pred, _seeds(seeds, generator, pred)) if jitter else pred.detach()
     # only the order counts, and it is the same in float32 and without the scaling to [0, 1]
     values = values.to(torch.promote_types(values.dtype, torch.float32)).flatten(1)
     looked = (fixations > 0).flatten(1)
@@ -85,6 +92,7 @@ def auc_shuffled(
     splits: int | None = 100,
     step: float | None = 0.1,
     drawn: int | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Measure how well the map tells a frame's fixations from those of other frames.
 
@@ -96,11 +104,14 @@ def auc_shuffled(
         fixations: [B, H, W], fixated where positive; any dtype.
         other: [B, H, W], positive where other frames are fixated (officially the union over 10
             frames drawn from the whole data set, see ``draw_frames``).
-        generator: Source of the draws; None: one with seed 0, on the maps' device.
         splits: Draws to average. None: their expectation, which nothing random enters; it takes
             every point of ``other``, as the area is linear in the share of false positives.
         step: Between thresholds, in (0, 1]. None: every value is a threshold.
         drawn: Points of a draw, at most all; None: as many as the frame has fixations.
+        generator: Where seeds are drawn from.
+        seeds: Of each map's draws, int64 [B]; None: drawn from the generator, or without one its
+            place in the batch. What is drawn depends on the seed and on ``other`` alone: not on
+            the rest of the batch, nor on the device.
 
     Returns:
         Areas [B]. NaN without fixations here or in ``other``, and for a map that is constant or not
@@ -121,7 +132,7 @@ def auc_shuffled(
     else:
         negative, weight = _pack(values, elsewhere)
         wanted = n if drawn is None else torch.full_like(n, drawn)
-        weight = _draw(weight, torch.minimum(wanted, m), splits, generator)
+        weight = _draw(weight, torch.minimum(wanted, m), splits, _seeds(seeds, generator, pred))
     if step is not None:
         positive, negative = _levels(positive, step), _levels(negative, step)
     area = _area(positive, counted, negative, weight)
@@ -214,13 +225,17 @@ class Metric:
     def flags(self) -> dict[str, Any]:
         """Its keyword flags, with the official values."""
         parameters = inspect.signature(self.function).parameters.values()
-        names = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+        names = [
+            p
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and p.name not in ("seeds", "generator")
+        ]
         return {p.name: p.default for p in names}
 
     @property
     def draws(self) -> bool:
-        """Whether it takes a generator."""
-        return "generator" in inspect.signature(self.function).parameters
+        """Whether it takes seeds."""
+        return "seeds" in inspect.signature(self.function).parameters
 
 
 METRICS = {
@@ -264,7 +279,8 @@ class SaliencyMetrics:
         device: Where the maps come from.
         flags: By metric, what differs from its official definition, such as
             ``{"auc_shuffled": {"splits": None}}``.
-        seed: Of what is drawn (jitter, points of other frames). Give each process its own.
+        seed: Of what is drawn (jitter, points of other frames). What a frame gets depends on it and
+            on the frame's video and number alone, so that batches and processes change no score.
 
     Raises:
         ValueError: A metric or flag that is not there.
@@ -285,8 +301,8 @@ class SaliencyMetrics:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all frames, and draw from the seed again."""
-        self._generator: torch.Generator | None = None
+        """Forget all frames."""
+        self._seen = 0
         self._rows: dict[str | int | None, int] = {}
         # a row a video: sums of the metrics, frames where they are defined, frames
         self._state = torch.zeros(
@@ -302,26 +318,37 @@ class SaliencyMetrics:
         other: Tensor | None = None,
         *,
         video: str | int | Sequence[str | int | None] | None = None,
+        numbers: Sequence[int] | None = None,
+        pred_looks: Tensor | None = None,
     ) -> None:
         """Add a batch of frames.
 
         Args:
             pred: Predicted maps [B, H, W], of the ground truth's size: see ``resize_and_blur``.
             density: Ground-truth maps [B, H, W].
-            fixations: Fixation maps [B, H, W].
-            other: Fixations of other frames [B, H, W].
+            fixations: Fixation maps [B, H, W], or of the size of ``pred_looks``.
+            other: Fixations of other frames, of the size of ``fixations``.
             video: Which video the frames are from, one for all or one a frame. None: it counts for
                 the mean over frames only.
+            numbers: Of the frames in their videos, which seed what is drawn for them; None: how
+                many frames this object has seen before.
+            pred_looks: Predicted maps [B, h, w] of the fixations' size, for the metrics that need
+                those; None: ``pred``.
 
         Raises:
             ValueError: Maps that a metric needs and that are missing, shapes that differ, or a
                 number of videos that is not the number of frames.
         """
         maps = {"density": density, "fixations": fixations, "other": other}
-        values = torch.stack([self._score(name, pred, maps) for name in self.names], dim=1)
+        looks = pred if pred_looks is None else pred_looks
+        videos = _one_each(video, len(pred), "videos")
+        seeds = self._seeds(videos, numbers).to(self.device, non_blocking=True)
+        values = torch.stack(
+            [self._score(name, pred, looks, maps, seeds) for name in self.names], dim=1
+        )
         defined = ~values.isnan()
         frames = torch.ones_like(values[:, :1])
-        rows = self._rows_of(video, len(pred)).to(self.device, non_blocking=True)
+        rows = self._rows_of(videos).to(self.device, non_blocking=True)
         sums = values.masked_fill(~defined, 0.0)
         entries = torch.cat([sums, defined.to(values.dtype), frames], dim=1)
         self._state.index_add_(0, rows, entries)
@@ -334,7 +361,7 @@ class SaliencyMetrics:
         """
         if (self.names, self.flags) != (other.names, other.flags):
             raise ValueError(f"cannot merge {other.flags} into {self.flags}; expected the same")
-        rows = self._rows_of(list(other._rows), len(other._rows))
+        rows = self._rows_of(list(other._rows))
         self._state.index_add_(0, rows.to(self.device), other._state.to(self._state))
 
     def compute(self) -> Scores:
@@ -347,24 +374,37 @@ class SaliencyMetrics:
         state[mine.to(self.device)] = self._state
         return self._scores(videos, sum_over_ranks(state).cpu().double())
 
-    def _score(self, name: str, pred: Tensor, maps: Mapping[str, Tensor | None]) -> Tensor:
+    def _score(
+        self,
+        name: str,
+        pred: Tensor,
+        looks: Tensor,
+        maps: Mapping[str, Tensor | None],
+        seeds: Tensor,
+    ) -> Tensor:
         metric = METRICS[name]
         missing = [need for need in metric.needs if maps[need] is None]
         if missing:
             raise ValueError(f"{name} needs the maps {', '.join(missing)}; pass them, or drop it")
         flags = dict(self.flags[name])
         if metric.draws:
-            if self._generator is None:
-                self._generator = torch.Generator(self.device).manual_seed(self.seed)
-            flags["generator"] = self._generator
-        return metric.function(pred, *(maps[need] for need in metric.needs), **flags)
+            flags["seeds"] = seeds
+        chosen = looks if "fixations" in metric.needs else pred
+        return metric.function(chosen, *(maps[need] for need in metric.needs), **flags)
 
-    def _rows_of(self, video: str | int | Sequence[str | int | None] | None, frames: int) -> Tensor:
-        if video is None or isinstance(video, str | int):
-            return torch.full((frames,), self._row(video))
-        if len(video) != frames:
-            raise ValueError(f"{len(video)} videos for {frames} frames; expected one a frame")
-        return torch.tensor([self._row(name) for name in video], dtype=torch.long)
+    def _seeds(self, videos: Sequence[str | int | None], numbers: Sequence[int] | None) -> Tensor:
+        """Return a seed for each frame."""
+        if numbers is None:
+            numbers = range(self._seen, self._seen + len(videos))
+        numbers = _one_each(numbers, len(videos), "numbers")
+        self._seen += len(videos)
+        frames = zip(videos, numbers, strict=True)
+        return torch.tensor(
+            [_digest((self.seed, video, number)) for video, number in frames], dtype=torch.long
+        )
+
+    def _rows_of(self, videos: Sequence[str | int | None]) -> Tensor:
+        return torch.tensor([self._row(name) for name in videos], dtype=torch.long)
 
     def _row(self, video: str | int | None) -> int:
         if video not in self._rows:
@@ -387,6 +427,21 @@ class SaliencyMetrics:
 
     def _named(self, values: Tensor) -> dict[str, float]:
         return dict(zip(self.names, values.tolist(), strict=True))
+
+
+def _one_each(given: Any, frames: int, what: str) -> list[Any]:
+    """Return a value for each frame; one that is no list is for all of them."""
+    if given is None or isinstance(given, str | int):
+        return [given] * frames
+    if len(given) != frames:
+        raise ValueError(f"{len(given)} {what} for {frames} frames; expected one a frame")
+    return list(given)
+
+
+def _digest(content: tuple[Any, ...]) -> int:
+    """Turn what tells a frame from others into an int64; the same in every process."""
+    digest = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _check_flags(
@@ -430,7 +485,8 @@ def draw_frames(
         raise ValueError(f"count is {count}; expected 1 or more, or None for all frames")
     if count is None or count >= total:
         return list(range(total))
-    order = torch.randperm(total, generator=generator or _seeded(torch.device("cpu")))
+    # its own, so that nobody else's draws move
+    order = torch.randperm(total, generator=generator or torch.Generator().manual_seed(0))
     return sorted(order[:count].tolist())
 
 
@@ -517,20 +573,47 @@ def _varies(low: Tensor, high: Tensor) -> Tensor:
     return (extent > 0) & extent.isfinite()
 
 
-def _seeded(device: torch.device) -> torch.Generator:
-    # its own, so that nobody else's draws move
-    return torch.Generator(device).manual_seed(0)
+def _seeds(seeds: Tensor | None, generator: torch.Generator | None, maps: Tensor) -> Tensor | None:
+    if seeds is not None or generator is None:
+        return seeds
+    drawn = torch.randint(2**62, (len(maps),), generator=generator, device=generator.device)
+    return drawn.to(maps.device)
 
 
-def _random(shape: Sequence[int], device: torch.device, generator: torch.Generator) -> Tensor:
-    """Draw from [0, 1), on the generator's device."""
-    draws = torch.rand(shape, dtype=_dtype(device), device=generator.device, generator=generator)
-    return draws.to(device)
+def _random(seeds: Tensor | None, rows: range, maps: Tensor) -> Tensor:
+    """Draw from [0, 1) for each map [B, ..., P], on its device.
+
+    A generator's numbers depend on how many are drawn together, and on the device. These depend on
+    the seed, the row and the column alone.
+
+    Returns:
+        [B, rows, P], float64 (float32 on MPS).
+
+    Source: the generator SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose state is a counter.
+    """
+    device, dtype = maps.device, _dtype(maps.device)
+    if seeds is None:
+        seeds = torch.arange(len(maps), device=device)
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None] << 32
+    counter = row + torch.arange(maps.shape[-1], device=device)
+    bits = _scrambled(_scrambled(seeds.to(device))[:, None, None] + counter * _GOLDEN)
+    digits = 53 if dtype == torch.float64 else 24
+    return _shifted(bits, 64 - digits).to(dtype).mul_(2.0**-digits)
 
 
-def _jittered(pred: Tensor, generator: torch.Generator | None) -> Tensor:
-    generator = generator or _seeded(pred.device)
-    return _wide(pred) + JITTER * _random(pred.shape, pred.device, generator)
+def _scrambled(x: Tensor) -> Tensor:
+    for shift, factor in _FACTORS:
+        x = (x ^ _shifted(x, shift)).mul_(factor)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    # int64 shifts copies of the sign in; what is wanted is zeros
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def _jittered(pred: Tensor, seeds: Tensor | None) -> Tensor:
+    return _wide(pred) + JITTER * _random(seeds, range(pred.shape[1]), pred)
 
 
 def _sorted(values: Tensor) -> Tensor:
@@ -571,22 +654,21 @@ def _check_draws(splits: int | None, step: float | None, drawn: int | None) -> N
         raise ValueError(f"drawn is {drawn}, but the expectation draws nothing; give splits")
 
 
-def _draw(valid: Tensor, count: Tensor, splits: int, generator: torch.Generator | None) -> Tensor:
+def _draw(valid: Tensor, count: Tensor, splits: int, seeds: Tensor | None) -> Tensor:
     """Draw ``count`` [B] of the valid columns [B, P] without replacement, ``splits`` times.
 
     Returns:
         How often each column was drawn [B, P].
     """
-    generator = generator or _seeded(valid.device)
     rows, width = valid.shape
     first = torch.arange(width, device=valid.device) < count[:, None, None]
     times = torch.zeros(rows, width, dtype=torch.long, device=valid.device)
     stretch = max(1, _STRETCH // max(valid.numel(), 1))
     for start in range(0, splits, stretch):
-        shape = (rows, min(stretch, splits - start), width)
-        keys = _random(shape, valid.device, generator).masked_fill(~valid[:, None], 2.0)
+        draws = range(start, min(start + stretch, splits))
+        keys = _random(seeds, draws, valid).masked_fill(~valid[:, None], 2.0)
         order = keys.argsort(dim=2).flatten(1)
-        times.scatter_add_(1, order, first.expand(shape).flatten(1).long())
+        times.scatter_add_(1, order, first.expand(keys.shape).flatten(1).long())
     return times
 
 

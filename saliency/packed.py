@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.distributed import World, gather_objects
 from saliency.errors import DataError
 from saliency.images import read_frame, resize_frame
 from saliency.layouts import Video, VideoSet
@@ -61,41 +62,92 @@ class PackedFrames:
 
 
 def pack_frames(
-    videos: VideoSet, sizes: Sequence[Size], folder: str | Path, progress: bool = True
+    datasets: VideoSet | Sequence[VideoSet],
+    sizes: Sequence[Size],
+    folder: str | Path,
+    progress: bool = True,
+    world: World | None = None,
 ) -> PackedFrames:
-    """Pack a split's frames where they are not packed yet, or where their files changed.
+    """Pack frames where they are not packed yet, or where their files changed.
 
-    A file appears only when it is whole. Under data parallelism call it on one process first, then
-    on all: the others find the files.
+    A file appears only when it is whole. Under data parallelism all ranks call this, each packs its
+    share of the videos, and all return once everything is packed; what is wrong for one of them is
+    raised by all. Where machines do not share the folder, each packs all it lacks.
 
     Args:
-        videos: Of one split.
+        datasets: One or more splits.
         sizes: Heights and widths, such as those of the peers' views.
         folder: Where packed files live; made where it is missing.
         progress: Show a bar.
+        world: Where this process stands; None: alone.
 
     Raises:
         DataError: Too little space on the disk, or a frame that cannot be read; names it.
     """
     folder = Path(folder).expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    datasets = [datasets] if isinstance(datasets, VideoSet) else list(datasets)
     sizes = list(dict.fromkeys(sizes))
-    files: dict[tuple[str, Size], Path] = {}
-    missing: dict[Video, list[Size]] = {}
-    for video in videos.videos:
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    with _together():
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {
+            place: path
+            for dataset in datasets
+            for place, path in _place(dataset, sizes, folder).items()
+        }
+        videos = {video.folder: video for dataset in datasets for video in dataset.videos}
+        # shares of all videos, not of those missing: by now another rank may have packed some
+        mine = set(list(videos)[rank::ranks])
+        missing = _missing(files)
+        _refuse_full_disk(folder, [(videos[place], size) for place, size in missing])
+    with _together():
+        _pack_all(videos, {k: v for k, v in missing.items() if k[0] in mine}, progress)
+    with _together():
+        _pack_all(videos, _missing(files), progress)
+    for dataset in datasets:
+        _remove_stale(folder, dataset, sizes, set(files.values()))
+    return PackedFrames(files)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Wait for the other ranks at the end, and raise what is wrong for any of them."""
+    wrong = None
+    try:
+        yield
+    except DataError as error:
+        wrong = str(error)
+    for told in gather_objects(wrong):
+        if told is not None:
+            raise DataError(told)
+
+
+def _place(dataset: VideoSet, sizes: Sequence[Size], folder: Path) -> dict[tuple[str, Size], Path]:
+    """Name the packed file of each video's folder and size."""
+    files = {}
+    for video in dataset.videos:
         key = _key(video)
         for size in sizes:
-            path = folder / f"{_prefix(videos.name, video, size)}{key}.npy"
+            path = folder / f"{_prefix(dataset.name, video, size)}{key}.npy"
             files[video.folder, size] = path
-            if not path.exists():
-                missing.setdefault(video, []).append(size)
-    _refuse_full_disk(folder, missing)
-    total = sum(len(video) for video in missing)
+    return files
+
+
+def _missing(files: Mapping[tuple[str, Size], Path]) -> dict[tuple[str, Size], Path]:
+    return {place: path for place, path in files.items() if not path.exists()}
+
+
+def _pack_all(
+    videos: Mapping[str, Video], files: Mapping[tuple[str, Size], Path], progress: bool
+) -> None:
+    """Pack videos, given by their folders, into these files."""
+    wanted: dict[str, dict[Size, Path]] = {}
+    for (place, size), path in files.items():
+        wanted.setdefault(place, {})[size] = path
+    total = sum(len(videos[place]) for place in wanted)
     with tqdm(total=total, desc="packing", unit="frame", disable=not (progress and total)) as bar:
-        for video, wanted in missing.items():
-            _pack(video, {size: files[video.folder, size] for size in wanted}, bar)
-    _remove_stale(folder, videos, sizes, set(files.values()))
-    return PackedFrames(files)
+        for place, its in wanted.items():
+            _pack(videos[place], its, bar)
 
 
 def _pack(video: Video, files: Mapping[Size, Path], bar: tqdm) -> None:
@@ -147,12 +199,8 @@ def _key(video: Video) -> str:
     return digest.hexdigest()[:16]
 
 
-def _refuse_full_disk(folder: Path, missing: Mapping[Video, Sequence[Size]]) -> None:
-    need = sum(
-        len(video) * height * width * 3
-        for video, sizes in missing.items()
-        for height, width in sizes
-    )
+def _refuse_full_disk(folder: Path, missing: Sequence[tuple[Video, Size]]) -> None:
+    need = sum(len(video) * height * width * 3 for video, (height, width) in missing)
     free = shutil.disk_usage(folder).free
     if need > free:
         raise DataError(

@@ -156,18 +156,11 @@ def pack(
     world: World,
     bars: bool,
 ) -> PackedFrames | None:
-    """Pack the frames at the peers' sizes where that is asked for; the main rank does."""
+    """Pack the frames at the peers' sizes where that is asked for, each rank its share."""
     if not options.packed:
         return None
     sizes = [view.size for view in views]
-    found: dict[Any, Path] = {}
-    for main_first in (True, False):
-        if world.is_main == main_first:
-            for split in splits:
-                packed = pack_frames(split, sizes, options.packed, progress=bars and world.is_main)
-                found |= packed.files
-        distributed.barrier()
-    return PackedFrames(found)
+    return pack_frames(splits, sizes, options.packed, bars and world.is_main, world)
 
 
 def _train_loader(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saliency.clips import VIEWS, ClipView, view_named
+from saliency.clips import VIEWS
 
 
 def files(name, target, count):
@@ -86,6 +86,3 @@ def test_views_tell_what_they_are():
     told = str(VIEWS["vinet_a"])
     assert told == "32 frames of 256x456, from 32 before the target to 30 after it, every 2"
     assert "to 0 after it" in str(VIEWS["tmfi_net"])
-    assert isinstance(view_named("vinet_a"), ClipView)
-    with pytest.raises(KeyError, match=r"vinet_x.*choose from tmfi_net, vinet_s"):
-        view_named("vinet_x")

@@ -1,8 +1,10 @@
 """Pixels, decoding, targets, batches, order and positions of the loaders."""
 
+import os
 import random
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import transforms
 
-from common.distributed import World
+from common.distributed import PATIENCE, World, start
 from saliency import data, frames, packed
 from saliency.clips import VIEWS
 from saliency.data import EvalLoader, TrainClips, TrainLoader, collate
@@ -20,6 +22,7 @@ from saliency.frames import FrameReader
 from saliency.images import read_fixations, read_frame, read_map, resize_frame, scale_fixations
 from saliency.layouts import open_dataset
 from saliency.packed import pack_frames
+from tests.launch import launch
 from tests.saliency.folders import (
     looks,
     picture,
@@ -134,6 +137,17 @@ def test_each_frame_is_decoded_once_and_one_map(train, opened, target, count):
     dataset(train).sample(0, target)
     assert len(opened["frames"]) == len(set(opened["frames"])) == count
     assert [path[-13:] for path in opened["maps"]] == [f"maps/{target + 1:04d}.png"]
+
+
+def test_folders_are_not_listed_again(train, val, monkeypatch):
+    loaders = (
+        TrainLoader(train, [TMFI], HERE, batch_size=2, workers=0, fixations=True),
+        EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=4, workers=0),
+    )
+    listed = []
+    for name in ("listdir", "scandir", "walk"):
+        monkeypatch.setattr(os, name, lambda *a, name=name, **k: listed.append((name, a)))
+    assert [len(list(loader)) for loader in loaders] == [2, 11] and listed == []
 
 
 def test_each_frame_is_resized_once_a_size(train, monkeypatch):
@@ -389,9 +403,56 @@ def test_ranks_share_validation_without_duplicates(val, size):
     assert found == [(0, t) for t in range(40)] + [(1, t) for t in range(3)]
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_chosen_frames_are_shared_by_ranks(val, size):
+    found = []
+    for rank in range(size):
+        loader = EvalLoader(val, [TMFI], World(rank, size, rank, CPU), batch_size=2, workers=0)
+        loader.choose(lambda total: [0, 3, total - 4, total - 3, total - 1])
+        found += loader.batches
+        assert [batch.targets for batch in loader] == loader.batches
+    assert found == [[(0, 0), (0, 3)], [(0, 39)], [(1, 0), (1, 2)]]
+
+
 def test_validation_is_equal_with_workers(val):
     here = list(EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=6, workers=0))
-    assert all_same(here, list(EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=6, workers=2)))
+    for workers in (1, 2):
+        loader = EvalLoader(val, [TMFI, VINET_A], HERE, batch_size=6, workers=workers)
+        found = list(loader)
+        assert [batch.targets for batch in found] == loader.batches
+        assert all_same(here, sorted(found, key=lambda batch: batch.targets))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_share_the_decoding_of_a_video(tmp_path, monkeypatch, workers):
+    write_video(tmp_path / "val" / "0601", 90, size=SIZE)
+    log = tmp_path / "log"
+
+    def note(path):
+        with log.open("a") as file:
+            file.write(f"{os.getpid()} {path}\n")
+        return read_frame(path)
+
+    monkeypatch.setattr(frames, "read_frame", note)
+    videos = open_dataset("dhf1k", tmp_path, "val")
+    loader = EvalLoader(videos, [TMFI], HERE, batch_size=2, workers=workers)
+    seen = sorted(target for batch in loader for target in batch.targets)
+    assert seen == [(0, k) for k in range(90)]
+    lines = log.read_text().splitlines()
+    assert len({line.split()[0] for line in lines}) == workers
+    # a worker also needs the frames, up to 31 of them, before its first target
+    again = sum(min(31, batches[0][1]) for batches in loader.batches[:workers])
+    assert len(lines) == len(set(lines)) == 90 + again
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 9, 10, 11])
+def test_batches_are_dealt_so_that_each_worker_has_consecutive_ones(count, workers):
+    order = data._in_turns(list(range(count)), workers)
+    assert sorted(order) == list(range(count))
+    shares = [order[k::workers] for k in range(workers)]
+    assert [k for share in shares for k in share] == list(range(count))
 
 
 @pytest.mark.parametrize("views", [[TMFI], [VINET_A], [TMFI, VINET_A]])
@@ -408,9 +469,24 @@ def test_validation_of_videos_of_different_sizes(tmp_path):
         tuple(b.maps.shape) for b in EvalLoader(videos, [TMFI], HERE, batch_size=4, workers=0)
     ]
     assert shapes == [(2, 36, 64), (2, 30, 40)]
-    write_image(tmp_path / "0602" / "maps" / "0002.png", np.ones((10, 10), np.uint8))
-    with pytest.raises(DataError, match=r"sizes \[\(10, 10\), \(30, 40\)\] in one batch"):
-        list(EvalLoader(videos, [TMFI], HERE, batch_size=4, workers=0, fixations=False))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_maps_of_several_sizes_in_a_video_come_in_parts(tmp_path, workers):
+    folder = write_video(tmp_path / "0601", 5, size=SIZE)
+    for k in (2, 3):
+        write_image(folder / "maps" / f"000{k}.png", np.full((10, 20), k, np.uint8))
+    videos = open_dataset("dhf1k", tmp_path, "val")
+    loader = EvalLoader(videos, [TMFI], HERE, batch_size=4, workers=workers)
+    batches = list(loader)
+    assert [tuple(b.maps.shape) for b in batches] == [(2, 36, 64), (2, 10, 20), (1, 36, 64)]
+    assert [b.targets for b in batches] == [[(0, 0), (0, 3)], [(0, 1), (0, 2)], [(0, 4)]]
+    assert torch.equal(batches[1].maps[:, 0, 0] * 255, torch.tensor([2.0, 3.0]))
+    for batch in batches:
+        alone = [collate([loader.dataset[target]]).clips(TMFI) for target in batch.targets]
+        assert torch.equal(batch.clips(TMFI), torch.cat(alone))
+    with pytest.raises(DataError, match=r"sizes \[\(10, 20\), \(36, 64\)\] in one batch"):
+        collate([loader.dataset[0, 0], loader.dataset[0, 1]])
 
 
 @pytest.mark.parametrize("option", ["batch_size", "stride"])
@@ -434,6 +510,24 @@ def test_a_broken_file_is_named_wherever_it_is_read(tmp_path, workers):
         epoch_of(loader)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_one_line(tmp_path, workers):
+    write_dataset(tmp_path, {"annotation/0001": 3, "val/0601": 3}, size=SIZE)
+    for path in tmp_path.glob("*/*/images/0002.png"):
+        damaged = bytearray(path.read_bytes())
+        middle = len(damaged) // 2
+        damaged[middle : middle + 40] = bytes(40)
+        path.write_bytes(damaged)
+    rest = {"batch_size": 2, "workers": workers}
+    train, val = (open_dataset("dhf1k", tmp_path, split) for split in ("train", "val"))
+    loaders = TrainLoader(train, [TMFI], HERE, **rest), EvalLoader(val, [TMFI], HERE, **rest)
+    for loader in loaders:
+        with pytest.raises(DataError) as caught:
+            list(loader)
+        assert str(caught.value).endswith("; copy or extract it anew")
+        assert "\n" not in str(caught.value) and "images/0002.png: no image" in str(caught.value)
+
+
 def test_a_listing_with_faults_is_refused(tmp_path):
     folder = write_video(tmp_path / "0001", 3, size=SIZE)
     (folder / "maps" / "0002.png").unlink()
@@ -445,8 +539,9 @@ def test_batches_move_with_all_they_hold(train):
     batch = collate([dataset(train, fixations=True).sample(0, 9)])
     there = batch.to("meta")
     tensors = [*there.frames.values(), *there.rows.values()]
-    tensors += [there.maps, there.fixations, there.video, there.target]
-    assert len(tensors) == 8 and all(x.device.type == "meta" for x in tensors)
+    tensors += [there.maps, there.fixations]
+    assert len(tensors) == 6 and all(x.device.type == "meta" for x in tensors)
+    assert there.targets == batch.targets == [(0, 9)], "what the host asks for stays there"
 
 
 def test_packed_frames_are_the_same_pixels(train, tmp_path, opened):
@@ -501,6 +596,56 @@ def test_packing_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(DataError, match=r"packing needs 0\.0 GB, 0\.0 GB are free"):
         pack_frames(videos, [TMFI.size], tmp_path / "packed", progress=False)
+
+
+def _pack_on_a_rank(world, root, folder):
+    note = []
+    packed.read_frame = lambda path: note.append(path) or read_frame(path)
+    sets = [open_dataset("dhf1k", root, split) for split in ("train", "val")]
+    try:
+        packing = pack_frames(sets, [TMFI.size, VINET_A.size], folder, False, world)
+        found = [packing.read(v, TMFI.size, np.array([0])) for s in sets for v in s.videos]
+        (root / f"read{world.rank}").write_text("\n".join(note))
+        torch.save(torch.cat(found), root / f"pixels{world.rank}")
+    except DataError as error:
+        (root / f"error{world.rank}").write_text(str(error))
+
+
+def test_ranks_share_the_packing(tmp_path):
+    videos = {"annotation/0001": 4, "annotation/0002": 3, "val/0601": 2, "val/0602": 5}
+    root = write_dataset(tmp_path / "videos", videos, size=SIZE)
+    launch(_pack_on_a_rank, 2, root, tmp_path / "packed")
+    read = [(root / f"read{rank}").read_text().splitlines() for rank in range(2)]
+    assert [{path.split("/")[-3] for path in part} for part in read] == [
+        {"0001", "0601"},
+        {"0002", "0602"},
+    ]
+    assert sum(map(len, read)) == len({*read[0], *read[1]}) == 14
+    pixels = [torch.load(root / f"pixels{rank}") for rank in range(2)]
+    alone = pack_frames(open_dataset("dhf1k", root, "val"), [TMFI.size], tmp_path / "b", False)
+    first = alone.read(open_dataset("dhf1k", root, "val").videos[0], TMFI.size, np.array([0]))
+    assert torch.equal(*pixels) and torch.equal(pixels[0][2:3], first)
+    assert len(list((tmp_path / "packed").iterdir())) == 8
+
+
+def test_what_one_rank_cannot_pack_ends_all(tmp_path):
+    root = write_dataset(tmp_path / "videos", {"annotation/0001": 2, "val/0601": 2}, size=SIZE)
+    (root / "val" / "0601" / "images" / "0002.png").write_bytes(b"no image")
+    launch(_pack_on_a_rank, 2, root, tmp_path / "packed")
+    told = {(root / f"error{rank}").read_text() for rank in range(2)}
+    assert len(told) == 1 and "0601/images/0002.png: no image" in told.pop()
+
+
+def test_ranks_are_patient(monkeypatch):
+    given = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *a, **k: given.append(k["timeout"])
+    )
+    start("cpu")
+    start("cpu", timeout=timedelta(seconds=5))
+    assert given == [PATIENCE, timedelta(seconds=5)] and timedelta(hours=6) < PATIENCE
 
 
 def test_a_packed_file_that_is_gone_is_named(train, tmp_path):

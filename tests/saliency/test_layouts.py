@@ -8,6 +8,7 @@ import pytest
 from saliency import check
 from saliency.check import check_data, list_faults
 from saliency.errors import DataError
+from saliency.images import read_map
 from saliency.layouts import natural_key, open_dataset
 from tests.saliency.folders import write_dataset, write_image, write_video
 
@@ -62,6 +63,27 @@ def test_a_split_made_by_hand_goes_before_the_official_folder(tmp_path):
     for split, name in (("train", "0002"), ("val", "0601")):
         found = open_dataset("dhf1k", tmp_path, split)
         assert names(found) == [name] and not found.faults
+
+
+def test_videos_beside_the_folder_of_a_split(tmp_path):
+    write_dataset(tmp_path, {name: 1 for name in ("0001", "0002", "val/0601")}, **SMALL)
+    (tmp_path / "test").mkdir()
+    train, val = (open_dataset("dhf1k", tmp_path, split) for split in ("train", "val"))
+    assert names(train) == ["0001", "0002"] and names(val) == ["0601"]
+    assert not [fault for fault in train.faults + val.faults if fault.fatal]
+    write_video(tmp_path / "val" / "0002", 1, **SMALL)
+    for split in ("train", "val"):
+        fatal = [fault for fault in open_dataset("dhf1k", tmp_path, split).faults if fault.fatal]
+        assert len(fatal) == 1 and "0002: this video is in both splits" in str(fatal[0])
+
+
+def test_a_relative_path_is_as_good(dhf1k, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = open_dataset("dhf1k", "dhf1k", "val")
+    monkeypatch.chdir("/")
+    assert found == open_dataset("dhf1k", dhf1k, "val")
+    video = found.videos[0]
+    assert read_map(video.path(video.maps[0])).shape == (12, 16)
 
 
 def test_a_video_of_unknown_split_is_a_fault(tmp_path):

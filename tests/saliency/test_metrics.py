@@ -193,9 +193,10 @@ def test_memory_of_the_draws_is_bounded(monkeypatch):
     monkeypatch.setattr(metrics, "_STRETCH", 200)
     sizes = []
     original = metrics._random
-    monkeypatch.setattr(metrics, "_random", lambda s, *a: sizes.append(s) or original(s, *a))
+    monkeypatch.setattr(metrics, "_random", lambda *a: sizes.append(original(*a)) or sizes[-1])
     values = auc_shuffled(pred, looked, elsewhere, splits=2000)
-    assert sum(size[1] for size in sizes) == 2000 and max(math.prod(s) for s in sizes) <= 200
+    assert sum(x.shape[1] for x in sizes) == 2000 and max(x.numel() for x in sizes) <= 200
+    assert torch.cat(sizes, dim=1).unique().numel() == sum(x.numel() for x in sizes)
     close(values, auc_shuffled(pred, looked, elsewhere, splits=None), 0.02)
 
 
@@ -414,20 +415,66 @@ def test_draws_are_seeded_and_leave_the_global_generators_alone(batch):
     first = auc_shuffled(pred, fixations, other)
     assert torch.equal(auc_shuffled(pred, fixations, other), first)
     seeded = [
-        auc_shuffled(pred, fixations, other, torch.Generator().manual_seed(seed))
-        for seed in (0, 1, 1)
+        auc_shuffled(pred, fixations, other, seeds=torch.arange(5) + seed) for seed in (0, 9, 9)
     ]
     assert torch.equal(seeded[0], first) and torch.equal(seeded[1], seeded[2])
     assert not torch.equal(seeded[0], seeded[1])
     assert torch.equal(auc_judd(pred, fixations), auc_judd(pred, fixations))
     flat = (4 * pred).floor()
     jittered = [
-        auc_judd(flat, fixations, jitter=True, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
+        auc_judd(flat, fixations, jitter=True, seeds=torch.arange(5) + seed) for seed in (1, 1, 2)
     ]
     assert torch.equal(jittered[0], jittered[1]) and not torch.equal(jittered[0], jittered[2])
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
+
+
+@pytest.mark.parametrize("name", ["auc_shuffled", "auc_judd"])
+def test_what_is_drawn_for_a_frame_depends_on_its_seed_alone(batch, name):
+    maps = {"pred": (4 * batch["pred"]).floor(), **{k: batch[k] for k in METRICS[name].needs}}
+    flags = {"jitter": True} if name == "auc_judd" else {}
+    seeds = torch.tensor([7, -(2**62), 3, 2**40, 0])
+    function = METRICS[name].function
+    whole = function(*maps.values(), **flags, seeds=seeds)
+    for i in range(5):
+        alone = [x[i : i + 1] for x in maps.values()]
+        assert function(*alone, **flags, seeds=seeds[i : i + 1]) == whole[i]
+
+
+def test_numbers_drawn_are_splitmix64s_and_uniform():
+    # the first outputs for the seed 0, which the authors' reference program prints
+    found = metrics._scrambled(metrics._GOLDEN * torch.arange(1, 4))
+    expected = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)
+    assert [x % 2**64 for x in found.tolist()] == list(expected)
+    drawn = metrics._random(torch.tensor([0, 1, 99]), range(5, 105), torch.zeros(3, 1000)).numpy()
+    assert drawn.shape == (3, 100, 1000) and drawn.min() >= 0 and drawn.max() < 1
+    counts = np.histogram(drawn, bins=50, range=(0, 1))[0]
+    assert ((counts - 6000) ** 2 / 6000).sum() < 100  # chi square of 49: 1 in 50 000
+    flat = drawn.reshape(3, -1)
+    beside = [np.corrcoef(flat[0], flat[1])[0, 1], np.corrcoef(flat[0, 1:], flat[0, :-1])[0, 1]]
+    below = np.corrcoef(drawn[0, 1:].ravel(), drawn[0, :-1].ravel())[0, 1]
+    assert max(abs(x) for x in (*beside, below)) < 0.015
+
+
+def test_drawn_scores_do_not_depend_on_batches_and_processes():
+    maps, videos = frames()
+    names = ["auc_shuffled", "auc_judd"]
+    numbers = [videos[:i].count(video) for i, video in enumerate(videos)]
+    found = []
+    for parts in (
+        [slice(0, 12)],
+        [slice(i, i + 1) for i in range(12)],
+        [slice(7, 12), slice(0, 7)],
+    ):
+        running = SaliencyMetrics(names, flags={"auc_judd": {"jitter": True}}, seed=4)
+        for part in parts:
+            rest = {"video": videos[part], "numbers": numbers[part]}
+            running.update(**{k: v[part] for k, v in maps.items()}, **rest)
+        found.append(running.compute())
+    same(found[0], found[1])
+    same(found[0], found[2])
+    with pytest.raises(ValueError, match="1 numbers for 12 frames; expected one a frame"):
+        running.update(**maps, numbers=[3])
 
 
 def test_jitter_moves_only_ties(batch):
@@ -519,7 +566,7 @@ def test_defaults_are_the_five_of_the_benchmark_by_their_official_definitions():
     assert SaliencyMetrics(flags=FLAGS).compute().flags["auc_shuffled"]["splits"] is None
 
 
-def test_reset_forgets_frames_and_draws_again():
+def test_reset_forgets_frames_and_draws_the_same_again():
     maps, videos = frames()
     running = SaliencyMetrics(["auc_shuffled"])
     scores = []
@@ -702,3 +749,18 @@ def test_half_precision_is_resized_in_float32(dtype):
 def test_what_the_resize_refuses(flags, message):
     with pytest.raises(ValueError, match=message):
         resize_and_blur(**{"pred": torch.rand(2, 4, 5), "size": (4, 5)} | flags)
+
+
+def test_seeds_can_come_from_a_generator():
+    pred, fixations, other = (random_maps(3, 12, 14, seed=i) for i in range(3))
+    looked, elsewhere = fixations > 0.9, other > 0.8
+
+    def score(number):
+        generator = torch.Generator().manual_seed(number)
+        return auc_shuffled(pred, looked, elsewhere, generator)
+
+    assert torch.equal(score(1), score(1)) and not torch.equal(score(1), score(2))
+    generator = torch.Generator().manual_seed(0)
+    ties = (pred * 3).round()
+    one = auc_judd(ties, looked, jitter=True, generator=generator)
+    assert not torch.equal(one, auc_judd(ties, looked, jitter=True, generator=generator))
