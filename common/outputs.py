@@ -21,6 +21,7 @@ from common.checkpoint import list_runs
 from common.distributed import World
 from common.options import OptionError
 from common.report import write_run_report
+from common.termination import EXIT_STATUS, Preempted
 from common.trainer import Trainer, Writer
 
 _logger = logging.getLogger("train")
@@ -39,7 +40,7 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
         faults: What it raises on bad input.
 
     Returns:
-        The exit status.
+        The exit status: 0, 1 on bad input, 75 where SIGTERM ended it and it can be resumed.
     """
     start_logging()
     try:
@@ -49,6 +50,9 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
         return 1
     except ToldByMain:
         return 1
+    except Preempted as end:
+        _logger.warning("%s", end)
+        return EXIT_STATUS
     finally:
         distributed.stop()
     return 0

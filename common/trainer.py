@@ -24,6 +24,7 @@ from common.engine import Engine
 from common.guards import refuse_broken_weights, refuse_non_finite
 from common.ledger import Ledger, Lessons
 from common.peers import PeerGroup
+from common.termination import Preempted, Termination
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger(__name__)
@@ -167,18 +168,22 @@ class Trainer:
         self.watch = watch
         self.ledger = Ledger(peers.names, world.device)
         self.progress = Progress()
+        self.termination = Termination()
 
     def fit(self) -> Progress:
         """Measure the start, train the epochs that are left, export each peer's last weights.
 
         Raises:
             NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
+            Preempted: SIGTERM came, and a run file was written. It is looked for after every step
+                in a single process, and with several ranks when they log.
         """
-        if not self.progress.history:
-            self.on_baseline(self._evaluate(0))
-        while self.progress.epoch < self.plan.epochs:
-            self._train_epoch()
-            self._finish_epoch()
+        with self.termination:
+            if not self.progress.history:
+                self.on_baseline(self._evaluate(0))
+            while self.progress.epoch < self.plan.epochs:
+                self._train_epoch()
+                self._finish_epoch()
         if set(self.progress.best) != set(self.peers.names):  # resumed at the end, best files gone
             self._evaluate(self.progress.epoch)
         self._export("last", self.peers.names)
@@ -211,11 +216,22 @@ class Trainer:
             if self.progress.updates % self.plan.log_every == 0:
                 self._log(self.ledger.read(), seen / (time.perf_counter() - clock))
                 clock, seen = time.perf_counter(), 0
+                self._end_if_asked()
+            elif self.world.size == 1:
+                self._end_if_asked()
             if self.plan.save_every and self.progress.updates % self.plan.save_every == 0:
                 self.save()
         if self.progress.batch != batches:
             _logger.warning(
                 "epoch %d had %d batches, expected %d", epoch, self.progress.batch, batches
+            )
+
+    def _end_if_asked(self) -> None:
+        if self.termination.agreed(self.world):
+            self.save()
+            raise Preempted(
+                f"SIGTERM: saved after {self.progress.updates} optimizer steps; go on with "
+                f"--resume {self.folder}"
             )
 
     def _log(self, lessons: Lessons, rate: float) -> None:

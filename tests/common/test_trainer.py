@@ -14,7 +14,9 @@ import torch
 from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
 from common.guards import refuse_non_finite
 from common.roles import NonFiniteError
+from common.termination import Preempted
 from tests.common.toy import ToyLoader, make_peers, make_trainer
+from tests.launch import launch
 
 
 def final(trainer):
@@ -267,3 +269,43 @@ def test_an_overflow_in_float16_is_no_divergence_but_nothing_else_is(tmp_path, c
     lessons.not_finite["p1"] = 2
     with pytest.raises(NonFiniteError, match="p1"):
         refuse_non_finite(lessons, trainer.engine.scaler, 0)
+
+
+def test_sigterm_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    torch.manual_seed(0)
+    whole.fit()
+
+    class Terminated(ToyLoader):
+        def __iter__(self):
+            for k, batch in enumerate(super().__iter__()):
+                if (self.epoch, k) == (1, 2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    cut = make_trainer(tmp_path / "cut", loader=Terminated())
+    torch.manual_seed(0)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match=r"saved after 9 optimizer steps; go on with --resume"):
+        cut.fit()
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = make_trainer(tmp_path / "cut")
+    again.resume(load_run(tmp_path / "cut"))
+    assert (again.progress.epoch, again.progress.batch) == (1, 3)
+    again.fit()
+    for one, other in zip(whole.peers, again.peers, strict=True):
+        for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def _terminated(world, folder):
+    trainer = make_trainer(folder, world=world, epochs=2, log_every=2)
+    trainer.loader.set_epoch = lambda *given: world.rank or trainer.termination._note(15, None)
+    with pytest.raises(Preempted):
+        trainer.fit()
+    assert trainer.progress.updates == 2
+
+
+def test_a_signal_to_one_rank_ends_all_when_they_log(tmp_path):
+    launch(_terminated, 2, tmp_path)
+    assert load_run(tmp_path)["progress"]["updates"] == 2
