@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from common.checkpoint import CheckpointError
 from common.report import write_run_report
+from common.termination import EXIT_STATUS, Preempted
 from common.trainer import write_csv
 from segmentation import checkpoints
 from segmentation.config import RunConfig, load_run
@@ -80,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work(run, options)
     except FAULTS as error:
         return _failed(error)
+    except Preempted as end:
+        _logger.warning("%s", end)
+        return EXIT_STATUS
     return 0
 
 
@@ -105,6 +109,8 @@ def _launch(run: RunConfig, options: argparse.Namespace) -> int:
             args=(run, options, told),
         )
     except ProcessException as error:
+        if getattr(error, "exit_code", None) == EXIT_STATUS:
+            return EXIT_STATUS
         if told.empty() and isinstance(error, ProcessRaisedException):
             raise
         return _failed(error if told.empty() else told.get())
@@ -117,6 +123,9 @@ def _work_and_tell(run: RunConfig, options: argparse.Namespace, told: Any) -> No
     except FAULTS as error:
         told.put(str(error))
         raise SystemExit(1) from error
+    except Preempted as end:
+        _logger.warning("%s", end)
+        raise SystemExit(EXIT_STATUS) from end
 
 
 def _failed(error: object) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 from detectron2.engine import HookBase, hooks
 
+from common.distributed import World
+from common.termination import Preempted, Termination
 from segmentation.peer import SegmentorPeer
 
 
@@ -59,6 +61,38 @@ class PeriodicSave(HookBase):
         """Save the end; a run that failed is not saved."""
         if self.trainer.iter >= self.trainer.max_iter:
             self.save(True)
+
+
+class EndIfAsked(HookBase):
+    """Save and end the run where SIGTERM came; after ``PeriodicSave``.
+
+    Args:
+        termination: Entered while the run goes on.
+        world: Where this process stands; several ranks ask each other every ``period`` iterations.
+        save: Called with False.
+        period: In iterations.
+    """
+
+    def __init__(
+        self, termination: Termination, world: World, save: Callable[[bool], None], period: int
+    ) -> None:
+        self.termination = termination
+        self.world = world
+        self.save = save
+        self.period = period
+
+    def after_step(self) -> None:
+        """Look for the signal; in a single process after every step.
+
+        Raises:
+            Preempted: It came, and a checkpoint was written.
+        """
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or (self.world.size > 1 and done % self.period):
+            return
+        if self.termination.agreed(self.world):
+            self.save(False)
+            raise Preempted(f"SIGTERM: saved after iteration {done}; go on with --resume")
 
 
 class SameBatches:

@@ -22,6 +22,7 @@ from common.engine import ENGINES
 from common.guards import refuse_broken_weights, refuse_non_finite
 from common.ledger import Ledger
 from common.peers import PeerGroup
+from common.termination import Preempted, Termination
 from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
 from segmentation import checkpoints, solver
@@ -29,7 +30,7 @@ from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig, lasting_setti
 from segmentation.data import SharedMapper, build_train_loader, check_classes, load_datasets
 from segmentation.errors import FAULTS, ConfigError, told_of
 from segmentation.evaluation import evaluate_group
-from segmentation.hooks import Evaluate, PeerSchedules, PeriodicSave, SameBatches
+from segmentation.hooks import EndIfAsked, Evaluate, PeerSchedules, PeriodicSave, SameBatches
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer, make_batch, read_losses
 
@@ -85,6 +86,7 @@ class TransferTrainer(TrainerBase):
         self.ledger = Ledger(self.peers.names, self.world.device)
         self.max_iter = run.cfg.SOLVER.MAX_ITER
         self._data: Iterator[Any] = iter(())
+        self.termination = Termination()
         seed_all_rng(self.seed + self.world.rank)
         if record is None:
             self._data = self._open_stream()
@@ -97,6 +99,7 @@ class TransferTrainer(TrainerBase):
 
         Raises:
             NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
+            Preempted: SIGTERM came, and a checkpoint was written.
         """
         start_iter = self.start_iter if start_iter is None else start_iter
         max_iter = self.max_iter if max_iter is None else max_iter
@@ -104,7 +107,7 @@ class TransferTrainer(TrainerBase):
             _logger.info("nothing to do: the run is at iteration %d of %d", start_iter, max_iter)
             self._finish()
             return
-        with faults_untold():
+        with self.termination, faults_untold():
             super().train(start_iter, max_iter)
 
     def before_train(self) -> None:
@@ -231,6 +234,7 @@ class TransferTrainer(TrainerBase):
         built = [hooks.IterationTimer(), PeerSchedules(self.peers), *self._precise_bn()]
         built.append(Evaluate(cfg.TEST.EVAL_PERIOD, self._evaluate_now))
         built.append(PeriodicSave(self.save, cfg.SOLVER.CHECKPOINT_PERIOD))
+        built.append(EndIfAsked(self.termination, self.world, self.save, LOG_PERIOD))
         if self.world.is_main:
             writers = default_writers(str(self.folder), self.max_iter)
             built.append(hooks.PeriodicWriter(writers, period=LOG_PERIOD))
@@ -323,7 +327,7 @@ def faults_untold() -> Iterator[None]:
     """Keep Detectron2's loop from logging a traceback of what is told in one line later."""
 
     def tells_more(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or not isinstance(record.exc_info[1], FAULTS)
+        return record.exc_info is None or not isinstance(record.exc_info[1], (*FAULTS, Preempted))
 
     logger = logging.getLogger(TrainerBase.__module__)
     logger.addFilter(tells_more)

@@ -179,6 +179,24 @@ def test_a_run_of_all_features_goes_on_bit_for_bit(tmp_path, datasets):
     assert str(whole.history) == str(again.history) and str(whole.lessons) == str(again.lessons)
 
 
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(finished, tmp_path, datasets, monkeypatch):
+    run = write_run(tmp_path, RULE="random")
+    step = TransferTrainer.run_step
+
+    def signalled(trainer):
+        if trainer.iter == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(trainer)
+
+    monkeypatch.setattr(TransferTrainer, "run_step", signalled)
+    assert main(["--config-file", str(run)]) == 75
+    assert read_file(tmp_path / "out" / checkpoints.RECORD)["iteration"] == 3
+    monkeypatch.setattr(TransferTrainer, "run_step", step)
+    assert main(["--config-file", str(run), "--resume"]) == 0
+    for peer in ("fpn", "deeplab"):
+        assert same(weights(tmp_path / "out", peer), weights(finished / "out", peer))
+
+
 def test_engines_give_the_same_run(finished, tmp_path, scenes_root, monkeypatch):
     """Up to rounding: batch norm and all that is drawn are replayed."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes_root))
