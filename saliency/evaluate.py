@@ -1,7 +1,7 @@
 """Measure saliency models by the benchmark's metrics: every video, and the whole split.
 
     python saliency/evaluate.py --dataset dhf1k --data-root DHF1K \\
-        --peer vinet_s,checkpoint=vinet_s.pt --peer out/run/vinet_a/best.pth ...
+        --peer vinet_s,checkpoint=vinet_s.pt --peer vinet_a,checkpoint=out/run/vinet_a/best.pth
 
 Writes OUTPUT/metrics.csv (the means over frames), OUTPUT/videos.csv (every video's),
 OUTPUT/report.html, and with ``--predictions`` the maps themselves as OUTPUT/PEER/VIDEO/FRAME.png,

@@ -131,6 +131,11 @@ def build_modules(specs: Sequence[PeerSpec]) -> tuple[list[nn.Module], list[Clip
 def _create(spec: PeerSpec) -> Any:
     options = spec.options
     where = f"peer {spec.name!r}"
+    if spec.model.endswith((".pth", ".pt", ".safetensors")):
+        raise ModelError(
+            f"{where}: {spec.model} is a file; give it to its model: --peer MODEL,checkpoint="
+            f"{spec.model} with one of {', '.join(MODELS)}"
+        )
     try:
         if ":" not in spec.model:
             module: Any = create_model(

@@ -26,7 +26,6 @@ MOTIONS = ("slide", "circle", "grow", "shake")
 _STILL, _MOVING = 2, 2  # digits of a video
 _SPREAD = 5.0  # pixels, of the blob on what moves
 _POINTS = 12  # fixations of a frame
-_COMPLETE = "complete.json"
 
 
 @dataclass
@@ -67,7 +66,7 @@ def write_videos(
     """
     made = {"count": count, "seed": seed, "motions": list(motions), "held_out": held_out}
     made["first"] = first
-    done = folder / _COMPLETE
+    done = folder.with_name(f"{folder.name}.json")  # beside it: no stray file of the data set
     if done.exists() and json.loads(done.read_text()) == made:
         return folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -259,6 +259,7 @@ def test_a_decay_out_of_range_is_refused():
     ("peer", "says"),
     [
         ("vinet", "model 'vinet', expected one of vinet_s, vinet_a, tmfi_net"),
+        ("out/best.pth", "is a file; give it to its model: --peer MODEL,checkpoint="),
         ("tests.saliency.toy:Nobody", "cannot be imported"),
         ("tests.nowhere:Deep", "cannot be imported"),
         ("tests.saliency.toy:no_view", "without a ClipView"),
