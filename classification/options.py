@@ -291,7 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--resume", default="", metavar="PATH", help="a run file, or a folder with run files")
+    add("--resume", default="", metavar="PATH", help="a run file, a folder with some, or auto")
     add("--no-resume-opt", **flag)
     add("--seed", type=int, default=42)
     add("--log-interval", type=int, default=50)

@@ -25,7 +25,15 @@ from common.checkpoint import CheckpointError, load_run
 from common.distributed import World
 from common.engine import ENGINES
 from common.options import OptionError, transfer_of
-from common.outputs import finish, plain, progress_bars, run_command, start_world, warn_of_changes
+from common.outputs import (
+    finish,
+    plain,
+    progress_bars,
+    resolve_resume,
+    run_command,
+    start_world,
+    warn_of_changes,
+)
 from common.peers import PeerGroup
 from common.roles import NonFiniteError
 from common.trainer import Plan, Progress, Trainer
@@ -110,6 +118,7 @@ def _resumed_folder(options: argparse.Namespace) -> Path:
 
 def _resumed_state(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
+    resolve_resume(options)
     if not options.resume:
         return None
     state = load_run(Path(options.resume))

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common import distributed
-from common.checkpoint import list_runs
+from common.checkpoint import list_runs, newest_good_run
 from common.distributed import World
 from common.options import OptionError
 from common.report import write_run_report
@@ -134,6 +134,23 @@ def progress_bars(show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
     return lambda batches, title: tqdm(
         batches, desc=title, leave=False, disable=not show, dynamic_ncols=True
     )
+
+
+def resolve_resume(options: argparse.Namespace) -> None:
+    """Replace ``--resume auto`` by the newest good run file of the run's own folder, if any.
+
+    So one command starts a run and goes on with it. Without ``auto`` a broken run file is refused.
+
+    Raises:
+        OptionError: ``auto`` without --experiment, which names the folder.
+        CheckpointError: The folder has run files, and none can be read.
+    """
+    if options.resume != "auto":
+        return
+    if not options.experiment:
+        raise OptionError("--resume auto needs --experiment NAME, to know the run's folder")
+    found = newest_good_run(new_folder(options.output, options.experiment, "", []))
+    options.resume = "" if found is None else str(found)
 
 
 def new_folder(output: str, experiment: str, rule: str, names: Sequence[str]) -> Path:

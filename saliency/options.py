@@ -162,7 +162,7 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     add("--sync-bn", **_FLAG)
     add_machine_options(parser)
     add = parser.add_argument_group("run").add_argument
-    add("--resume", default="", metavar="PATH", help="a run file, or a folder with run files")
+    add("--resume", default="", metavar="PATH", help="a run file, a folder with some, or auto")
     add("--no-resume-opt", **_FLAG, help="resume weights and position, with fresh optimizers")
     add("--output", default="", metavar="DIR")
     add("--experiment", default="", metavar="NAME")

@@ -33,6 +33,7 @@ from common.outputs import (
     on_main,
     plain,
     progress_bars,
+    resolve_resume,
     run_command,
     start_world,
     warn_of_changes,
@@ -307,6 +308,7 @@ def _folder_of(resume: str) -> Path:
 
 def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
+    resolve_resume(options)
     if not options.resume:
         return None
     state = load_run(Path(options.resume))

@@ -101,7 +101,7 @@ def find(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    record = read_file(path)
+    record = read_file(path, sums=True)
     if not set(record) >= _KEYS:
         raise CheckpointError(f"{path}: not the record of a run; remove it, or resume elsewhere")
     if record["format"] > FORMAT:
@@ -157,7 +157,7 @@ def load(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]
 
 
 def _load_peer(path: Path, peer: SegmentorPeer, iteration: int) -> None:
-    content = read_file(path)
+    content = read_file(path, sums=True)
     if not set(content) >= {"model", "optimizer", "scheduler", "iteration"}:
         raise CheckpointError(f"{path}: not a checkpoint of a run; it cannot be resumed")
     if content["iteration"] != iteration:

@@ -124,6 +124,7 @@ def _weights(trainer):
     return {peer.name: peer.module.state_dict() for peer in trainer.peers}
 
 
+PEERS = ["--peer", f"{TOY}:Deep", "--peer", f"{TOY}:Flat"]
 BOTH = (f"{TOY}:plain,name=one", f"{TOY}:Flat,name=two")
 
 
@@ -406,3 +407,15 @@ def test_a_fault_ends_all_ranks(tmp_path):
     (root / "annotation/0001/maps/0002.png").unlink()
     launch(_on_broken_data, 2, root, tmp_path)
     assert [(tmp_path / f"{i}.txt").read_text() for i in range(2)] == ["1", "1"]
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(data, tmp_path, caplog):
+    rest = ("--resume", "auto", "--recovery-interval", "1", "--checkpoint-hist", "9")
+    first = train(data, tmp_path, *rest, "--epochs", "1")
+    newest = sorted(first.folder.glob("run-*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    again = train(data, tmp_path, *rest)
+    assert "passed over" in caplog.text and newest.name in caplog.text
+    assert again.folder == first.folder and again.progress.epoch == 2
+    assert main("dhf1k", "train", ["--data-root", str(data), "--resume", "auto", *PEERS]) == 1
+    assert "--resume auto needs --experiment" in caplog.text
