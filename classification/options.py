@@ -124,11 +124,17 @@ class _Reject(argparse.Action):
         parser.error(f"{option} is timm's, but not taken here: {REJECTED[option]}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser; every option's dest is timm's."""
+def build_parser(script: str = "train") -> argparse.ArgumentParser:
+    """Build the parser; every option's dest is timm's.
+
+    Args:
+        script: ``train`` or ``validate``, for the usage.
+    """
     parser = argparse.ArgumentParser(
-        prog="classification/train.py",
-        description="Fine-tune N image classifiers that teach each other.",
+        prog=f"classification/{script}.py",
+        description="Fine-tune N image classifiers that teach each other."
+        if script == "train"
+        else "Measure image classifiers, each in its own view, and as an ensemble.",
         allow_abbrev=False,
     )
     flag = {"action": "store_true", "default": False}
@@ -313,8 +319,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[PeerSpec]]:
+def parse(
+    arguments: Sequence[str] | None = None, script: str = "train"
+) -> tuple[argparse.Namespace, list[PeerSpec]]:
     """Parse flags over a YAML file over the defaults.
+
+    Args:
+        arguments: None: ``sys.argv``.
+        script: See ``build_parser``.
 
     Returns:
         The run's options, and its peers as asked for.
@@ -325,7 +337,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
             the wrong kind, peers or a rule that do not fit.
         SystemExit: As argparse does, for flags.
     """
-    parser = build_parser()
+    parser = build_parser(script)
     known, _ = _config_parser().parse_known_args(arguments)
     configured = _read_config(parser, Path(known.config)) if known.config else {}
     peers_of_file = configured.pop("peers", None)

@@ -39,7 +39,7 @@ def validate(arguments: Sequence[str] | None = None) -> dict[str, float]:
         OptionError, ModelError, CheckpointError: Bad input.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options, specs = parse([*given, "--rule", "none"])
+    options, specs = parse([*given, "--rule", "none"], "validate")
     world = start(options)
     modules, views = build_modules(specs, options)
     held_out = open_dataset(options, False, views[0].size[0])

@@ -118,10 +118,12 @@ def test_gradients_are_the_originals(filled):
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     # In the first convolution all of the network's ReLU and max pooling come together: noise of
     # 1e-6 in the clip moves its norm by up to 3e-4, in other kernels of the CPU's too.
-    first = ("backbone.base1.0.conv_s.weight", "backbone.fast_conv1.weight")
+    # The bias that all pixels share is a small difference of large sums.
+    loose = ("backbone.base1.0.conv_s.weight", "backbone.fast_conv1.weight")
+    loose += ("decoder.convout.0.bias",)
     for name, norm in numbers["gradient_norms"].items():
         own = model.get_parameter(name).grad.double().norm().item()
-        assert own == pytest.approx(norm, rel=1e-3 if name in first else 1e-4), name
+        assert own == pytest.approx(norm, rel=1e-3 if name in loose else 1e-4), name
 
 
 @pytest.mark.parametrize("name", WITH_BATCH_NORM)
