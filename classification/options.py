@@ -15,13 +15,14 @@ from timm.utils import ParseKwargs
 from common.checkpoint import read_metadata
 from common.options import (
     OptionError,
+    actions_of,
     add_transfer_options,
     check_least,
     number,
     number_repeats,
     own_options,
+    parse_over_file,
     peer_mapping,
-    read_values,
     transfer_of,
     truth,
 )
@@ -338,12 +339,7 @@ def parse(
         SystemExit: As argparse does, for flags.
     """
     parser = build_parser(script)
-    known, _ = _config_parser().parse_known_args(arguments)
-    configured = _read_config(parser, Path(known.config)) if known.config else {}
-    peers_of_file = configured.pop("peers", None)
-    parser.set_defaults(**configured)
-    options = parser.parse_args(arguments)
-    options.peers = options.peers or peers_of_file
+    options = parse_over_file(parser, arguments, _read_yaml)
     options.data = options.data or options.data_dir
     _check_ranges(options)
     if not options.peers:
@@ -354,24 +350,7 @@ def parse(
     return options, peers
 
 
-def _config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", default="")
-    return parser
-
-
-def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    hidden = ("help", "config", "local_rank")
-    return {
-        action.dest: action
-        for action in parser._actions
-        if action.dest not in hidden and not isinstance(action, _Reject)
-    }
-
-
-def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise OptionError(f"{path}: no such config file")
+def _read_yaml(path: Path) -> Any:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -381,13 +360,13 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         if option in REJECTED:
             reason = REJECTED[option]
             raise OptionError(f"{path}: {key} is timm's, but not taken here: {reason}")
-    return read_values(_actions(parser), content, str(path))
+    return content
 
 
 def _peer_spec(
     parser: argparse.ArgumentParser, options: argparse.Namespace, asked: str | Mapping[str, Any]
 ) -> PeerSpec:
-    actions = _actions(parser)
+    actions = actions_of(parser)
     entry = peer_mapping(asked, alone=("frozen",))
     where = f"peer {entry['model']!r}"
     own = own_options(options, actions, entry, PEER_OPTIONS, PEER_ALIASES, PEER_OWN)

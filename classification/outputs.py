@@ -23,7 +23,7 @@ from classification.options import PeerSpec
 from classification.peer import ClassifierPeer, image_channels, image_size
 from common.distributed import World
 from common.options import OptionError
-from common.outputs import log_table, make_folder, new_folder, plain
+from common.outputs import log_table, plain
 from common.outputs import writers as open_writers
 from common.trainer import Trainer, Writer
 
@@ -39,16 +39,6 @@ FREE_TO_CHANGE = frozenset(
     ).split()
 )
 EXPORT_TOLERANCE = 0.05
-
-
-def folder_of(options: argparse.Namespace, specs: Sequence[PeerSpec], world: World) -> Path:
-    """Make the output folder; see ``common.outputs.make_folder``."""
-    if getattr(options, "in_place", False):
-        chosen = Path(options.output)
-    else:
-        names = [spec.name for spec in specs]
-        chosen = new_folder(options.output, options.experiment, options.rule, names)
-    return make_folder(chosen, bool(options.resume), world)
 
 
 def write_arguments(folder: Path, options: argparse.Namespace) -> None:

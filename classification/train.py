@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,18 +20,19 @@ from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import PeerSpec, parse
 from classification.peer import ClassifierPeer, build_modules, build_peers
 from common import distributed
-from common.checkpoint import CheckpointError, load_run
+from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.engine import ENGINES
 from common.options import OptionError, transfer_of
 from common.outputs import (
     finish,
+    folder_of,
     plain,
     progress_bars,
-    resolve_resume,
+    read_resumed,
+    resumed_folder,
     run_command,
     start_world,
-    warn_of_changes,
 )
 from common.peers import PeerGroup
 from common.roles import NonFiniteError
@@ -85,7 +85,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         outputs.log_peers(rows, peers)
         outputs.write_arguments(trainer.folder, options)
     if state is not None:
-        source = _resumed_folder(options)
+        source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
     if options.start_epoch is not None:
@@ -111,22 +111,12 @@ def start(options: argparse.Namespace) -> World:
     return world
 
 
-def _resumed_folder(options: argparse.Namespace) -> Path:
-    path = Path(options.resume)
-    return path if path.is_dir() else path.parent
-
-
-def _resumed_state(options: argparse.Namespace, specs: Sequence[PeerSpec]) -> dict[str, Any] | None:
+def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
-    resolve_resume(options)
-    if not options.resume:
+    state = read_resumed(options, outputs.FREE_TO_CHANGE)
+    if state is None:
         return None
-    state = load_run(Path(options.resume))
-    warn_of_changes(plain(options), state["config"], outputs.FREE_TO_CHANGE)
     options.num_classes = state["config"]["resolved_num_classes"]
-    if not options.output and not options.experiment:
-        options.output = str(_resumed_folder(options))
-        options.in_place = True
     for i, spec in enumerate(specs):
         spec.options.pretrained = False
         specs[i] = spec.without_checkpoint()
@@ -192,7 +182,7 @@ def _trainer(
         dtypes=[next(module.parameters()).dtype for module in modules],
         watch=watch,
     )
-    folder = outputs.folder_of(options, specs, world)
+    folder = folder_of(options, group.names, world)
     return Trainer(
         peers=group,
         engine=ENGINES[options.engine](group, transfer, world.device, amp_dtype),

@@ -117,11 +117,11 @@ def load_run(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest_good_run(folder: Path) -> Path | None:
-    """Find the newest run file of a folder that can be read; warn of newer ones that cannot.
+def newest_good_run(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Read the newest run file of a folder that can be read; warn of newer ones that cannot.
 
     Returns:
-        None where the folder has no run file.
+        The file, and what ``load_run`` gives; None where the folder has no run file.
 
     Raises:
         CheckpointError: It has some, and none can be read.
@@ -129,11 +129,9 @@ def newest_good_run(folder: Path) -> Path | None:
     runs = list_runs(folder)
     for path in reversed(runs):
         try:
-            load_run(path)
+            return path, load_run(path)
         except CheckpointError as error:
             _logger.warning("passed over: %s", error)
-        else:
-            return path
     if runs:
         raise CheckpointError(
             f"{folder}: none of its {len(runs)} run files can be read; give another --experiment"

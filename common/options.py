@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from common.engine import ENGINES
@@ -86,6 +87,49 @@ def near(word: str, choices: Iterable[str]) -> str:
     """Return a hint at the choices that a word may have meant; nothing where none is near."""
     found = difflib.get_close_matches(word, list(choices), n=3)
     return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Return a parser's options by dest, but for ``config`` and those hidden from its help."""
+    return {
+        action.dest: action
+        for action in parser._actions
+        if action.dest not in ("help", "config") and action.help is not argparse.SUPPRESS
+    }
+
+
+def parse_over_file(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    read: Callable[[Path], Any],
+) -> argparse.Namespace:
+    """Parse flags over the file that ``-c`` names over the defaults.
+
+    Args:
+        parser: With ``-c``/``--config`` and ``--peer``; its defaults become the file's values.
+        arguments: As argparse takes them; None: those of the process.
+        read: Gives the file's content in plain containers.
+
+    Returns:
+        The options; ``peers`` are the flags', or where there are none the file's.
+
+    Raises:
+        OptionError: No such file, or as ``read_values``.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("-c", "--config", default="")
+    config = early.parse_known_args(arguments)[0].config
+    values: dict[str, Any] = {}
+    if config:
+        path = Path(config)
+        if not path.is_file():
+            raise OptionError(f"{path}: no such config file")
+        values = read_values(actions_of(parser), read(path), str(path))
+    peers_of_file = values.pop("peers", None)
+    parser.set_defaults(**values)
+    options = parser.parse_args(arguments)
+    options.peers = options.peers or peers_of_file
+    return options
 
 
 def read_values(actions: Mapping[str, argparse.Action], content: Any, where: str) -> dict[str, Any]:

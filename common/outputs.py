@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common import distributed
-from common.checkpoint import list_runs, newest_good_run
+from common.checkpoint import list_runs, load_run, newest_good_run
 from common.distributed import World
 from common.options import OptionError
 from common.report import write_run_report
@@ -109,23 +109,60 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(vars(options), default=str))
 
 
-def warn_of_changes(
-    config: Mapping[str, Any], saved: Mapping[str, Any], free: Iterable[str]
-) -> None:
-    """Tell where a resumed run has other options than it had.
+def read_resumed(options: argparse.Namespace, free: Iterable[str]) -> dict[str, Any] | None:
+    """Read the run that ``--resume`` names, and let this one go on in its folder.
+
+    ``auto`` is the newest good run file of the run's own folder, or nothing where there is none: so
+    one command starts a run and goes on with it. Else a broken run file is refused. Options that
+    the run had not are told.
 
     Args:
-        config: The options now, plain.
-        saved: Those in the run file.
-        free: Names under which a run is still the same run.
+        options: ``resume`` becomes the path, or empty; without ``output`` and ``experiment`` the
+            run's folder becomes the output.
+        free: Names of options under which a run is still the same run.
+
+    Returns:
+        What ``load_run`` gives; None: a fresh run.
+
+    Raises:
+        OptionError: ``auto`` without --experiment, which names the folder.
+        CheckpointError: As ``load_run``; with ``auto``, no file of several can be read.
     """
+    if options.resume == "auto":
+        state = _read_newest(options)
+    else:
+        state = load_run(Path(options.resume)) if options.resume else None
+    if state is None:
+        return None
+    config = plain(options)
     changed = [
         f"{name}: {old!r} -> {config.get(name)!r}"
-        for name, old in saved.items()
+        for name, old in state["config"].items()
         if name not in free and config.get(name) != old
     ]
     if changed:
         _logger.warning("resuming with other options than the run had: %s", "; ".join(changed))
+    if not options.output and not options.experiment:
+        options.output = str(resumed_folder(options))
+        options.in_place = True
+    return state
+
+
+def _read_newest(options: argparse.Namespace) -> dict[str, Any] | None:
+    if not options.experiment:
+        raise OptionError("--resume auto needs --experiment NAME, to know the run's folder")
+    found = newest_good_run(_new_folder(options, []))
+    if found is None:
+        options.resume = ""
+        return None
+    options.resume, state = str(found[0]), found[1]
+    return state
+
+
+def resumed_folder(options: argparse.Namespace) -> Path:
+    """Return the folder of the run that ``--resume`` names."""
+    path = Path(options.resume)
+    return path if path.is_dir() else path.parent
 
 
 def progress_bars(show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
@@ -136,44 +173,25 @@ def progress_bars(show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
     )
 
 
-def resolve_resume(options: argparse.Namespace) -> None:
-    """Replace ``--resume auto`` by the newest good run file of the run's own folder, if any.
-
-    So one command starts a run and goes on with it. Without ``auto`` a broken run file is refused.
-
-    Raises:
-        OptionError: ``auto`` without --experiment, which names the folder.
-        CheckpointError: The folder has run files, and none can be read.
-    """
-    if options.resume != "auto":
-        return
-    if not options.experiment:
-        raise OptionError("--resume auto needs --experiment NAME, to know the run's folder")
-    found = newest_good_run(new_folder(options.output, options.experiment, "", []))
-    options.resume = "" if found is None else str(found)
-
-
-def new_folder(output: str, experiment: str, rule: str, names: Sequence[str]) -> Path:
-    """Name a run's folder after the time, the rule and the peers, or after the experiment."""
-    told = "-".join([rule.replace(":", "-"), *names])[:80]
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path(output or "output/train") / (experiment or f"{stamp}-{told}")
-
-
-def make_folder(chosen: Path, resumes: bool, world: World) -> Path:
+def folder_of(options: argparse.Namespace, names: Sequence[str], world: World) -> Path:
     """Make the output folder, one for all ranks; a fresh run never writes into an older run's.
 
+    It is named after the time, the rule and the peers, or after the experiment.
+
     Args:
-        chosen: The first rank's counts.
-        resumes: This run goes on with another.
+        options: The first rank's count.
+        names: Of the peers.
+        world: Where this process stands.
 
     Raises:
         OptionError: It holds run files and this is no resume, or it cannot be written.
     """
+    in_place = getattr(options, "in_place", False)
+    chosen = Path(options.output) if in_place else _new_folder(options, names)
     folder = distributed.gather_objects(chosen)[0]
 
     def make() -> None:
-        if list_runs(folder) and not resumes:
+        if list_runs(folder) and not options.resume:
             raise OptionError(
                 f"{folder}: holds the run files of an earlier run; give --resume {folder} to go on "
                 "with it, or another --experiment"
@@ -182,6 +200,12 @@ def make_folder(chosen: Path, resumes: bool, world: World) -> Path:
 
     on_main(world, make, (OptionError,))
     return folder
+
+
+def _new_folder(options: argparse.Namespace, names: Sequence[str]) -> Path:
+    told = "-".join([options.rule.replace(":", "-"), *names])[:80]
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(options.output or "output/train") / (options.experiment or f"{stamp}-{told}")
 
 
 def make_writable(folder: Path) -> None:

@@ -12,12 +12,13 @@ import yaml
 
 from common.options import (
     OptionError,
+    actions_of,
     add_transfer_options,
     check_least,
     number_repeats,
     own_options,
+    parse_over_file,
     peer_mapping,
-    read_values,
     transfer_of,
     truth,
 )
@@ -195,12 +196,7 @@ def parse(
         SystemExit: As argparse does, for flags.
     """
     parser = build_parser(dataset, script)
-    known, _ = _config_parser().parse_known_args(arguments)
-    configured = _read_config(parser, Path(known.config)) if known.config else {}
-    peers_of_file = configured.pop("peers", None)
-    parser.set_defaults(**configured)
-    options = parser.parse_args(arguments)
-    options.peers = options.peers or peers_of_file
+    options = parse_over_file(parser, arguments, _read_yaml)
     options.dataset = dataset or options.dataset
     _check(options)
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
@@ -273,7 +269,7 @@ def _own(
 ) -> argparse.Namespace:
     given = {key: value for key, value in entry.items() if key != "kwargs"}
     may_set = [name for name in PEER_OPTIONS if name == "kwargs" or hasattr(options, name)]
-    own = own_options(options, _actions(parser), given, may_set, {}, PEER_OWN)
+    own = own_options(options, actions_of(parser), given, may_set, {}, PEER_OWN)
     kwargs = entry.get("kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise OptionError(
@@ -284,35 +280,21 @@ def _own(
     return own
 
 
-def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    hidden = ("help", "config")
-    return {action.dest: action for action in parser._actions if action.dest not in hidden}
-
-
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
     """Return the options that may stand alone: truth values, and those with a value for that."""
     return [
         name.replace("_", sign)
-        for name, action in _actions(parser).items()
+        for name, action in actions_of(parser).items()
         for sign in "_-"
         if name in PEER_OPTIONS and action.const is not None
     ]
 
 
-def _config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", default="")
-    return parser
-
-
-def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise OptionError(f"{path}: no such config file")
+def _read_yaml(path: Path) -> Any:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise OptionError(f"{path}: not plain YAML ({error})") from error
-    return read_values(_actions(parser), content, str(path))
 
 
 def _check(options: argparse.Namespace) -> None:

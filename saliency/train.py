@@ -21,22 +21,21 @@ import yaml
 from torch import nn
 
 from common import distributed
-from common.checkpoint import CheckpointError, load_run
+from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.engine import ENGINES
 from common.options import OptionError, transfer_of
 from common.outputs import (
     finish,
+    folder_of,
     log_table,
-    make_folder,
-    new_folder,
     on_main,
     plain,
     progress_bars,
-    resolve_resume,
+    read_resumed,
+    resumed_folder,
     run_command,
     start_world,
-    warn_of_changes,
     writers,
 )
 from common.peers import PeerGroup
@@ -115,7 +114,7 @@ def run(
     evaluator = build_evaluator(options, held_out, views, world, packed, watch)
     trainer = _trainer(options, group, loader, evaluator, world, watch)
     if state is not None:
-        source = _folder_of(options.resume)
+        source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
     if world.is_main:
@@ -259,10 +258,6 @@ def _trainer(
     watch: Any,
 ) -> Trainer:
     transfer = transfer_of(options, group.names, group.frozen, world.rank)
-    if getattr(options, "in_place", False):
-        chosen = Path(options.output)
-    else:
-        chosen = new_folder(options.output, options.experiment, options.rule, group.names)
     return Trainer(
         peers=group,
         engine=ENGINES[options.engine](group, transfer, world.device, amp_dtype(options)),
@@ -280,7 +275,7 @@ def _trainer(
             lower_is_better=is_lower_better(options.eval_metric),
             export_suffix=".pth",  # a bare state dict, as the published checkpoints are
         ),
-        folder=make_folder(chosen, bool(options.resume), world),
+        folder=folder_of(options, group.names, world),
         world=world,
         config=plain(options),
         after_epoch=lambda: average_buffers(group, world),
@@ -301,22 +296,11 @@ def average_buffers(peers: PeerGroup, world: World) -> None:
                     buffer.copy_(distributed.sum_over_ranks(buffer.clone()) / world.size)
 
 
-def _folder_of(resume: str) -> Path:
-    path = Path(resume)
-    return path if path.is_dir() else path.parent
-
-
 def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
-    resolve_resume(options)
-    if not options.resume:
-        return None
-    state = load_run(Path(options.resume))
-    warn_of_changes(plain(options), state["config"], FREE_TO_CHANGE)
-    if not options.output and not options.experiment:
-        options.output = str(_folder_of(options.resume))
-        options.in_place = True
-    specs[:] = [spec.without_weights() for spec in specs]
+    state = read_resumed(options, FREE_TO_CHANGE)
+    if state is not None:
+        specs[:] = [spec.without_weights() for spec in specs]
     return state
 
 

@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from classification.options import parse
-from classification.outputs import folder_of
 from classification.train import main, run
 from classification.validate import validate
 from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
 from common.options import OptionError
+from common.outputs import folder_of
 from tests.launch import launch
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +215,9 @@ def test_only_frozen_peers_are_refused(digits, tmp_path):
 def choosing(world, folder):
     time.sleep(1.1 * world.rank)  # another second, another stamp
     options, specs = parse(["/data", "--peer", "a", "--peer", "b", "--output", str(folder)])
-    (folder / str(world.rank)).write_text(str(folder_of(options, specs, world)))
+    (folder / str(world.rank)).write_text(
+        str(folder_of(options, [spec.name for spec in specs], world))
+    )
 
 
 def test_all_ranks_choose_one_folder(tmp_path):

@@ -57,9 +57,10 @@ def test_auto_takes_the_newest_good_file(folder, tmp_path, caplog):
     runs = list_runs(folder)
     for path in runs:
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert newest_good_run(tmp_path) == tmp_path / runs[-1].name
+    assert newest_good_run(tmp_path)[0] == tmp_path / runs[-1].name
     (tmp_path / runs[-1].name).write_bytes(b"nothing")
-    assert newest_good_run(tmp_path) == tmp_path / runs[-2].name
+    path, state = newest_good_run(tmp_path)
+    assert path == tmp_path / runs[-2].name and same(state, load_run(path))
     assert "passed over" in caplog.text and runs[-1].name in caplog.text
     for path in runs:
         (tmp_path / path.name).write_bytes(b"nothing")
