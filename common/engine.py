@@ -106,17 +106,26 @@ class TwoPassEngine(JointEngine):
         peers, transfer, device, amp_dtype: See ``JointEngine``.
     """
 
+    def __init__(
+        self,
+        peers: PeerGroup,
+        transfer: KnowledgeTransfer,
+        device: torch.device,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(peers, transfer, device, amp_dtype)
+        self._kept = _largest(peers)
+
     def step(
         self, batch: Any, *, step: int, share: float = 1.0, update: bool = True
     ) -> TransferResult:
         """Learn from one batch; see ``JointEngine.step``."""
-        kept = self._largest()
         draws: dict[int, Draws] = {}
         outputs: list[PeerOutput] = []
         for i, peer in enumerate(self.peers):
             if peer.frozen:
                 outputs.append(self._forward(peer, batch))
-            elif i == kept:
+            elif i == self._kept:
                 with nullcontext() if update else peer.no_sync():
                     outputs.append(self._forward(peer, batch))
             else:
@@ -124,10 +133,10 @@ class TwoPassEngine(JointEngine):
                 with _buffers_kept(peer.module), peer.alone():
                     outputs.append(self._forward(peer, batch, graph=False))
         result, gradients = self._transfer(outputs, step)
-        for i in [kept, *draws]:
+        for i in [self._kept, *draws]:
             peer = self.peers[i]
             with nullcontext() if update else peer.no_sync():
-                if i != kept:
+                if i != self._kept:
                     with draws[i].again():
                         outputs[i] = self._forward(peer, batch)
                 self._backward(outputs[i], gradients[i], share)
@@ -137,14 +146,6 @@ class TwoPassEngine(JointEngine):
         if update:
             self.scaler.update()
         return replace(result, total=result.total.detach())
-
-    def _largest(self) -> int:
-        """Return which learning peer has the most parameters, the last one of equals."""
-        sizes = [
-            (0 if peer.frozen else sum(p.numel() for p in peer.module.parameters()), i)
-            for i, peer in enumerate(self.peers)
-        ]
-        return max(sizes)[1]
 
     def _transfer(
         self, outputs: Sequence[PeerOutput], step: int
@@ -171,6 +172,15 @@ class TwoPassEngine(JointEngine):
             ends.append(output.logits)
             starts.append(self.scaler.scale(gradient * share))
         torch.autograd.backward(ends, starts)
+
+
+def _largest(peers: PeerGroup) -> int:
+    """Return which learning peer has the most parameters, the last one of equals."""
+    sizes = [
+        (0 if peer.frozen else sum(p.numel() for p in peer.module.parameters()), i)
+        for i, peer in enumerate(peers)
+    ]
+    return max(sizes)[1]
 
 
 def _without_graph(output: PeerOutput) -> PeerOutput:

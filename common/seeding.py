@@ -10,18 +10,6 @@ import numpy as np
 import torch
 
 
-@contextlib.contextmanager
-def generators_kept() -> Iterator[None]:
-    """Leave the CPU generators of Python, numpy and torch as they were before."""
-    keep = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(keep[0])
-        np.random.set_state(keep[1])
-        torch.set_rng_state(keep[2])
-
-
 class Draws:
     """Remembers where the generators that a forward may draw from stand, to draw the same again.
 
@@ -38,18 +26,29 @@ class Draws:
     def again(self) -> Iterator[None]:
         """Draw from there once more; afterwards the generators stand where they stood before."""
         now = Draws(self.device)
-        self._set()
+        self.restore()
         try:
             yield
         finally:
-            now._set()
+            now.restore()
 
-    def _set(self) -> None:
+    def restore(self) -> None:
+        """Put the generators back to where they stood."""
         random.setstate(self._states[0])
         np.random.set_state(self._states[1])
         torch.set_rng_state(self._states[2])
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self.device)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the CPU generators of Python, numpy and torch as they were before."""
+    before = Draws(torch.device("cpu"))
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 def seed_generators(*numbers: int) -> None:
