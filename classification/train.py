@@ -83,13 +83,14 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     trainer = _trainer(options, specs, views, peers, loader, held_out, epochs, world, bars)
     if world.is_main:
         outputs.log_peers(rows, peers)
-        outputs.write_arguments(trainer.folder, options)
     if state is not None:
         source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
         _logger.info("resumed after epoch %d", trainer.progress.epoch)
     if options.start_epoch is not None:
         trainer.begin_at(options.start_epoch)
+    if world.is_main:  # once nothing is refused any more: a resumed run keeps its own till then
+        outputs.write_arguments(trainer.folder, options)
     trainer.writers = outputs.writers(options, trainer.folder, world, trainer.progress.updates)
     progress = trainer.fit()
     outputs.check_exports(trainer, specs, modules)
