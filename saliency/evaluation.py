@@ -18,7 +18,6 @@ from saliency.data import ClipBatch, EvalLoader
 from saliency.images import read_fixations, scale_fixations
 from saliency.layouts import VideoSet
 from saliency.metrics import METRICS, SaliencyMetrics, Scores, resize_and_blur
-from saliency.options import LOWER_IS_BETTER
 from saliency.peer import check_output
 
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -48,10 +47,10 @@ def metrics_for(videos: VideoSet, asked: Sequence[str] | None, shuffled: bool = 
     all_of_them = [
         name
         for name in METRICS
-        if (fixated or not _needs_fixations(name)) and (shuffled or name != "auc_shuffled")
+        if (fixated or not needs_fixations(name)) and (shuffled or name != "auc_shuffled")
     ]
     chosen = list(asked or all_of_them)
-    lacking = [name for name in chosen if _needs_fixations(name) and not fixated]
+    lacking = [name for name in chosen if needs_fixations(name) and not fixated]
     if lacking:
         raise ValueError(
             f"{', '.join(lacking)}: {videos} has no fixations; expected VIDEO/fixation/maps/*.mat "
@@ -60,7 +59,8 @@ def metrics_for(videos: VideoSet, asked: Sequence[str] | None, shuffled: bool = 
     return [*chosen, *(name for name in ("cc", "kldiv") if name not in chosen)]
 
 
-def _needs_fixations(name: str) -> bool:
+def needs_fixations(name: str) -> bool:
+    """Whether a metric scores against fixations."""
     return "fixations" in METRICS[name].needs
 
 
@@ -286,8 +286,3 @@ def flatten(scores: Mapping[str, Scores]) -> dict[str, float]:
         found[f"{name}/loss"] = its.mean["kldiv"] - its.mean["cc"]
         found |= {f"{name}/{metric}": value for metric, value in its.mean.items()}
     return found
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether a smaller value of a metric is the better one."""
-    return metric in LOWER_IS_BETTER

@@ -48,12 +48,12 @@ from saliency.errors import DataError
 from saliency.evaluation import (
     SaliencyEvaluator,
     has_fixations,
-    is_lower_better,
     metrics_for,
+    needs_fixations,
 )
 from saliency.layouts import VideoSet, open_dataset
 from saliency.models import ModelError
-from saliency.options import FREE_TO_CHANGE, LOSS_TERMS, PeerSpec, parse
+from saliency.options import FREE_TO_CHANGE, LOSS_TERMS, LOWER_IS_BETTER, PeerSpec, parse
 from saliency.packed import PackedFrames, pack_frames
 from saliency.peer import SaliencyPeer, build_modules, build_peers, describe, warn_of_random_weights
 from saliency.pictures import teaching_pictures
@@ -222,7 +222,7 @@ def build_evaluator(
         batch_size=options.val_batch_size,
         stride=options.val_stride,
         workers=options.workers,
-        fixations=any(name not in ("cc", "similarity", "kldiv") for name in metrics),
+        fixations=any(map(needs_fixations, metrics)),
         packed=packed,
     )
     return SaliencyEvaluator(
@@ -272,7 +272,7 @@ def _trainer(
             save_every=options.recovery_interval,
             keep=options.checkpoint_hist,
             metric=options.eval_metric,
-            lower_is_better=is_lower_better(options.eval_metric),
+            lower_is_better=options.eval_metric in LOWER_IS_BETTER,
             export_suffix=".pth",  # a bare state dict, as the published checkpoints are
         ),
         folder=folder_of(options, group.names, world),
