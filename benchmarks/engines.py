@@ -9,15 +9,12 @@ against the joint engine's, in turns within one run; expected: at most 1.45.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
-import sys
 from collections.abc import Callable
 
 import torch
 from measure import alternate, machine, peak_saved_bytes
-from step_overhead import KEEP_MEMORY, PEERS, make_peer
+from step_overhead import asked, growing_groups
 
 from classification.peer import ClassifierPeer
 from common.engine import ENGINES
@@ -28,23 +25,13 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peers", nargs="+", default=PEERS)
-    args = parser.parse_args()
-    if not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    args = asked(__doc__.splitlines()[0], repeats=5)
     torch.set_num_threads(1)
     batch = torch.randn(args.batch, 3, 224, 224), torch.randint(1000, (args.batch,))
     print(f"two-pass against joint, batch {args.batch}; {machine()}")
     print(f"{'N':>2} {'largest':>10} {'joint':>10} {'two-pass':>10} {'of largest':>10}", end="")
     print(f" {'joint':>9} {'two-pass':>10} {'ratio':>6}   peers")
-    for count in range(2, len(args.peers) + 1):
-        names = list(args.peers[:count])
-        peers = PeerGroup([make_peer(name, i) for i, name in enumerate(names)])
-        for peer in peers:
-            peer.train()
+    for peers in growing_groups(args.peers):
         known = {
             x.untyped_storage().data_ptr()
             for x in (*batch, *(p for peer in peers for p in peer.module.parameters()))
@@ -58,10 +45,12 @@ def main() -> None:
         largest = max(peak_saved_bytes(_alone(peer, batch), known) for peer in peers)
         seconds = alternate(runs, args.repeats)
         cells = [largest, bytes_of["joint"], bytes_of["two-pass"]]
-        print(f"{count:2}", *(f"{cell / 1e6:7.1f} MB" for cell in cells), end=" ")
+        print(f"{len(peers):2}", *(f"{cell / 1e6:7.1f} MB" for cell in cells), end=" ")
         print(f"{bytes_of['two-pass'] / largest:10.3f}", end=" ")
         print(*(f"{1e3 * seconds[name]:6.0f} ms" for name in ENGINES), end=" ")
-        print(f"{seconds['two-pass'] / seconds['joint']:8.3f}   {', '.join(names)}", flush=True)
+        print(
+            f"{seconds['two-pass'] / seconds['joint']:8.3f}   {', '.join(peers.names)}", flush=True
+        )
 
 
 def _alone(peer: ClassifierPeer, batch: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], object]:

@@ -15,6 +15,7 @@ import argparse
 import functools
 import os
 import sys
+from collections.abc import Iterator, Sequence
 
 import timm
 import torch
@@ -50,6 +51,27 @@ def make_peer(name: str, number: int) -> ClassifierPeer:
     )
 
 
+def asked(about: str, repeats: int) -> argparse.Namespace:
+    """Read the command line; start the script again where memory would be given back."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--peers", nargs="+", default=PEERS)
+    args = parser.parse_args()
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    return args
+
+
+def growing_groups(names: Sequence[str]) -> Iterator[PeerGroup]:
+    """Yield the first two peers, the first three, and so on, in training mode."""
+    for count in range(2, len(names) + 1):
+        peers = PeerGroup([make_peer(name, i) for i, name in enumerate(names[:count])])
+        for peer in peers:
+            peer.train()
+        yield peers
+
+
 def alone(peer: ClassifierPeer, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Make one CE-only step, as a plain training script does."""
     images, target = batch
@@ -59,22 +81,13 @@ def alone(peer: ClassifierPeer, batch: tuple[torch.Tensor, torch.Tensor]) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--peers", nargs="+", default=PEERS)
-    args = parser.parse_args()
-    if not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    args = asked(__doc__.splitlines()[0], repeats=9)
     torch.set_num_threads(1)
     batch = torch.randn(args.batch, 3, 224, 224), torch.randint(1000, (args.batch,))
     print(f"joint step over the sum of CE-only steps, batch {args.batch}; {machine()}")
     print(f"{'N':>2} {'sum of CE-only':>15} {'joint':>10} {'ratio':>7}   peers")
-    for count in range(2, len(args.peers) + 1):
-        names = list(args.peers[:count])
-        peers = PeerGroup([make_peer(name, i) for i, name in enumerate(names)])
-        for peer in peers:
-            peer.train()
+    for peers in growing_groups(args.peers):
+        names = peers.names
         engine = JointEngine(
             peers, KnowledgeTransfer("best", names=peers.names), torch.device("cpu")
         )
@@ -84,7 +97,7 @@ def main() -> None:
         seconds = alternate(runs, args.repeats)
         total = sum(seconds[name] for name in names)
         print(
-            f"{count:2} {1e3 * total:12.1f} ms {1e3 * seconds['joint']:7.1f} ms "
+            f"{len(peers):2} {1e3 * total:12.1f} ms {1e3 * seconds['joint']:7.1f} ms "
             f"{seconds['joint'] / total:7.3f}   {', '.join(names)}"
         )
 

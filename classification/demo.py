@@ -19,7 +19,7 @@ from typing import Any
 
 from classification.digits import mosaic, write_digits, write_splits
 from classification.train import run
-from common.demo import fingerprint, once, parser, side_by_side, write_json
+from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
 from common.report import comparison_text, write_comparison
 from common.statistics import summarise
 
@@ -120,19 +120,11 @@ def _result(
     history: Sequence[Mapping[str, float]],
     lessons: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
-    first, last = history[0], history[-1]
+    last = history[-1]
     return {
-        "arm": arm,
-        "seed": seed,
-        "before": {name: first[f"{name}/{METRIC}"] for name in OWN_CLASSES},
-        "after": {name: last[f"{name}/{METRIC}"] for name in OWN_CLASSES},
+        **outcome(arm, seed, list(OWN_CLASSES), METRIC, history, lessons, ("ensemble", "oracle")),
         "fixed": {name: last[f"{name}/fixed"] for name in OWN_CLASSES},
         "broken": {name: last[f"{name}/broken"] for name in OWN_CLASSES},
-        "ensemble_before": first[f"ensemble/{METRIC}"],
-        "ensemble_after": last[f"ensemble/{METRIC}"],
-        "oracle_before": first[f"oracle/{METRIC}"],
-        "oracle_after": last[f"oracle/{METRIC}"],
-        "lessons": list(lessons),
     }
 
 

@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +79,43 @@ def once(told: Path, make: Callable[[], Any]) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write plain containers, whole or not at all."""
     atomic_write(path, lambda to: to.write_text(json.dumps(content)))
+
+
+def outcome(
+    arm: str,
+    seed: int,
+    names: Sequence[str],
+    metric: str,
+    history: Sequence[Mapping[str, float]],
+    lessons: Sequence[Mapping[str, float]],
+    groups: Sequence[str] = ("ensemble",),
+) -> dict[str, Any]:
+    """Return what a comparison of arms needs to know of one run.
+
+    Args:
+        arm: The run's.
+        seed: The run's.
+        names: Of the peers.
+        metric: Which one counts.
+        history: Evaluations; the first is the start, the last the end.
+        lessons: Rows of the ledger.
+        groups: What was also measured as one: ``ensemble``, ``oracle``.
+
+    Returns:
+        As ``common.statistics.summarise`` takes it.
+    """
+    first, last = history[0], history[-1]
+    found: dict[str, Any] = {
+        "arm": arm,
+        "seed": seed,
+        "before": {name: first[f"{name}/{metric}"] for name in names},
+        "after": {name: last[f"{name}/{metric}"] for name in names},
+        "lessons": list(lessons),
+    }
+    for group in groups:
+        found[f"{group}_before"] = first[f"{group}/{metric}"]
+        found[f"{group}_after"] = last[f"{group}/{metric}"]
+    return found
 
 
 class SideBySide:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.demo import fingerprint, once, parser, side_by_side, write_json
+from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
 from common.report import comparison_text, write_comparison
 from common.statistics import summarise
 from saliency.pictures import teaching_pictures
@@ -114,17 +114,10 @@ def finetune(folder: Path, group: str, seed: int, arm: str, epochs: int) -> dict
         trainer = train(place, "tune", title, seed, epochs, asked)
         picture, caption = teaching_pictures(trainer.peers, trainer.evaluator.videos)
         (place / f"{title}.png").write_bytes(picture)
-        first, last = trainer.progress.history[0], trainer.progress.history[-1]
-        return {
-            "arm": arm,
-            "seed": seed,
-            "before": {name: first[f"{name}/{METRIC}"] for name in GROUPS[group]},
-            "after": {name: last[f"{name}/{METRIC}"] for name in GROUPS[group]},
-            "ensemble_before": first[f"ensemble/{METRIC}"],
-            "ensemble_after": last[f"ensemble/{METRIC}"],
-            "lessons": trainer.progress.lessons,
-            "caption": caption,
-        }
+        progress = trainer.progress
+        names = GROUPS[group]
+        told = outcome(arm, seed, names, METRIC, progress.history, progress.lessons)
+        return {**told, "caption": caption}
 
     return once(place / f"{title}.json", make)
 

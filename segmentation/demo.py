@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.demo import fingerprint, once, parser, side_by_side, write_json
+from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
 from common.report import comparison_text, write_comparison
 from common.statistics import summarise
 from segmentation import scenes
@@ -147,17 +147,8 @@ def finetune(folder: Path, group: str, seed: int, arm: str, iterations: int) -> 
         trainer = train(run)
         picture, caption = teaching_pictures(list(trainer.peers), run.cfg.DATASETS.TEST[0], 6)
         output.with_suffix(".png").write_bytes(picture)
-        first, last = trainer.history[0], trainer.history[-1]
-        return {
-            "arm": arm,
-            "seed": seed,
-            "before": {name: first[f"{name}/{METRIC}"] for name in GROUPS[group]},
-            "after": {name: last[f"{name}/{METRIC}"] for name in GROUPS[group]},
-            "ensemble_before": first[f"ensemble/{METRIC}"],
-            "ensemble_after": last[f"ensemble/{METRIC}"],
-            "lessons": trainer.lessons,
-            "caption": caption,
-        }
+        told = outcome(arm, seed, GROUPS[group], METRIC, trainer.history, trainer.lessons)
+        return {**told, "caption": caption}
 
     return once(output.with_suffix(".json"), make)
 
