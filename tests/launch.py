@@ -1,8 +1,7 @@
 """Run a function in several gloo processes of this machine."""
 
-import socket
-
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from common import distributed
@@ -17,6 +16,7 @@ def _entry(rank, size, port, function, arguments):
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent's, as under torchrun
     }
     torch.set_num_threads(1)
     world = distributed.start("cpu")
@@ -28,7 +28,5 @@ def _entry(rank, size, port, function, arguments):
 
 def launch(function, size, *arguments):
     """Call ``function(world, *arguments)`` in ``size`` processes; raise where one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_entry, (size, port, function, arguments), nprocs=size)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(_entry, (size, store.port, function, arguments), nprocs=size)
