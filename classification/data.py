@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from classification.options import mixes
 from common.distributed import World
 from common.options import OptionError
-from common.seeding import generators_kept, seed_generators
+from common.seeding import drawn_for, generators_kept, seed_generators
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Draw(NamedTuple):
 class EpochSampler(Sampler[Draw]):
     """Orders an epoch's samples; the order and seeds depend on seed and epoch alone.
 
-    Ranks take every ``world.size``-th sample of one common order, so that the union of what the
+    Shards take every ``world.shards``-th sample of one common order, so that the union of what the
     ranks see does not depend on their number. An epoch can begin in its middle without decoding
     what came before.
 
@@ -174,7 +174,7 @@ class EpochSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         for k, index in enumerate(self.order):
             if k >= self.start:
-                yield Draw(int(index), k * self.world.size + self.world.rank, self.epoch)
+                yield Draw(int(index), k * self.world.shards + self.world.shard, self.epoch)
 
     def __len__(self) -> int:
         return len(self.order) - self.start
@@ -299,13 +299,20 @@ class TrainLoader:
         self.options = options
         self.batch_size = options.batch_size
         self.streaming = isinstance(dataset, IterableDataset)
-        self.start = 0
+        self.world = world
+        self.epoch, self.start = 0, 0
         dataset.transform = _train_transform(view, options)
         self.dataset = dataset
         if self.streaming:
+            if world.seats > 1:
+                raise OptionError(
+                    f"--engine peer-parallel with --dataset {options.dataset}: a stream is split "
+                    "by process, and peers would see different samples; take --engine two-pass, "
+                    "or data that is read by index"
+                )
             dataset.set_loader_cfg(num_workers=options.workers)
             sampler, source = None, dataset
-            samples = len(dataset) // world.size
+            samples = len(dataset) // world.shards
         else:
             sampler = EpochSampler(_order(dataset, options, world), world)
             source, samples = SeededDataset(dataset, options.seed), len(sampler)
@@ -314,7 +321,7 @@ class TrainLoader:
             self.batches = min(self.batches, options.train_batches_per_epoch)
         if self.batches == 0:
             raise OptionError(
-                f"{samples} training samples for each of {world.size} processes do not fill one "
+                f"{samples} training samples for each of {world.shards} processes do not fill one "
                 f"batch of {self.batch_size}; lower --batch-size"
             )
         self.sampler = sampler
@@ -347,7 +354,7 @@ class TrainLoader:
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Prepare an epoch, without its first ``start`` batches."""
-        self.start = start
+        self.epoch, self.start = epoch, start
         self._generator.manual_seed(self.options.seed + epoch)
         if self.streaming:
             self.dataset.set_epoch(epoch)
@@ -364,22 +371,30 @@ class TrainLoader:
         for k, (images, target) in enumerate(self._prefetch):
             if k < skip:
                 continue
+            if self._erase is not None or self.mixup is not None:
+                images, target = self._mixed(images, target, self.start + k - skip)
+            yield images, target
+            if self.start + k - skip + 1 >= self.batches:
+                return
+
+    def _mixed(self, images: Tensor, target: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Erase and mix; what is drawn depends on the batch alone, not on what peers drew."""
+        seed = self.options.seed
+        with drawn_for(images.device, seed, self.epoch, batch, self.world.shard + 1):
             if self._erase is not None:
                 images = self._erase(images)
             if self.mixup is not None:
                 images, target = self.mixup(images, target)
-            yield images, target
-            if self.start + k - skip + 1 >= self.batches:
-                return
+        return images, target
 
 
 def _order(dataset: Dataset, options: argparse.Namespace, world: World) -> Any:
     if options.aug_repeats:
         return RepeatAugSampler(
-            dataset, num_replicas=world.size, rank=world.rank, num_repeats=options.aug_repeats
+            dataset, num_replicas=world.shards, rank=world.shard, num_repeats=options.aug_repeats
         )
     return DistributedSampler(
-        dataset, num_replicas=world.size, rank=world.rank, shuffle=True, seed=options.seed
+        dataset, num_replicas=world.shards, rank=world.shard, shuffle=True, seed=options.seed
     )
 
 
@@ -467,10 +482,10 @@ def eval_loader(
         dataset.set_loader_cfg(num_workers=options.workers)
         source = dataset
     else:
-        source = _Shard(dataset, world.rank, world.size)
+        source = _Shard(dataset, world.shard, world.shards)
         if len(source) == 0:
             raise OptionError(
-                f"{options.data}: {len(dataset)} validation images for {world.size} processes; "
+                f"{options.data}: {len(dataset)} validation images for {world.shards} processes; "
                 "every process needs one"
             )
     loader = DataLoader(

@@ -42,6 +42,25 @@ class Draws:
 
 
 @contextlib.contextmanager
+def drawn_for(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Draw, on the CPU and on a device, what depends on numbers alone; then go on as before.
+
+    Args:
+        device: Its generator is seeded too.
+        numbers: Such as the run's seed and a position, each >= 0.
+    """
+    before = Draws(device)
+    word = seed_generators(*numbers)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(word)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
     """Leave the CPU generators of Python, numpy and torch as they were before."""
     before = Draws(torch.device("cpu"))
@@ -51,9 +70,14 @@ def generators_kept() -> Iterator[None]:
         before.restore()
 
 
-def seed_generators(*numbers: int) -> None:
-    """Seed the CPU generators from several numbers, such as the run's seed and a position."""
+def seed_generators(*numbers: int) -> int:
+    """Seed the CPU generators from several numbers, such as the run's seed and a position.
+
+    Returns:
+        What torch's was seeded with.
+    """
     words = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.default_generator.manual_seed(int(words[2]))
+    return int(words[2])
