@@ -72,9 +72,11 @@ def brought_to(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 class PeerEvaluator:
     """Evaluates the group; peers with the same geometry share one decoding of the data.
 
+    Under the engine peer-parallel each process runs its own peer, and gets the results of all.
+
     Args:
         dataset: The validation data; each geometry gets a copy with its own transform.
-        views: Of the peers, in order.
+        views: Of the peers that are here, in order.
         options: The run's.
         world: Where this process stands.
         amp_dtype: Autocast the forwards to it.
@@ -115,7 +117,7 @@ class PeerEvaluator:
 
     def evaluate(self, peers: PeerGroup) -> dict[str, float]:
         """Measure every peer (its averaged weights, if any); the first call is the baseline."""
-        modules = [peer.best_module for peer in peers]
+        modules = [peer.best_module for peer in peers.here]
         with brought_to(self.world.device, *modules):
             scores = self.score(modules)
         metrics = scores.metrics(peers.names, self.baseline)
@@ -125,7 +127,7 @@ class PeerEvaluator:
 
     @torch.inference_mode()
     def score(self, modules: Sequence[nn.Module]) -> Scores:
-        """Run the models over the whole split; every rank gets the result of all."""
+        """Run the models that are here over the whole split; every rank gets the result of all."""
         modes = [module.training for module in modules]
         for module in modules:
             module.eval()
@@ -140,6 +142,7 @@ class PeerEvaluator:
                     parts[i].append(_judge(logits, target))
                     p = logits.softmax(dim=1)
                     together = p if together is None else together + p
+                together = distributed.sum_over_team(together, self.world)
                 together = together if len(self.loaders) == 1 else together.cpu()
                 if number == 0:
                     summed.append(together)
@@ -158,8 +161,10 @@ class PeerEvaluator:
             return module(images).float()
 
     def _gather(self, table: Tensor, ensemble: Tensor) -> Scores:
-        """Put the ranks' samples back in the data's order."""
-        parts = distributed.gather_objects((table, ensemble))
+        """Put the shards' samples back in the data's order, and the seats' peers in theirs."""
+        rows = distributed.gather_over_team(list(table), self.world)
+        parts = distributed.gather_objects((torch.stack(rows), ensemble), self.world.replicas)
+        table = parts[0][0]
         count = sum(part[1].shape[0] for part in parts)
         whole = table.new_empty(*table.shape[:2], count)
         together = ensemble.new_empty(count)

@@ -20,11 +20,13 @@ from torch import nn
 from classification.data import View
 from classification.models import create_classifier
 from classification.options import PeerSpec
-from classification.peer import ClassifierPeer, image_channels, image_size
-from common.distributed import World
+from classification.peer import image_channels, image_size
+from common import distributed
+from common.distributed import World, merge_over_seats
 from common.options import OptionError
 from common.outputs import log_table, plain
 from common.outputs import writers as open_writers
+from common.peers import Peer, PeerGroup
 from common.trainer import Trainer, Writer
 
 _logger = logging.getLogger("train")
@@ -101,19 +103,24 @@ def _gflops(module: nn.Module, view: View) -> str:
             return "?"
 
 
-def log_peers(rows: Sequence[dict[str, str]], peers: Sequence[ClassifierPeer]) -> None:
-    """Log the resolved peers."""
-    log_table(
-        [
-            {**row, "lr": "-" if peer.frozen else f"{_peak_lr(peer):g}"}
-            for row, peer in zip(rows, peers, strict=True)
-        ]
-    )
+def log_peers(rows: Sequence[dict[str, str]], peers: PeerGroup, world: World) -> None:
+    """Log the resolved peers on the main rank; all ranks must call it.
+
+    Args:
+        rows: From ``describe``, on the main rank.
+        peers: The group.
+        world: Where this process stands.
+    """
+    rates = merge_over_seats({peer.name: _peak_lr(peer) for peer in peers.here}, world)
+    if world.is_main:
+        log_table([{**row, "lr": rate} for row, rate in zip(rows, rates.values(), strict=True)])
 
 
-def _peak_lr(peer: ClassifierPeer) -> float:
-    assert peer.optimizer is not None
-    return max(group.get("initial_lr", group["lr"]) for group in peer.optimizer.param_groups)
+def _peak_lr(peer: Peer) -> str:
+    if peer.optimizer is None:
+        return "-"
+    rates = [group.get("initial_lr", group["lr"]) for group in peer.optimizer.param_groups]
+    return f"{max(rates):g}"
 
 
 def writers(options: argparse.Namespace, folder: Path, world: World, updates: int) -> list[Writer]:
@@ -138,19 +145,19 @@ def writers(options: argparse.Namespace, folder: Path, world: World, updates: in
     return found
 
 
-def check_exports(
-    trainer: Trainer, specs: Sequence[PeerSpec], modules: Sequence[nn.Module]
-) -> None:
+def check_exports(trainer: Trainer, specs: Sequence[PeerSpec]) -> None:
     """Load each peer's best file into a fresh plain model and measure it again.
 
     A timm model is rebuilt by ``timm.create_model(name, checkpoint_path=...)`` alone, as its user
     would. A difference to the accuracy that the run wrote is logged as an error.
     """
     fresh = []
-    for spec, module in zip(specs, modules, strict=True):
-        path = trainer.folder / spec.name / f"best{trainer.plan.export_suffix}"
-        plain_module = reload(spec.model, path, trainer.metadata[spec.name])
-        parameter = next(module.parameters())
+    distributed.barrier()  # other processes' files
+    architectures = {spec.name: spec.model for spec in specs}
+    for peer in trainer.peers.here:
+        path = trainer.folder / peer.name / f"best{trainer.plan.export_suffix}"
+        plain_module = reload(architectures[peer.name], path, trainer.metadata[peer.name])
+        parameter = next(peer.module.parameters())
         fresh.append(plain_module.to(parameter.device, parameter.dtype))
     scores = trainer.evaluator.score(fresh)
     metrics = scores.metrics([spec.name for spec in specs], None)

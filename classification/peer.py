@@ -27,7 +27,7 @@ from classification.models import ModelError, create_classifier, head_of
 from classification.options import PeerSpec
 from common.distributed import World
 from common.options import OptionError
-from common.peers import Peer
+from common.peers import Peer, RemotePeer
 from common.transfer import PeerOutput, confidence
 
 _logger = logging.getLogger(__name__)
@@ -177,23 +177,29 @@ def build_peers(
     run: argparse.Namespace,
     world: World,
     updates_per_epoch: int,
-) -> tuple[list[ClassifierPeer], int]:
+) -> tuple[list[Peer], int]:
     """Give every model its optimizer, schedule, average and view; move it to the device.
+
+    Of models that other processes hold, only the name is left.
 
     Returns:
         The peers, and the number of epochs their schedules ask for (warm-up and cool-down
         included).
     """
     common, loss = common_view(views), sample_loss(run)
-    peers, epochs = [], []
-    for spec, module, view in zip(specs, modules, views, strict=True):
+    peers: list[Peer] = []
+    epochs = []
+    for i, (spec, module, view) in enumerate(zip(specs, modules, views, strict=True)):
+        if not world.holds(i):
+            peers.append(RemotePeer(spec.name, spec.frozen))
+            continue
         options = spec.options
         dtype = getattr(torch, options.model_dtype or "float32")
         module.to(device=world.device, dtype=dtype)
         if options.channels_last:
             module.to(memory_format=torch.channels_last)
-        if options.sync_bn and world.size > 1:
-            module = convert_sync_batchnorm(module)
+        if options.sync_bn and world.shards > 1:
+            module = convert_sync_batchnorm(module, world.replicas)
         rest: dict[str, Any] = {"frozen": spec.frozen}
         if not spec.frozen:
             optimizer = _optimizer(spec, module, run, world)
@@ -231,7 +237,7 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     options = spec.options
     if options.lr is None:
-        options.lr = scaled_lr(options, run.batch_size * world.size * run.grad_accum_steps)
+        options.lr = scaled_lr(options, run.batch_size * world.shards * run.grad_accum_steps)
     kwargs = {**optimizer_kwargs(options), **options.opt_kwargs}
     try:
         optimizer = create_optimizer_v2(module, **kwargs)

@@ -10,19 +10,19 @@ from typing import Any
 
 import timm
 import torch
-from timm.utils import distribute_bn, random_seed
+from timm.utils import random_seed
 from torch.utils.data import Dataset
 
 from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
-from classification.evaluation import PeerEvaluator, brought_to
+from classification.evaluation import PeerEvaluator
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import PeerSpec, parse
-from classification.peer import ClassifierPeer, build_modules, build_peers
+from classification.peer import build_modules, build_peers
 from common import distributed
 from common.checkpoint import CheckpointError
 from common.distributed import World
-from common.engine import ENGINES
+from common.engine import build_engine
 from common.options import OptionError, transfer_of
 from common.outputs import (
     finish,
@@ -32,9 +32,10 @@ from common.outputs import (
     read_resumed,
     resumed_folder,
     run_command,
+    seat_world,
     start_world,
 )
-from common.peers import PeerGroup
+from common.peers import Peer, PeerGroup, share_statistics
 from common.roles import NonFiniteError
 from common.trainer import Plan, Progress, Trainer
 
@@ -67,22 +68,29 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     """
     options, specs = parse(arguments)
     state = _resumed_state(options, specs)
-    world = start(options)
+    world = seat_world(start(options), options, len(specs))
     random_seed(options.seed, 0)
     modules, views = build_modules(specs, options)
     train_set = open_dataset(options, True, views[0].size[0])
     check_classes(train_set, modules[0].num_classes)
     held_out = open_dataset(options, False, views[0].size[0])
     check_same_classes(train_set, held_out)
+    metadata = {
+        spec.name: outputs.metadata(spec, module, view)
+        for spec, module, view in zip(specs, modules, views, strict=True)
+    }
     loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
     shown = zip(specs, modules, views, strict=True) if world.is_main else ()
     rows = [outputs.describe(*peer) for peer in shown]
     updates = -(-len(loader) // options.grad_accum_steps)
     peers, epochs = build_peers(specs, modules, views, options, world, updates)
+    del modules  # those that other processes hold
     random_seed(options.seed, world.rank)
-    trainer = _trainer(options, specs, views, peers, loader, held_out, epochs, world, bars)
-    if world.is_main:
-        outputs.log_peers(rows, peers)
+    epochs = max(distributed.gather_objects(epochs))
+    trainer = _trainer(
+        options, specs, views, peers, loader, held_out, epochs, metadata, world, bars
+    )
+    outputs.log_peers(rows, trainer.peers, world)
     if state is not None:
         source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
@@ -93,7 +101,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         outputs.write_arguments(trainer.folder, options)
     trainer.writers = outputs.writers(options, trainer.folder, world, trainer.progress.updates)
     progress = trainer.fit()
-    outputs.check_exports(trainer, specs, modules)
+    outputs.check_exports(trainer, specs)
     if world.is_main:
         finish(trainer, outputs.settings(options))
     distributed.barrier()
@@ -158,10 +166,11 @@ def _trainer(
     options: argparse.Namespace,
     specs: Sequence[PeerSpec],
     views: Sequence[View],
-    peers: Sequence[ClassifierPeer],
+    peers: Sequence[Peer],
     loader: TrainLoader,
     held_out: Dataset,
     epochs: int,
+    metadata: Mapping[str, Mapping[str, str]],
     world: World,
     bars: bool,
 ) -> Trainer:
@@ -169,24 +178,24 @@ def _trainer(
         group = PeerGroup(peers)
     except ValueError as error:
         raise OptionError(str(error)) from error
-    modules = [peer.module for peer in peers]
+    here = [i for i in range(len(peers)) if world.holds(i)]
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
-    transfer = transfer_of(options, group.names, group.frozen, world.rank)
+    transfer = transfer_of(options, group.names, group.frozen, world.shard)
     watch = progress_bars(bars and world.is_main)
     evaluator = PeerEvaluator(
         held_out,
-        views,
+        [views[i] for i in here],
         options,
         world,
         amp_dtype,
-        channels_last=[spec.options.channels_last for spec in specs],
-        dtypes=[next(module.parameters()).dtype for module in modules],
+        channels_last=[specs[i].options.channels_last for i in here],
+        dtypes=[next(peer.module.parameters()).dtype for peer in group.here],
         watch=watch,
     )
     folder = folder_of(options, group.names, world)
     return Trainer(
         peers=group,
-        engine=ENGINES[options.engine](group, transfer, world.device, amp_dtype),
+        engine=build_engine(options.engine, group, transfer, world, amp_dtype),
         transfer=transfer,
         loader=loader,
         evaluator=evaluator,
@@ -202,31 +211,21 @@ def _trainer(
         ),
         folder=folder,
         world=world,
-        config={**plain(options), "resolved_num_classes": modules[0].num_classes},
-        metadata={
-            spec.name: outputs.metadata(spec, module, view)
-            for spec, module, view in zip(specs, modules, views, strict=True)
+        config={
+            **plain(options),
+            "resolved_num_classes": int(metadata[group.names[0]]["num_classes"]),
         },
-        after_epoch=lambda: average_buffers(group, options.dist_bn, world),
+        metadata=metadata,
+        after_epoch=lambda: _share_statistics(group, options.dist_bn, world),
         on_baseline=lambda metrics: _compare_with_published(specs, metrics),
         watch=lambda batches: watch(batches, "training"),
     )
 
 
-def average_buffers(peers: PeerGroup, how: str, world: World) -> None:
-    """Give all ranks the same BatchNorm statistics, those of averaged weights too.
-
-    Args:
-        how: ``reduce`` (the mean over ranks), ``broadcast`` (the first rank's) or nothing.
-    """
-    if world.size == 1 or not how:
-        return
-    for peer in peers:
-        learning = [] if peer.frozen else [peer.module]
-        averaged = [] if peer.average is None else [peer.average.module]
-        for module in learning + averaged:
-            with brought_to(world.device, module):
-                distribute_bn(module, world.size, how == "reduce")
+def _share_statistics(peers: PeerGroup, how: str, world: World) -> None:
+    """Share BatchNorm statistics as timm's ``--dist-bn`` asks: reduce, broadcast or nothing."""
+    if how:
+        share_statistics(peers, world, average=how == "reduce")
 
 
 def _compare_with_published(specs: Sequence[PeerSpec], metrics: Mapping[str, float]) -> None:

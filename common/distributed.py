@@ -3,35 +3,74 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands.
+    """Where this process stands: which share of the data it reads, and which peers it holds.
+
+    Data parallelism alone: every process holds all peers, and reads a share of its own. With
+    ``seats``, each holds one peer: processes of one seat are replicas, which read different shares
+    and average their gradients; those of one shard are a team, which reads the same samples.
 
     Attributes:
         rank: Among all processes.
         size: How many processes there are.
         local_rank: Among the processes of this machine.
         device: Where this process computes.
+        seats: Over how many processes the peers are laid out; 1: each process holds all.
+        team: Group of the processes of this one's shard, in the order of seats; None: it is alone.
+        replicas: Group of the processes of this one's seat; None: all processes.
+        letters: Group over which states travel by way of the CPU, where there are seats.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    seats: int = 1
+    team: dist.ProcessGroup | None = field(default=None, repr=False)
+    replicas: dist.ProcessGroup | None = field(default=None, repr=False)
+    letters: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and logs."""
+        """Whether this process logs, and writes what belongs to the whole run."""
         return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Into how many shares the data is split."""
+        return self.size // self.seats
+
+    @property
+    def shard(self) -> int:
+        """Which share of the data this process reads."""
+        return self.rank % self.shards
+
+    @property
+    def seat(self) -> int:
+        """Which peer this process holds, where there are seats."""
+        return self.rank // self.shards
+
+    def holds(self, peer: int) -> bool:
+        """Whether this process holds the peer of that number."""
+        return self.seats == 1 or self.seat == peer
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files of the peers that it holds."""
+        return self.shard == 0
 
 
 PATIENCE = timedelta(hours=12)
@@ -80,6 +119,42 @@ def _device(device: str, local_rank: int) -> torch.device:
     return chosen
 
 
+def seat_peers(world: World, peers: int) -> World:
+    """Give every process one peer. All processes must call it.
+
+    Replicas of a peer have neighbouring ranks, which mostly share a machine: their gradients are
+    far larger than the scores and logits that teams exchange.
+
+    Args:
+        world: Of all processes.
+        peers: How many peers there are.
+
+    Raises:
+        ValueError: The processes are no multiple of the peers.
+    """
+    if world.size < peers or world.size % peers:
+        raise ValueError(
+            f"{peers} peers in {world.size} processes; expected a multiple of {peers}: each holds "
+            "one peer"
+        )
+    if world.size == 1:
+        return world
+    seated = replace(world, seats=peers)
+    ranks = torch.arange(world.size).view(seated.seats, seated.shards)
+    replicas = [_group(row.tolist()) for row in ranks]
+    teams = [_group(column.tolist()) for column in ranks.T]
+    return replace(
+        seated,
+        replicas=replicas[seated.seat],
+        team=teams[seated.shard],
+        letters=_group(list(range(world.size)), backend="gloo"),
+    )
+
+
+def _group(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=PATIENCE, backend=backend))
+
+
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
@@ -91,23 +166,87 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place."""
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum a tensor over the ranks of a group, in place.
+
+    Args:
+        x: On the device of the group's backend.
+        group: None: all ranks.
+    """
     if active():
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=group)
     return x
 
 
-def gather_objects(value: Any) -> list[Any]:
+def sum_over_team(x: Tensor, world: World) -> Tensor:
+    """Sum a tensor over the processes that hold the other peers, in place."""
+    return x if world.seats == 1 else sum_over_ranks(x, world.team)
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Collect one small object from every rank, in rank order, on every rank.
 
     The ranks are this run's own processes; nothing from outside is unpickled.
+
+    Args:
+        value: Of this rank.
+        group: None: all ranks.
     """
     if not active():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_over_team(values: list[Any], world: World) -> list[Any]:
+    """Join the lists of all processes of a team, in the order of seats."""
+    if world.seats == 1:
+        return values
+    return [value for part in gather_objects(values, world.team) for value in part]
+
+
+def merge_over_seats(values: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """Join what each seat knows of its own peers, by name. All ranks must call it."""
+    if world.seats == 1:
+        return dict(values)
+    parts = gather_objects(dict(values), world.team)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def send_to_main(value: Any, world: World) -> list[Any]:
+    """Bring one large object of every seat to the main rank, by way of the CPU.
+
+    Args:
+        value: Plain containers and tensors, of the process that leads its seat.
+        world: Where this process stands; all must call it.
+
+    Returns:
+        On the main rank the objects of all seats, in their order, with tensors on the CPU;
+        elsewhere nothing.
+    """
+    if world.seats == 1:
+        return [value] if world.is_main else []
+    if world.is_main:
+        values = [value]
+        for seat in range(1, world.seats):
+            received = [None]
+            dist.recv_object_list(received, seat * world.shards, world.letters, device=_CPU)
+            values += received
+        return values
+    if world.leads:
+        dist.send_object_list([_on_cpu(value)], 0, world.letters, device=_CPU)
+    return []
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
 
 
 def barrier() -> None:

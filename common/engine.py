@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from common import distributed
+from common.distributed import World
 from common.peers import Peer, PeerGroup
 from common.seeding import Draws
 from common.transfer import KnowledgeTransfer, PeerOutput, TransferResult
@@ -200,4 +204,121 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(old)
 
 
-ENGINES: dict[str, type[JointEngine]] = {"joint": JointEngine, "two-pass": TwoPassEngine}
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of an output as it travels."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+_Parts = dict[str, _Part]
+
+
+class PeerParallelEngine(JointEngine):
+    """Each process holds one peer; the processes of a team exchange scores and logits.
+
+    A team reads the same samples. After the forwards, one collective brings every peer's task
+    loss, score, logits, mask and correctness to all of the team, which then make the same roles
+    and the same total; each takes the gradient at its own logits back into its own peer. Images,
+    weights and gradients stay where they are. The gradients are those of the joint engine. The
+    roles need every peer's forward and the backward needs the roles, so between them nothing is
+    left that the exchange could overlap with.
+
+    With more processes than peers, those of one peer are data parallel; see
+    ``common.distributed.seat_peers``.
+
+    Args:
+        peers: The group; the peers of other processes are ``RemotePeer``.
+        transfer, device, amp_dtype: See ``JointEngine``. float16 has a GradScaler for each peer.
+        team: Processes that hold the group's peers, in their order.
+
+    Raises:
+        ValueError: Not one peer here.
+    """
+
+    def __init__(
+        self,
+        peers: PeerGroup,
+        transfer: KnowledgeTransfer,
+        device: torch.device,
+        amp_dtype: torch.dtype | None = None,
+        team: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(peers, transfer, device, amp_dtype)
+        if len(peers.here) != 1:
+            raise ValueError(f"{len(peers.here)} peers in this process; expected one")
+        self.own: Peer = peers.here[0]
+        self.seat = peers.names.index(self.own.name)
+        self.team = team
+        self._layouts: dict[tuple[tuple[str, _Part], ...], list[_Parts]] = {}
+
+    def step(
+        self, batch: Any, *, step: int, share: float = 1.0, update: bool = True
+    ) -> TransferResult:
+        """Learn from one batch, which is the same in all of the team; see ``JointEngine.step``."""
+        with nullcontext() if update else self.own.no_sync():
+            result = self.transfer(self._exchange(self._forward(self.own, batch)), step)
+            if not self.own.frozen:
+                total = result.total * share if share != 1.0 else result.total
+                self.scaler.scale(total).backward()
+        if update and not self.own.frozen:
+            self.own.update(self.scaler, step)
+            self.scaler.update()
+        return replace(result, total=result.total.detach())
+
+    def _exchange(self, own: PeerOutput) -> list[PeerOutput]:
+        """Return the outputs of all peers; the own one keeps its graph."""
+        if len(self.peers) == 1:
+            return [own]
+        tensors = {name: x for name, x in vars(own).items() if x is not None}
+        layouts = self._layouts_of({name: _Part(x.shape, x.dtype) for name, x in tensors.items()})
+        dtype = functools.reduce(
+            torch.promote_types, (part.dtype for parts in layouts for part in parts.values())
+        )
+        sizes = [sum(part.shape.numel() for part in parts.values()) for parts in layouts]
+        flat = own.logits.new_zeros(max(sizes), dtype=dtype)
+        torch.cat(
+            [x.detach().reshape(-1).to(dtype) for x in tensors.values()],
+            out=flat[: sizes[self.seat]],
+        )
+        rows = flat.new_empty(len(layouts), len(flat))
+        dist.all_gather_into_tensor(rows.view(-1), flat, group=self.team)
+        outputs = [_unpacked(row, parts) for row, parts in zip(rows, layouts, strict=True)]
+        outputs[self.seat] = own
+        return outputs
+
+    def _layouts_of(self, parts: _Parts) -> list[_Parts]:
+        """Return what each peer sends; asked once for every shape that the own parts take."""
+        key = tuple(parts.items())
+        if key not in self._layouts:
+            self._layouts[key] = distributed.gather_objects(parts, self.team)
+        return self._layouts[key]
+
+
+def _unpacked(row: Tensor, parts: _Parts) -> PeerOutput:
+    found, start = {}, 0
+    for name, part in parts.items():
+        end = start + part.shape.numel()
+        found[name] = row[start:end].view(part.shape).to(part.dtype)
+        start = end
+    return PeerOutput(**found)
+
+
+ENGINES: dict[str, type[JointEngine]] = {
+    "joint": JointEngine,
+    "two-pass": TwoPassEngine,
+    "peer-parallel": PeerParallelEngine,
+}
+
+
+def build_engine(
+    name: str,
+    peers: PeerGroup,
+    transfer: KnowledgeTransfer,
+    world: World,
+    amp_dtype: torch.dtype | None = None,
+) -> JointEngine:
+    """Build an engine of ``ENGINES`` where this process stands; see ``JointEngine``."""
+    rest = {"team": world.team} if name == "peer-parallel" else {}
+    return ENGINES[name](peers, transfer, world.device, amp_dtype, **rest)

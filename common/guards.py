@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch.amp import GradScaler
 
+from common.distributed import gather_objects
 from common.ledger import Lessons
 from common.peers import Peer
 from common.roles import NonFiniteError
@@ -43,14 +44,19 @@ def refuse_broken_weights(peers: Iterable[Peer], step: int) -> None:
     """Keep the last sound checkpoint: one of NaNs could only be thrown away.
 
     Args:
-        peers: To look at; waits for the device.
+        peers: To look at; waits for the device. All ranks must call it.
         step: Optimizer steps made so far.
 
     Raises:
-        NonFiniteError: Names the peer.
+        NonFiniteError: Names the peers; on all ranks, whichever holds them.
     """
-    for peer in peers:
-        if not all(bool(p.isfinite().all()) for p in peer.module.parameters()):
-            raise NonFiniteError(
-                f"weights of {peer.name} are not finite at step {step}; {DIVERGED}"
-            )
+    broken = [
+        peer.name
+        for peer in peers
+        if not all(bool(p.isfinite().all()) for p in peer.module.parameters())
+    ]
+    names = dict.fromkeys(name for part in gather_objects(broken) for name in part)
+    if names:
+        raise NonFiniteError(
+            f"weights of {', '.join(names)} are not finite at step {step}; {DIVERGED}"
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from common.distributed import sum_over_ranks
@@ -97,9 +98,17 @@ class Ledger:
     Args:
         names: The peers' names, in order.
         device: Where results come from.
+        ranks: Whose counts are summed; None: all ranks'. Ranks that see the same samples must not
+            count them twice.
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: torch.device | str = "cpu",
+        ranks: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.ranks = ranks
         self.names = list(names)
         size = len(self.names)
         self._size = len(_PAIR) * size * size + len(_PEER) * size + len(_ALL)
@@ -148,7 +157,7 @@ class Ledger:
     def read(self) -> Lessons:
         """Sum the interval over all ranks, fold it into the epoch, start a new interval."""
         self._epoch += self._interval
-        total = sum_over_ranks(self._interval.clone())
+        total = sum_over_ranks(self._interval.clone(), self.ranks)
         self._interval.zero_()
         return self._lessons(total)
 
@@ -156,7 +165,7 @@ class Ledger:
         """Sum the epoch over all ranks, including the running interval; start a new epoch."""
         self._epoch += self._interval
         self._interval.zero_()
-        total = sum_over_ranks(self._epoch.clone())
+        total = sum_over_ranks(self._epoch.clone(), self.ranks)
         self._epoch.zero_()
         return self._lessons(total)
 

@@ -39,7 +39,7 @@ def add_transfer_options(group: Any) -> None:
         default="joint",
         choices=tuple(ENGINES),
         help="joint: all peers' activations at once; two-pass: one peer's at a time, with N - 1 "
-        "more forwards a step",
+        "more forwards a step; peer-parallel: each process of torchrun holds one peer",
     )
 
 

@@ -104,6 +104,22 @@ def start_world(device: str) -> World:
     return world
 
 
+def seat_world(world: World, options: argparse.Namespace, peers: int) -> World:
+    """Lay the peers out over the processes where ``--engine peer-parallel`` asks for it.
+
+    Raises:
+        OptionError: The processes are no multiple of the peers.
+    """
+    if options.engine != "peer-parallel":
+        return world
+    try:
+        return distributed.seat_peers(world, peers)
+    except ValueError as error:
+        raise OptionError(
+            f"--engine peer-parallel: {error}; start it by torchrun --nproc-per-node={peers}"
+        ) from error
+
+
 def plain(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options as plain containers, as they go into a run file."""
     return json.loads(json.dumps(vars(options), default=str))

@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from common.checkpoint import CheckpointError, load_weights
-from common.distributed import World
+from common.distributed import World, sum_over_ranks
 from common.transfer import PeerOutput
 
 
@@ -102,13 +102,18 @@ class Peer(ABC):
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def distribute(self, world: World, broadcast_buffers: bool = True) -> None:
-        """Wrap the model for data parallelism."""
-        if world.size == 1 or self.frozen:
+        """Wrap the model for data parallelism among the processes that hold it."""
+        for part in self.module.modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                part.process_group = world.replicas
+        if world.shards == 1 or self.frozen:
             return
         ids = [world.device.index] if world.device.type == "cuda" else None
         # torch's default is to broadcast, and it deprecates the argument that says so
         rest: dict[str, Any] = {} if broadcast_buffers else {"broadcast_buffers": False}
-        self.model = DistributedDataParallel(self.model, device_ids=ids, **rest)
+        self.model = DistributedDataParallel(
+            self.model, device_ids=ids, process_group=world.replicas, **rest
+        )
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Return a context in which gradients stay on this rank."""
@@ -218,6 +223,18 @@ class Peer(ABC):
             raise CheckpointError(f"{source}: {error}; {advice}") from error
 
 
+class RemotePeer(Peer):
+    """Stands in the group for a peer that another process holds; it has no weights here."""
+
+    def __init__(self, name: str, frozen: bool = False) -> None:
+        super().__init__(name, nn.Module(), frozen=True)
+        self.frozen = frozen
+
+    def forward(self, batch: Any) -> PeerOutput:
+        """Refuse: its process does that."""
+        raise RuntimeError(f"peer {self.name!r} is held by another process")
+
+
 class PeerGroup(Sequence[Peer]):
     """The peers of one run, in order.
 
@@ -246,9 +263,36 @@ class PeerGroup(Sequence[Peer]):
         return [peer.name for peer in self._peers]
 
     @property
+    def here(self) -> list[Any]:
+        """The peers that this process holds: all of them, but for the engine peer-parallel."""
+        return [peer for peer in self._peers if not isinstance(peer, RemotePeer)]
+
+    @property
     def frozen(self) -> list[str]:
         """Names of the peers that learn nothing."""
         return [peer.name for peer in self._peers if peer.frozen]
+
+
+@torch.no_grad()
+def share_statistics(peers: PeerGroup, world: World, average: bool = True) -> None:
+    """Give all processes that hold a peer the same statistics of batch norm, its average's too.
+
+    Args:
+        peers: The group.
+        world: Where this process stands.
+        average: Take the mean over the processes; False: the first one's.
+    """
+    if world.shards == 1:
+        return
+    share = 1 / world.shards if average else float(world.leads)
+    for peer in peers.here:
+        learning = [] if peer.frozen else [peer.module]
+        averaged = [] if peer.average is None else [peer.average.module]
+        for module in learning + averaged:
+            for name, buffer in module.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    mine = buffer.to(world.device) * share  # an average may be kept on the CPU
+                    buffer.copy_(sum_over_ranks(mine, world.replicas))
 
 
 RESERVED_NAMES = ("ensemble", "oracle", "mean", "transfer")

@@ -9,7 +9,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,7 +166,7 @@ class Trainer:
         self.after_epoch = after_epoch
         self.on_baseline = on_baseline
         self.watch = watch
-        self.ledger = Ledger(peers.names, world.device)
+        self.ledger = Ledger(peers.names, world.device, world.replicas)
         self.progress = Progress()
         self.termination = Termination()
 
@@ -236,12 +236,12 @@ class Trainer:
 
     def _log(self, lessons: Lessons, rate: float) -> None:
         refuse_non_finite(lessons, self.engine.scaler, self.progress.updates)
+        rates = {f"{peer.name}/lr": peer.lr for peer in self.peers.here}
+        rates = distributed.merge_over_seats(rates, self.world)
         if not self.world.is_main:
             return
-        scalars = lessons.scalars()
-        for peer in self.peers:
-            scalars[f"{peer.name}/lr"] = peer.lr
-        rate *= self.world.size
+        scalars = lessons.scalars() | rates
+        rate *= self.world.shards
         scalars["transfer/weight"] = self.transfer.weight_at(self.progress.updates)
         scalars["samples_per_second"] = rate
         told = "  ".join(
@@ -320,9 +320,9 @@ class Trainer:
         return value < best if self.plan.lower_is_better else value > best
 
     def _export(self, which: str, names: Iterable[str]) -> None:
-        if not self.world.is_main:
+        if not self.world.leads:
             return
-        for peer in self.peers:
+        for peer in self.peers.here:
             if peer.name in names:
                 save_weights(
                     self.folder / peer.name / f"{which}{self.plan.export_suffix}",
@@ -346,16 +346,20 @@ class Trainer:
                 "rng": rng_state(self.world.device),
                 "ledger": self.ledger.state_dict(),
                 "transfer": self.transfer.state_dict(),
-                "buffers": {peer.name: peer.own_buffers() for peer in self.peers},
+                "buffers": {peer.name: peer.own_buffers() for peer in self.peers.here},
+                "scaler": self.engine.scaler.state_dict(),
             }
         )
+        mine = {peer.name: peer.state_dict() for peer in self.peers.here if self.world.leads}
+        parts = distributed.send_to_main(mine, self.world)
         if self.world.is_main:
             progress = self.progress
             state = {
-                "peers": {peer.name: peer.state_dict() for peer in self.peers},
+                "peers": {name: own for part in parts for name, own in part.items()},
                 "scaler": self.engine.scaler.state_dict(),
                 "evaluator": self.evaluator.state_dict(),
                 "ranks": ranks,
+                "seats": self.world.seats,
                 "progress": {
                     "epoch": progress.epoch,
                     "batch": progress.batch,
@@ -388,7 +392,7 @@ class Trainer:
                 f"the run file holds the peers {', '.join(state['peers'])}; this run has "
                 f"{', '.join(self.peers.names)}; give the same --peer options in the same order"
             )
-        for peer in self.peers:
+        for peer in self.peers.here:
             peer.load_state_dict(state["peers"][peer.name], optimizer)
         saved = state["progress"]
         self.progress = Progress(
@@ -401,26 +405,42 @@ class Trainer:
         )
         self._take_over_best(source or self.folder)
         self.evaluator.load_state_dict(state["evaluator"])
+        self._position_schedules()
         if optimizer:
             self.engine.scaler.load_state_dict(state["scaler"])
-        self._position_schedules()
-        ranks = state["ranks"]
-        if len(ranks) != self.world.size:
+        ranks, shards = state["ranks"], len(state["ranks"]) // state.get("seats", 1)
+        if shards != self.world.shards:
             _logger.warning(
-                "the run had %d processes, this one has %d: it goes on, but not bit for bit%s",
-                len(ranks),
-                self.world.size,
+                "the run split its data over %d processes, this one over %d: it goes on, but not "
+                "bit for bit%s",
+                shards,
+                self.world.shards,
                 "; the interrupted epoch starts anew" if self.progress.batch else "",
             )
             if self.progress.batch:
                 self.begin_at(self.progress.epoch)
             return
+        self._take_over_share(ranks[self.world.shard :: shards])
+        if state.get("seats", 1) != self.world.seats:
+            _logger.warning(
+                "the run had its peers in %d processes, this one in %d: what they draw (dropout) "
+                "differs from here on",
+                state.get("seats", 1),
+                self.world.seats,
+            )
+            return
         mine = ranks[self.world.rank]
-        self.ledger.load_state_dict(mine["ledger"])
-        self.transfer.load_state_dict(mine["transfer"], self.world.device)
-        for peer in self.peers:
-            peer.load_own_buffers(mine["buffers"].get(peer.name, {}))
         load_rng_state(mine["rng"], self.world.device)
+        if optimizer:
+            self.engine.scaler.load_state_dict(mine.get("scaler", state["scaler"]))
+
+    def _take_over_share(self, seats: Sequence[Mapping[str, Any]]) -> None:
+        """Take up what the run's processes that read this one's share of the data knew."""
+        self.ledger.load_state_dict(seats[0]["ledger"])
+        self.transfer.load_state_dict(seats[0]["transfer"], self.world.device)
+        buffers = {name: own for seat in seats for name, own in seat["buffers"].items()}
+        for peer in self.peers.here:
+            peer.load_own_buffers(buffers.get(peer.name, {}))
 
     def begin_at(self, epoch: int) -> None:
         """Go on as if that many epochs were finished: schedules, order of the data, steps made."""
@@ -446,7 +466,7 @@ class Trainer:
             if not found.is_file():
                 _logger.warning("%s is gone; the best of %s is measured anew", found, name)
                 del self.progress.best[name]
-            elif self.world.is_main and found != mine:
+            elif self.world.is_main and found != mine:  # all of a run's files in one file system
                 atomic_write(mine, functools.partial(shutil.copyfile, found))
         distributed.barrier()
 

@@ -24,10 +24,9 @@ from classification.peer import (
     classify,
     scaled_lr,
 )
-from classification.train import average_buffers
 from common.distributed import World
 from common.options import OptionError
-from common.peers import PeerGroup
+from common.peers import PeerGroup, share_statistics
 from common.transfer import confidence
 from tests.launch import launch
 
@@ -242,7 +241,7 @@ def averaged_buffers(world, folder):
     average.module.running_mean.fill_(2 + world.rank)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     peer = ClassifierPeer("a", module, None, None, optimizer=optimizer, average=average)
-    average_buffers(PeerGroup([peer]), "reduce", world)
+    share_statistics(PeerGroup([peer]), world)
     found = [module.running_mean[0].item(), average.module.running_mean[0].item()]
     (folder / str(world.rank)).write_text(str(found))
 

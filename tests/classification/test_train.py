@@ -1,6 +1,7 @@
 """train.py from the command line: real images, every N, resume, exports, wrong input."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -32,9 +33,9 @@ def vit(name, **more):
     return f"vit_tiny_patch16_224,name={name},{sizes}{extra}"
 
 
-def arguments_of(data, output, *more, peers=2, epochs=2):
+def arguments_of(data, output, *more, peers=2, epochs=2, drop_path=0.2):
     shapes = [vit("a"), vit("b", img_size=24, mean="0.4+0.4+0.4", lr="2e-3")]
-    shapes += [vit(f"c{i}", drop_path=0.2) for i in range(peers - 2)]
+    shapes += [vit(f"c{i}", drop_path=drop_path) for i in range(peers - 2)]
     asked = [item for shape in shapes[:peers] for item in ("--peer", shape)]
     fixed = (
         "--no-pretrained --num-classes 10 --opt adamw --lr 1e-3 --warmup-epochs 0 -b 40 -j 0 "
@@ -153,6 +154,52 @@ def test_two_processes_equal_one(digits, tmp_path):
         )  # fmt: skip
     history = [load_run(tmp_path / w / "run")["progress"]["history"] for w in ("one", "two")]
     assert history[0][0] == pytest.approx(history[1][0])
+
+
+def assert_close_runs(one, two):
+    assert list(two["peers"]) == list(one["peers"])
+    for name, peer in one["peers"].items():
+        for part in ("module", "average"):
+            torch.testing.assert_close(two["peers"][name][part], peer[part], rtol=1e-3, atol=1e-5)
+    for before, after in zip(one["progress"]["history"], two["progress"]["history"], strict=True):
+        assert after == pytest.approx(before, abs=1.0)  # an image of a hundred, at most
+    for before, after in zip(one["progress"]["lessons"], two["progress"]["lessons"], strict=True):
+        assert after == pytest.approx(before, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [3, 6])
+def test_peers_in_processes_of_their_own_equal_the_joint_run(digits, tmp_path, size, monkeypatch):
+    """Mixup and erasing too: what is drawn for a batch does not depend on who drew before."""
+    more = "--mixup 0.2 --cutmix 0.5 --reprob 0.3 --remode pixel --model-ema".split()
+    batch = ["-b", str(120 // size)]
+    three = functools.partial(arguments_of, digits, peers=3, drop_path=0)  # drawn by process
+    if size == 3:  # one share of the data: the joint run is one process
+        run(three(tmp_path / "joint", *more, *batch), bars=False)
+    else:
+        launch(ranked, 2, three(tmp_path / "joint", *more, *batch))
+    seated = ["--engine", "peer-parallel", "--recovery-interval", "3", "--checkpoint-hist", "9"]
+    launch(ranked, size, three(tmp_path / "seated", *more, *batch, *seated))
+    one, two = (load_run(tmp_path / name / "run") for name in ("joint", "seated"))
+    assert_close_runs(one, two)
+    rows = (tmp_path / "seated" / "run" / "scalars.csv").read_text()
+    assert all(f"{name}/lr" in rows for name in ("a", "b", "c0"))
+    for name in ("a", "b", "c0"):
+        best = read_weights(tmp_path / "seated" / "run" / name / "best.safetensors")
+        assert best.keys() == two["peers"][name]["module"].keys()
+    assert (tmp_path / "seated" / "run" / "report.html").exists()
+    if size == 3:  # and goes on in a single process, from the middle of the second epoch
+        middle = tmp_path / "seated" / "run" / "run-00001-00000002.pt"
+        again = ["--resume", str(middle), "--engine", "two-pass"]
+        run(three(tmp_path / "again", *more, *batch, *again), bars=False)
+        assert_close_runs(one, load_run(tmp_path / "again" / "run"))
+
+
+@pytest.mark.parametrize("peers", [2, 3])
+def test_peer_parallel_in_one_process_says_how_to_start_it(digits, tmp_path, caplog, peers):
+    assert main(arguments_of(digits, tmp_path, "--engine", "peer-parallel", peers=peers)) == 1
+    assert f"{peers} peers in 1 processes" in caplog.text
+    assert f"torchrun --nproc-per-node={peers}" in caplog.text
+    assert not tmp_path.joinpath("run").exists()
 
 
 def test_exports_start_a_new_run_with_a_frozen_copy(digits, tmp_path):

@@ -22,7 +22,7 @@ class ShardedLoader(ToyLoader):
 
     def __iter__(self):
         for x, y in super().__iter__():
-            part = slice(self.world.rank, None, self.world.size)
+            part = slice(self.world.shard, None, self.world.shards)
             yield x[part], y[part]
 
 
