@@ -8,7 +8,6 @@ import logging
 import math
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from common import distributed
 from common.checkpoint import CheckpointError, atomic_write, save_run, save_weights
+from common.clock import LoopClock, Pace
 from common.distributed import World
 from common.engine import Engine
 from common.guards import refuse_broken_weights, refuse_non_finite
@@ -196,8 +196,8 @@ class Trainer:
             peer.train()
         accumulate = min(self.plan.accumulate, batches)
         last_whole = batches - batches % accumulate
-        clock, seen = time.perf_counter(), 0
-        for data in self.watch(self.loader):
+        clock = LoopClock()
+        for data in clock.around(self.watch(self.loader)):
             done = self.progress.batch + 1
             in_group = accumulate if done <= last_whole else batches - last_whole
             update = done % accumulate == 0 or done == batches
@@ -205,7 +205,7 @@ class Trainer:
                 data, step=self.progress.updates, share=1 / in_group, update=update
             )
             self.ledger.add(result)
-            seen += result.score.shape[1]
+            clock.saw(result.score.shape[1])
             self.progress.batch = done
             if not update:
                 continue
@@ -214,8 +214,7 @@ class Trainer:
                 if peer.schedule is not None:
                     peer.schedule.step_update(num_updates=self.progress.updates)
             if self.progress.updates % self.plan.log_every == 0:
-                self._log(self.ledger.read(), seen / (time.perf_counter() - clock))
-                clock, seen = time.perf_counter(), 0
+                self._log(self.ledger.read(), clock.read())
                 self._end_if_asked()
             elif self.world.size == 1:
                 self._end_if_asked()
@@ -234,16 +233,16 @@ class Trainer:
                 f"--resume {self.folder}"
             )
 
-    def _log(self, lessons: Lessons, rate: float) -> None:
+    def _log(self, lessons: Lessons, pace: Pace) -> None:
         refuse_non_finite(lessons, self.engine.scaler, self.progress.updates)
         rates = {f"{peer.name}/lr": peer.lr for peer in self.peers.here}
         rates = distributed.merge_over_seats(rates, self.world)
         if not self.world.is_main:
             return
         scalars = lessons.scalars() | rates
-        rate *= self.world.shards
+        rate = pace.samples_per_second * self.world.shards
         scalars["transfer/weight"] = self.transfer.weight_at(self.progress.updates)
-        scalars["samples_per_second"] = rate
+        scalars |= {"samples_per_second": rate, "data_share": pace.data_share}
         told = "  ".join(
             f"{peer.name} loss {lessons.task_loss[peer.name]:.4f}"
             f" kl {lessons.transfer_loss[peer.name]:.4f}"
@@ -251,12 +250,13 @@ class Trainer:
             for peer in self.peers
         )
         _logger.info(
-            "epoch %d [%d/%d]  %s  %.0f samples/s",
+            "epoch %d [%d/%d]  %s  %.0f samples/s  waited for data %.1f%%",
             self.progress.epoch,
             self.progress.batch,
             len(self.loader),
             told,
             rate,
+            100 * pace.data_share,
         )
         self._write(scalars)
 

@@ -1,0 +1,71 @@
+"""How fast a loop runs, and how much of its time it waits for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+_Batch = TypeVar("_Batch")
+_END = object()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of a stretch of a loop.
+
+    Attributes:
+        seconds: How long it took.
+        waited: How much of that the loop waited for its batches, in seconds.
+        samples: How many it saw.
+    """
+
+    seconds: float
+    waited: float
+    samples: int
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples of this process a second."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def data_share(self) -> float:
+        """Share of the time that went into waiting for batches, in [0, 1]."""
+        return self.waited / self.seconds if self.seconds else 0.0
+
+
+class LoopClock:
+    """Measures a loop by the host's clock; never waits for the device.
+
+    Where steps run on an accelerator, the host is ahead of it, and what it waits for data meanwhile
+    costs nothing as long as the device has work: the share is then an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._begun, self._waited, self._samples = time.perf_counter(), 0.0, 0
+
+    def around(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
+        """Yield the batches, and count how long each is waited for, start-up included."""
+        iterator = iter(batches)
+        while True:
+            begun = time.perf_counter()
+            batch = next(iterator, _END)
+            self._waited += time.perf_counter() - begun
+            if batch is _END:
+                return
+            yield batch  # type: ignore[misc]
+
+    def saw(self, samples: int) -> None:
+        """Count what a step learned from."""
+        self._samples += samples
+
+    def read(self) -> Pace:
+        """Return the stretch since the last call, or since the start."""
+        pace = Pace(time.perf_counter() - self._begun, self._waited, self._samples)
+        self._begin()
+        return pace
