@@ -1,0 +1,368 @@
+"""Which models should teach which, before any training: teams, ranked by what they may gain."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.roles import ONE_WAY, assign_roles, check_rule
+from common.survey import Survey
+
+
+@dataclass(frozen=True)
+class TeamView:
+    """What predictors see of one team of k models.
+
+    Attributes:
+        roles: Weight with which t would teach s [k(t), k(s), n], by the rule, at the start.
+        kl: KL(p_t || p_s) [k, k, n].
+        prediction: [k, n].
+        correct: [k, n], 0 or 1; None without labels.
+        log_true: [k, n]; None without labels.
+        calibrated: [k, n]; None where not known.
+    """
+
+    roles: Tensor
+    kl: Tensor
+    prediction: Tensor
+    correct: Tensor | None
+    log_true: Tensor | None
+    calibrated: Tensor | None
+
+
+def _taught(view: TeamView, worth: Tensor) -> Tensor:
+    """Average over samples what every student is taught [k(s)]: sum_t roles * worth."""
+    return (view.roles * worth).sum(dim=0).double().mean(dim=1)
+
+
+def _gap(values: Tensor) -> Tensor:
+    """Return the teacher's value minus the student's [k(t), k(s), n]."""
+    return values.unsqueeze(1) - values.unsqueeze(0)
+
+
+def _flips(view: TeamView) -> Tensor:
+    assert view.correct is not None
+    return _taught(view, _gap(view.correct))
+
+
+def _right_kl(view: TeamView) -> Tensor:
+    assert view.correct is not None
+    return _taught(view, view.kl * view.correct.unsqueeze(1))
+
+
+def _loss_gap(view: TeamView) -> Tensor:
+    assert view.log_true is not None
+    return _taught(view, _gap(view.log_true))
+
+
+def _complementarity(view: TeamView) -> Tensor:
+    assert view.correct is not None
+    oracle = view.correct.amax(dim=0).double().mean()
+    return oracle - view.correct.double().mean(dim=1)
+
+
+def _confidence_gap(view: TeamView) -> Tensor:
+    assert view.calibrated is not None
+    return _taught(view, _gap(view.calibrated) * _differ(view))
+
+
+def _disagreement(view: TeamView) -> Tensor:
+    return _taught(view, _differ(view).float())
+
+
+def _differ(view: TeamView) -> Tensor:
+    return view.prediction.unsqueeze(1) != view.prediction.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A hypothesis of how much each member of a team will gain; only its order counts.
+
+    Attributes:
+        estimate: From a view to a number a member [k].
+        why: What it rests on.
+        needs: ``labels``, ``temperatures`` or nothing.
+    """
+
+    estimate: Callable[[TeamView], Tensor]
+    why: str
+    needs: str = ""
+
+
+PREDICTORS: dict[str, Predictor] = {
+    "flips": Predictor(
+        _flips,
+        "share of samples where a right teacher teaches a wrong student, minus the share where a "
+        "wrong one teaches a right student: what the student would gain by taking over its "
+        "teachers' answers",
+        "labels",
+    ),
+    "right-kl": Predictor(
+        _right_kl,
+        "KL from right teachers: how much there is to learn, where it is worth learning",
+        "labels",
+    ),
+    "loss-gap": Predictor(
+        _loss_gap,
+        "by how much the student's loss would fall if it answered as its teachers",
+        "labels",
+    ),
+    "complementarity": Predictor(
+        _complementarity,
+        "accuracy of the oracle minus the student's own: what the team knows and it does not, "
+        "whatever the rule",
+        "labels",
+    ),
+    "kl": Predictor(
+        lambda view: _taught(view, view.kl),
+        "the transfer loss at the start: how much is taught, right or wrong",
+    ),
+    "confidence-gap": Predictor(
+        _confidence_gap,
+        "calibrated confidence of teachers minus the student's, where they differ: flips, "
+        "estimated without labels",
+        "temperatures",
+    ),
+    "disagreement": Predictor(
+        _disagreement, "share of samples on which a teacher gives another answer"
+    ),
+}
+
+
+_ALIKE = ("mutual", "random")  # rules under which everybody teaches everybody alike
+
+
+def default_predictor(found: Survey, rule: str) -> str:
+    """Choose the predictor to rank by; see ``PREDICTORS`` for what each rests on.
+
+    Under ``mutual`` and ``random`` the flips of all members add up to nothing.
+    """
+    if found.labelled:
+        return "complementarity" if rule in _ALIKE else "flips"
+    if found.calibrated is not None and rule not in _ALIKE:
+        return "confidence-gap"
+    return "disagreement"
+
+
+def usable_predictors(found: Survey) -> list[str]:
+    """Name the predictors that a survey has the data for."""
+    have = {"": True, "labels": found.labelled, "temperatures": found.calibrated is not None}
+    return [name for name, predictor in PREDICTORS.items() if have[predictor.needs]]
+
+
+@dataclass
+class Team:
+    """Models that could be trained together.
+
+    Attributes:
+        members: Their numbers.
+        taught: Expected weight with which each is taught, mean over samples [k].
+        teaches: Share of samples on which each teaches somebody [k].
+        kl: Expected transfer loss of each [k].
+        predicted: Each predictor's estimate for every member.
+        agreement: Share of samples on which all give the same class.
+        accuracy: Of each; None without labels.
+        oracle: None without labels.
+        ensemble: None without labels, and where it was not measured.
+        memory: Bytes that training it is expected to take; None: not known.
+        step_seconds: Of one training step; None: not known.
+    """
+
+    members: tuple[int, ...]
+    taught: list[float]
+    teaches: list[float]
+    kl: list[float]
+    predicted: dict[str, list[float]]
+    agreement: float
+    accuracy: list[float] | None = None
+    oracle: float | None = None
+    ensemble: float | None = None
+    memory: int | None = None
+    step_seconds: float | None = None
+
+    def gain(self, predictor: str, student: int | None = None) -> float:
+        """Return the estimate for one member, or the mean over all."""
+        values = self.predicted[predictor]
+        if student is None:
+            return math.fsum(values) / len(values)
+        return values[self.members.index(student)]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges teams by a survey, under one way of transfer.
+
+    Args:
+        found: The survey.
+        rule: See ``common.roles.assign_roles``.
+        score: See ``Survey.score``.
+        margin: See ``common.roles.assign_roles``.
+
+    Raises:
+        ValueError: A rule that does not exist, or a score that the survey does not have.
+    """
+
+    found: Survey
+    rule: str = "best"
+    score: str = "loss"
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        check_rule(self.rule, self.found.names)
+        if self.compares:
+            self.found.score(self.score)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the roles depend on the score."""
+        alike = self.rule in _ALIKE or self.rule == "none" or self.rule.startswith(ONE_WAY)
+        return self.margin is not None or not alike
+
+    def may_be(self, members: Sequence[int]) -> bool:
+        """Whether the rule applies to a team: ``one_way:NAME`` needs that teacher in it."""
+        if not self.rule.startswith(ONE_WAY):
+            return True
+        return self.found.names.index(self.rule.removeprefix(ONE_WAY)) in members
+
+    def view(self, members: Sequence[int]) -> TeamView:
+        """Assign the roles and cut the survey to a team."""
+        chosen, found = list(members), self.found
+
+        def cut(table: Tensor | None) -> Tensor | None:
+            return None if table is None else table[chosen]
+
+        return TeamView(
+            roles=self._roles(chosen),
+            kl=found.kl[torch.tensor(chosen).unsqueeze(1), torch.tensor(chosen)],
+            prediction=found.prediction[chosen],
+            correct=None if found.correct is None else found.correct[chosen].float(),
+            log_true=cut(found.log_true),
+            calibrated=cut(found.calibrated),
+        )
+
+    def _roles(self, chosen: Sequence[int]) -> Tensor:
+        score = torch.zeros(len(chosen), self.found.prediction.shape[1])
+        if self.compares:
+            score = self.found.score(self.score)[list(chosen)]
+        names = [self.found.names[i] for i in chosen]
+        if self.rule == "random":  # what its draws come to in the mean
+            everyone = assign_roles(score, "mutual", names=names, margin=self.margin)
+            return (everyone > 0) / len(chosen)
+        return assign_roles(score, self.rule, names=names, margin=self.margin)
+
+    def judge(self, members: Sequence[int]) -> Team:
+        """Return what is expected of a team."""
+        view = self.view(members)
+        right = view.correct
+        usable = usable_predictors(self.found)
+        drawn = 1 / len(members) if self.rule == "random" else 1.0
+        same = (view.prediction == view.prediction[0]).all(dim=0)
+        return Team(
+            members=tuple(members),
+            taught=view.roles.sum(dim=0).double().mean(dim=1).tolist(),
+            teaches=(drawn * (view.roles > 0).any(dim=1).double().mean(dim=1)).tolist(),
+            kl=PREDICTORS["kl"].estimate(view).tolist(),
+            predicted={name: PREDICTORS[name].estimate(view).tolist() for name in usable},
+            agreement=float(same.double().mean()),
+            accuracy=None if right is None else right.double().mean(dim=1).tolist(),
+            oracle=None if right is None else float(right.amax(dim=0).double().mean()),
+        )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Teams, best first.
+
+    Attributes:
+        teams: All that were judged, and fit.
+        judged: How many were judged.
+        possible: How many there are.
+        too_large: How many of the judged do not fit.
+    """
+
+    teams: list[Team]
+    judged: int
+    possible: int
+    too_large: int
+
+
+def rank_teams(
+    judge: Judge,
+    sizes: Sequence[int],
+    predictor: str,
+    *,
+    student: int | None = None,
+    most: int = 20000,
+    fits: Callable[[Team], bool] = lambda team: True,
+    watch: Callable[[Sequence[tuple[int, ...]]], Sequence[tuple[int, ...]]] = lambda teams: teams,
+) -> Ranking:
+    """Order the teams of some sizes by a predictor.
+
+    All pairs are judged. Where a larger size has more than ``most`` teams, only the best teams of
+    one model fewer are tried with each further model, as many as ``most`` allows: a search that can
+    miss a team.
+
+    Args:
+        judge: Judges one.
+        sizes: How many members, each 2 or more.
+        predictor: One of ``PREDICTORS``.
+        student: Only teams with this model, ordered by its own estimate; None: by the mean.
+        most: Teams judged of each size above 2.
+        fits: Whether a judged team can be trained; it may fill in ``memory``.
+        watch: Wraps the teams of a size, for instance in a progress bar.
+
+    Raises:
+        ValueError: A size that is too small or larger than the models, or an unknown predictor.
+    """
+    models = len(judge.found.names)
+    usable = usable_predictors(judge.found)
+    if predictor not in usable:
+        raise ValueError(f"predictor {predictor!r} cannot be used; choose from {', '.join(usable)}")
+    for size in sizes:
+        if not 2 <= size <= models:
+            raise ValueError(f"teams of {size} of {models} models; expected 2 to {models}")
+
+    def value(team: Team) -> float:
+        return team.gain(predictor, student)
+
+    counts = {size: _count(size, models, student) for size in range(2, max(sizes) + 1)}
+    kept: list[Team] = []
+    judged = possible = too_large = 0
+    smaller: list[Team] = []
+    for size, count in counts.items():
+        grown = any(counts[larger] > most for larger in sizes if larger > size)
+        if size not in sizes and not grown:
+            continue
+        tried = _teams_of(size, models, student, count > most, most, smaller)
+        teams = [judge.judge(members) for members in watch(tried) if judge.may_be(members)]
+        smaller = sorted(teams, key=value, reverse=True)
+        if size in sizes:
+            fitting = [team for team in teams if fits(team)]
+            kept += fitting
+            judged, possible = judged + len(teams), possible + count
+            too_large += len(teams) - len(fitting)
+    return Ranking(sorted(kept, key=value, reverse=True), judged, possible, too_large)
+
+
+def _count(size: int, models: int, student: int | None) -> int:
+    return math.comb(models, size) if student is None else math.comb(models - 1, size - 1)
+
+
+def _teams_of(
+    size: int, models: int, student: int | None, grow: bool, most: int, smaller: Sequence[Team]
+) -> list[tuple[int, ...]]:
+    """List all teams, or where there are too many those that grow from the best smaller ones."""
+    if not grow or not smaller:
+        everyone = itertools.combinations(range(models), size)
+        return [team for team in everyone if student is None or student in team]
+    found: dict[tuple[int, ...], None] = {}
+    for team in smaller:
+        for i in range(models):
+            if i not in team.members and len(found) < most:
+                found.setdefault(tuple(sorted((*team.members, i))))
+    return list(found)

@@ -1,0 +1,71 @@
+"""Calibration: values by hand, temperatures that are known, and what the limits are."""
+
+import math
+
+import pytest
+import torch
+
+from common.calibration import COLDEST, expected_calibration_error, fit_temperature
+
+
+def test_calibration_error_by_hand():
+    # bins of width 1/15: 0.95, 0.97 share the last; 0.55 and 0.35 are alone in theirs
+    confidence = torch.tensor([0.95, 0.97, 0.55, 0.35])
+    correct = torch.tensor([True, False, True, False])
+    expected = (abs(1 - 0.95 - 0.97) + abs(1 - 0.55) + abs(0 - 0.35)) / 4
+    assert expected_calibration_error(confidence, correct) == pytest.approx(expected, abs=1e-7)
+
+
+def test_bins_are_closed_above_and_their_number_counts():
+    confidence, correct = torch.tensor([0.5, 0.25]), torch.tensor([True, False])
+    assert expected_calibration_error(confidence, correct, bins=2) == pytest.approx(0.125)
+    assert expected_calibration_error(confidence, correct, bins=4) == pytest.approx(0.375)
+
+
+def test_a_model_that_means_what_it_says_has_no_error():
+    confidence = torch.full((10,), 0.7)
+    assert expected_calibration_error(confidence, torch.arange(10) < 7) == pytest.approx(
+        0, abs=1e-7
+    )
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="no sample"):
+        expected_calibration_error(torch.empty(0), torch.empty(0, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no labelled sample"):
+        fit_temperature(lambda: [])
+
+
+def two_classes(gap, right, wrong):
+    """A model that always answers class 0, `gap` ahead, and is right on some samples."""
+    logits = torch.tensor([[gap, 0.0]]).expand(right + wrong, 2)
+    return logits, torch.tensor([0] * right + [1] * wrong)
+
+
+@pytest.mark.parametrize(("gap", "right", "wrong"), [(4.0, 3, 1), (0.5, 9, 1), (9.0, 6, 3)])
+def test_temperature_of_two_classes_has_a_closed_form(gap, right, wrong):
+    # the best p is right / n, so gap / T = log(right / wrong)
+    found = fit_temperature(lambda: [two_classes(gap, right, wrong)])
+    assert found == pytest.approx(gap / math.log(right / wrong), rel=1e-4)
+
+
+def test_temperature_minimises_the_likelihood_and_batches_do_not_matter():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(400, 7)
+    labels = torch.distributions.Categorical(logits=logits / 2.5).sample()
+    found = fit_temperature(lambda: [(logits, labels)])
+    halves = fit_temperature(lambda: [(logits[:90], labels[:90]), (logits[90:], labels[90:])])
+    assert halves == pytest.approx(found, rel=1e-4)
+    assert 2 < found < 3.1
+
+    def nll(t):
+        return torch.nn.functional.cross_entropy(logits.double() / t, labels).item()
+
+    assert nll(found) < min(nll(found * 1.02), nll(found / 1.02))
+    shifted = logits + torch.randn(400, 1)
+    assert fit_temperature(lambda: [(shifted, labels)]) == pytest.approx(found, rel=1e-3)
+
+
+def test_a_model_without_a_mistake_ends_at_the_limit():
+    found = fit_temperature(lambda: [two_classes(1.0, 5, 0)])
+    assert found == pytest.approx(COLDEST, rel=0.02)

@@ -1,0 +1,266 @@
+"""Scouting: tables by hand, naive loops over samples, invariances, the search for teams."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import survey as surveys
+from common.roles import assign_roles
+from common.scouting import (
+    PREDICTORS,
+    Judge,
+    default_predictor,
+    rank_teams,
+    usable_predictors,
+)
+from common.survey import (
+    HeldLogits,
+    describe_models,
+    describe_pairs,
+    ensemble_accuracy,
+    survey,
+)
+
+
+def logits_of(*probabilities):
+    return torch.tensor(probabilities).log()
+
+
+# two models, four samples, three classes; a is right on samples 0, 1; b on 0, 2
+A = logits_of([0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.5, 0.2, 0.3], [0.4, 0.5, 0.1])
+B = logits_of([0.5, 0.4, 0.1], [0.6, 0.1, 0.3], [0.1, 0.1, 0.8], [0.6, 0.3, 0.1])
+LABELS = torch.tensor([0, 1, 2, 2])
+
+
+def by_hand(**more):
+    return survey(HeldLogits(["a", "b"], torch.stack([A, B])), LABELS, **more)
+
+
+def random_source(models=5, count=60, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    logits = 2 * torch.randn(models, count, classes, generator=generator)
+    logits += 2 * F.one_hot(labels, classes) * torch.rand(models, 1, 1, generator=generator)
+    return HeldLogits([f"m{i}" for i in range(models)], logits), labels
+
+
+def test_pairs_by_hand():
+    pairs = describe_pairs(by_hand())
+    assert pairs.agreement.tolist() == [[1, 0.25], [0.25, 1]]
+    assert pairs.flips.tolist() == [[0, 0.25], [0.25, 0]]
+    assert pairs.oracle.tolist() == [[0.5, 0.75], [0.75, 0.5]]
+    # sums: [1.2 ..], [.7 .7 .6] -> class 0 first, wrong; [.6 .3 1.1] right; [1.0 ..] wrong
+    assert pairs.ensemble.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    kl = (A.exp() * (A - B)).sum(dim=1).mean().item()
+    assert pairs.kl[0, 1].item() == pytest.approx(kl, abs=1e-6)
+
+
+def test_team_by_hand_under_the_papers_rule():
+    team = Judge(by_hand()).judge([0, 1])
+    # true-class probabilities: a .7 .6 .3 .1, b .5 .1 .8 .1 -> a teaches 0 and 1, b 2, nobody 3
+    assert team.teaches == pytest.approx([0.5, 0.25])
+    assert team.taught == pytest.approx([0.25, 0.5])
+    assert team.accuracy == [0.5, 0.5] and team.oracle == 0.75 and team.agreement == 0.25
+    assert team.predicted["flips"] == pytest.approx([0.25, 0.25])
+    assert team.predicted["complementarity"] == pytest.approx([0.25, 0.25])
+    gap = [math.log(0.8 / 0.3) / 4, (math.log(0.7 / 0.5) + math.log(0.6 / 0.1)) / 4]
+    assert team.predicted["loss-gap"] == pytest.approx(gap, abs=1e-6)
+    kl_ab = (A.exp() * (A - B)).sum(dim=1)
+    kl_ba = (B.exp() * (B - A)).sum(dim=1)
+    taught = [kl_ba[2].item() / 4, (kl_ab[0] + kl_ab[1]).item() / 4]
+    assert team.kl == pytest.approx(taught, abs=1e-6)
+    assert team.predicted["right-kl"] == pytest.approx(taught, abs=1e-6)
+    assert team.predicted["disagreement"] == pytest.approx([0.25, 0.25])
+
+
+def naive(source, labels, members, rule):
+    """Every predictor that needs labels, by loops over samples and pairs."""
+    logits = torch.stack([source.read(i, 0, source.count).double() for i in members])
+    log_p = logits.log_softmax(dim=2)
+    k, n = len(members), source.count
+    score = torch.stack([log_p[i, torch.arange(n), labels] for i in range(k)])
+    if rule == "random":
+        roles = (assign_roles(score, "mutual") > 0).double() / k
+    else:
+        roles = assign_roles(score, rule)
+    found = {name: [0.0] * k for name in ("flips", "right-kl", "loss-gap", "kl", "disagreement")}
+    for b, t, s in itertools.product(range(n), range(k), range(k)):
+        if t == s:
+            continue
+        weight = roles[t, s, b].item() / n
+        says = [int(log_p[i, b].argmax()) for i in (t, s)]
+        right = [int(said == labels[b]) for said in says]
+        kl = (log_p[t, b].exp() * (log_p[t, b] - log_p[s, b])).sum().item()
+        found["flips"][s] += weight * (right[0] - right[1])
+        found["right-kl"][s] += weight * right[0] * kl
+        found["kl"][s] += weight * kl
+        found["loss-gap"][s] += weight * (score[t, b] - score[s, b]).item()
+        found["disagreement"][s] += weight * (says[0] != says[1])
+    return found
+
+
+@pytest.mark.parametrize("rule", ["best", "better", "better_sum", "mutual", "random"])
+@pytest.mark.parametrize("members", [(0, 3), (1, 2, 4), (4, 0, 2, 1)], ids=len)
+def test_teams_equal_a_naive_loop(rule, members):
+    source, labels = random_source()
+    team = Judge(survey(source, labels), rule).judge(members)
+    for name, expected in naive(source, labels, members, rule).items():
+        assert team.predicted[name] == pytest.approx(expected, abs=1e-5), name
+
+
+def test_stretches_change_nothing(monkeypatch):
+    source, labels = random_source()
+    whole = survey(source, labels)
+    teams = [(0, 1), (0, 1, 2, 3)]
+    accuracy = ensemble_accuracy(source, labels, teams)
+    monkeypatch.setattr(surveys, "_STRETCH", 7 * 5 * 4)
+    pieces = survey(source, labels)
+    for name in ("prediction", "confidence", "kl", "correct", "log_true", "pair_accuracy"):
+        assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-6), name
+    assert pieces.temperature.tolist() == pytest.approx(whole.temperature.tolist(), rel=1e-3)
+    assert ensemble_accuracy(source, labels, teams) == accuracy
+    assert accuracy[0] == pytest.approx(whole.pair_accuracy[0, 1].item())
+
+
+def test_permuting_models_permutes_results():
+    source, labels = random_source()
+    order = [3, 0, 4, 1, 2]
+    turned = HeldLogits([source.names[i] for i in order], source.logits[order])
+    one, two = survey(source, labels), survey(turned, labels)
+    flips = describe_pairs(one).flips
+    assert torch.equal(flips[order][:, order], describe_pairs(two).flips)
+    first, second = (rank_teams(Judge(s), [2, 3], "flips") for s in (one, two))
+    named = [
+        [([s.names[i] for i in team.members], team.gain("flips")) for team in ranking.teams]
+        for s, ranking in ((one, first), (two, second))
+    ]
+    worth = [{frozenset(names): gain for names, gain in teams} for teams in named]
+    assert worth[0].keys() == worth[1].keys() and len(worth[0]) == 20
+    assert all(worth[1][key] == pytest.approx(value) for key, value in worth[0].items())
+
+
+def test_agreeing_models_promise_nothing():
+    logits = random_source(models=1)[0].logits.expand(3, -1, -1)
+    labels = random_source(models=1)[1]
+    team = Judge(survey(HeldLogits(["a", "b", "c"], logits), labels)).judge([0, 1, 2])
+    assert team.taught == [0, 0, 0] and team.agreement == 1
+    for name, values in team.predicted.items():
+        assert values == pytest.approx([0, 0, 0], abs=1e-6), name
+
+
+def test_flips_of_rules_that_do_not_choose_add_up_to_nothing():
+    found = survey(*random_source())
+    for rule in ("mutual", "random"):
+        assert Judge(found, rule).judge([0, 2, 3]).gain("flips") == pytest.approx(0, abs=1e-9)
+        assert default_predictor(found, rule) == "complementarity"
+    assert default_predictor(found, "best") == "flips"
+
+
+def test_one_way_keeps_to_teams_with_the_teacher():
+    found = survey(*random_source())
+    ranking = rank_teams(Judge(found, "one_way:m2"), [2, 3], "flips")
+    assert len(ranking.teams) == 4 + 6 and all(2 in team.members for team in ranking.teams)
+    assert all(
+        team.taught[team.members.index(2)] == 0 and max(team.taught) == 1 for team in ranking.teams
+    )
+
+
+def test_ranking_for_one_model():
+    found = survey(*random_source())
+    ranking = rank_teams(Judge(found), [2], "flips", student=1)
+    gains = [team.gain("flips", 1) for team in ranking.teams]
+    assert len(gains) == 4 and gains == sorted(gains, reverse=True)
+    flips = describe_pairs(found).flips[:, 1]
+    assert ranking.possible == 4
+    best = ranking.teams[0]
+    other = next(i for i in best.members if i != 1)
+    assert other == int(flips.argmax())
+
+
+def test_search_for_large_teams_grows_the_best_small_ones():
+    found = survey(*random_source(models=7))
+    judge = Judge(found)
+    everything = rank_teams(judge, [2, 3, 4], "complementarity")
+    searched = rank_teams(judge, [2, 3, 4], "complementarity", most=20)
+    assert everything.judged == everything.possible == 21 + 35 + 35
+    assert searched.possible == everything.possible and searched.judged == 21 + 20 + 20
+    only = rank_teams(judge, [4], "complementarity", most=20)
+    assert only.judged == 20 and all(len(team.members) == 4 for team in only.teams)
+    assert only.teams[0].gain("complementarity") == pytest.approx(
+        rank_teams(judge, [4], "complementarity").teams[0].gain("complementarity"), rel=0.1
+    )
+
+
+def test_teams_that_do_not_fit_are_left_out_and_counted():
+    found = survey(*random_source())
+    ranking = rank_teams(Judge(found), [2], "flips", fits=lambda team: 0 not in team.members)
+    assert len(ranking.teams) == 6 and ranking.too_large == 4 and ranking.judged == 10
+
+
+def test_facts_of_models_are_measured_where_the_temperature_was_not_fitted():
+    generator = torch.Generator().manual_seed(1)
+    logits = 6 * torch.randn(1, 4000, 5, generator=generator)
+    labels = torch.distributions.Categorical(logits=logits[0] / 3)
+    torch.manual_seed(0)
+    found = survey(HeldLogits(["bold"], logits), labels.sample(), seed=3)
+    fact = describe_models(found)[0]
+    assert found.fitted.sum() == 2000
+    assert fact.temperature == pytest.approx(3, rel=0.1)
+    assert fact.ece_calibrated < 0.04 < 0.1 < fact.ece
+
+
+def test_confidences_are_calibrated_before_they_are_compared():
+    # "loud" says 0.99 and is right half the time; "calm" says 0.7 and is right 7 times of 10
+    torch.manual_seed(0)
+    n = 2000
+    labels = torch.zeros(n, dtype=torch.long)
+    loud = torch.where(torch.rand(n, 1) < 0.5, 1.0, -1.0) * torch.tensor([[2.3, -2.3]])
+    calm = torch.where(torch.rand(n, 1) < 0.7, 1.0, -1.0) * torch.tensor([[0.42, -0.42]])
+    found = survey(HeldLogits(["loud", "calm"], torch.stack([loud, calm])), labels)
+    raw = Judge(found, "best", "raw confidence").judge([0, 1])
+    calibrated = Judge(found, "best", "confidence").judge([0, 1])
+    assert raw.teaches == [1, 0] and calibrated.teaches == [0, 1]
+    assert calibrated.gain("flips", 0) > 0.1 > -0.1 > raw.gain("flips", 1)
+
+
+def test_without_labels_only_what_needs_none_is_told():
+    source, labels = random_source()
+    blind = survey(source)
+    pairs = describe_pairs(blind)
+    assert pairs.flips is pairs.oracle is pairs.ensemble is None
+    assert torch.equal(pairs.agreement, describe_pairs(survey(source, labels)).agreement)
+    assert describe_models(blind)[0].accuracy is None
+    assert usable_predictors(blind) == ["kl", "disagreement"]
+    with pytest.raises(ValueError, match="needs labels"):
+        Judge(blind, "best", "loss")
+    with pytest.raises(ValueError, match="needs temperatures"):
+        Judge(blind, "best", "confidence")
+    assert len(rank_teams(Judge(blind, "mutual"), [2], "disagreement").teams) == 10
+    told = survey(source, calibration=torch.ones(5))
+    assert torch.equal(told.calibrated, told.confidence) and told.fitted is None
+    assert default_predictor(told, "best") == "confidence-gap"
+    assert Judge(told, "best", "confidence").judge([0, 1]).predicted["confidence-gap"][0] >= 0
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    source, labels = random_source()
+    with pytest.raises(ValueError, match="labels for 60 samples"):
+        survey(source, labels[:59])
+    with pytest.raises(ValueError, match="the models tell 4 classes"):
+        survey(source, labels + 1)
+    with pytest.raises(ValueError, match="different names"):
+        HeldLogits(["a", "a"], torch.zeros(2, 3, 4))
+    found = survey(source, labels)
+    with pytest.raises(ValueError, match="unknown rule"):
+        Judge(found, "strongest")
+    with pytest.raises(ValueError, match="teams of 6 of 5 models"):
+        rank_teams(Judge(found), [6], "flips")
+    with pytest.raises(ValueError, match="choose from"):
+        rank_teams(Judge(found), [2], "luck")
+
+
+def test_every_predictor_says_what_it_rests_on():
+    assert all(len(predictor.why) > 20 for predictor in PREDICTORS.values())
