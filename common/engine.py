@@ -124,6 +124,8 @@ class TwoPassEngine(JointEngine):
         self, batch: Any, *, step: int, share: float = 1.0, update: bool = True
     ) -> TransferResult:
         """Learn from one batch; see ``JointEngine.step``."""
+        if self.peers[self._kept].frozen:  # since the last step
+            self._kept = _largest(self.peers)
         draws: dict[int, Draws] = {}
         outputs: list[PeerOutput] = []
         for i, peer in enumerate(self.peers):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.engine import ENGINES
+from common.guard import POLICIES, Bounds
 from common.peers import check_names
 from common.roles import RULES
 from common.transfer import SCORES, KnowledgeTransfer
@@ -41,6 +42,50 @@ def add_transfer_options(group: Any) -> None:
         help="joint: all peers' activations at once; two-pass: one peer's at a time, with N - 1 "
         "more forwards a step; peer-parallel: each process of torchrun holds one peer",
     )
+
+
+def add_guard_options(group: Any, drops: Mapping[str, float], flips: bool = False) -> None:
+    """Add the options of ``Bounds`` to a parser or a group of it.
+
+    Args:
+        drops: The default bound for every metric.
+        flips: Whether the task counts negative flips.
+    """
+    add = group.add_argument
+    told = ", ".join(f"{drop:g} for {metric}" for metric, drop in drops.items())
+    add(
+        "--guard",
+        default="warn",
+        choices=POLICIES,
+        help="what to do where a peer gets worse than at its start: warn, or take it back to its "
+        "best weights and let nobody teach it any more",
+    )
+    add("--guard-metric-drop", type=float, help=f"bound on that; default: {told}")
+    add("--guard-patience", type=int, default=2, help="evaluations in a row beyond a bound")
+    if flips:
+        add(
+            "--guard-flips",
+            type=float,
+            help="bound on the samples that were right at the start and are wrong now, in percent",
+        )
+
+
+def bounds_of(options: argparse.Namespace, drops: Mapping[str, float]) -> Bounds:
+    """Build what ``add_guard_options`` describes.
+
+    Raises:
+        OptionError: An option out of its range.
+    """
+    drop = options.guard_metric_drop
+    try:
+        return Bounds(
+            options.guard,
+            drops[options.eval_metric] if drop is None else drop,
+            getattr(options, "guard_flips", None),
+            options.guard_patience,
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from error
 
 
 def transfer_of(

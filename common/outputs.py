@@ -305,6 +305,7 @@ def finish(
         metric=metric,
         settings=settings,
         lower_is_better=trainer.plan.lower_is_better,
+        events=trainer.guard.events,
         pictures=pictures,
     )
     start = progress.history[0]

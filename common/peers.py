@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -82,6 +83,8 @@ class Peer(ABC):
         self.schedule = None if frozen else schedule
         self.average = None if frozen else average
         self.clip = clip
+        # empty for most; what an optimizer makes at once is needed to begin anew
+        self._fresh = {} if optimizer is None else copy.deepcopy(optimizer.state_dict()["state"])
         if frozen:
             module.requires_grad_(False)
 
@@ -97,7 +100,7 @@ class Peer(ABC):
     @property
     def lr(self) -> float:
         """The largest learning rate among the optimizer's groups; 0 for a frozen peer."""
-        if self.optimizer is None:
+        if self.optimizer is None or self.frozen:
             return 0.0
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
@@ -132,7 +135,7 @@ class Peer(ABC):
             scaler: Shared by the group; the caller updates it once after all peers.
             step: Optimizer steps made so far.
         """
-        if self.optimizer is None:
+        if self.optimizer is None or self.frozen:
             return
         if self.clip is not None:
             scaler.unscale_(self.optimizer)
@@ -141,6 +144,36 @@ class Peer(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.module, step=step)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return a copy of the weights, and of the average's, on the CPU."""
+        return {
+            "module": _copied(self.module),
+            "average": None if self.average is None else _copied(self.average.module),
+        }
+
+    def go_back(self, snapshot: Mapping[str, Any]) -> None:
+        """Take up the weights of a snapshot; the optimizer begins anew at the rate it has."""
+        source = f"best weights of peer {self.name!r}"
+        load_weights(self.module, snapshot["module"], source)
+        if self.average is not None:
+            weights = snapshot["average"] or snapshot["module"]
+            load_weights(self.average.module, weights, source)
+        if self.optimizer is not None:
+            groups = self.optimizer.state_dict()["param_groups"]
+            fresh = copy.deepcopy(self._fresh)
+            self.optimizer.load_state_dict({"state": fresh, "param_groups": groups})
+
+    def stop(self) -> None:
+        """Freeze: what was evaluated, the average where there is one, only teaches from now on."""
+        if self.average is not None:
+            self.module.load_state_dict(self.average.module.state_dict())
+            self.average = None
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.model.module
+        self.module.requires_grad_(False)
+        self.frozen = True
+        self.train()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -221,6 +254,10 @@ class Peer(ABC):
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise CheckpointError(f"{source}: {error}; {advice}") from error
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().to("cpu", copy=True) for name, x in module.state_dict().items()}
 
 
 class RemotePeer(Peer):

@@ -21,6 +21,7 @@ from common.checkpoint import CheckpointError, atomic_write, save_run, save_weig
 from common.clock import LoopClock, Pace
 from common.distributed import World
 from common.engine import Engine
+from common.guard import Bounds, Guard
 from common.guards import refuse_broken_weights, refuse_non_finite
 from common.ledger import Ledger, Lessons
 from common.peers import PeerGroup
@@ -72,6 +73,7 @@ class Plan:
         metric: Which metric of a peer chooses its best weights.
         lower_is_better: Of that metric.
         export_suffix: Of the per-peer files.
+        guard: What a peer may lose against its start, and what is done then.
     """
 
     epochs: int
@@ -83,6 +85,7 @@ class Plan:
     metric: str = "top1"
     lower_is_better: bool = False
     export_suffix: str = ".safetensors"
+    guard: Bounds = field(default_factory=Bounds)
 
 
 @dataclass
@@ -167,6 +170,7 @@ class Trainer:
         self.on_baseline = on_baseline
         self.watch = watch
         self.ledger = Ledger(peers.names, world.device, world.replicas)
+        self.guard = Guard(peers, transfer, plan.guard, plan.metric, plan.lower_is_better)
         self.progress = Progress()
         self.termination = Termination()
 
@@ -181,13 +185,16 @@ class Trainer:
         with self.termination:
             if not self.progress.history:
                 self.on_baseline(self._evaluate(0))
-            while self.progress.epoch < self.plan.epochs:
+            while self.progress.epoch < self.plan.epochs and self._somebody_learns():
                 self._train_epoch()
                 self._finish_epoch()
         if set(self.progress.best) != set(self.peers.names):  # resumed at the end, best files gone
-            self._evaluate(self.progress.epoch)
+            self._note(self.progress.epoch, self.evaluator.evaluate(self.peers))
         self._export("last", self.peers.names)
         return self.progress
+
+    def _somebody_learns(self) -> bool:
+        return len(self.peers.frozen) < len(self.peers)
 
     def _train_epoch(self) -> None:
         epoch, batches = self.progress.epoch, len(self.loader)
@@ -288,6 +295,14 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> Mapping[str, float]:
         metrics = self.evaluator.evaluate(self.peers)
+        start = self.progress.history[0] if self.progress.history else metrics
+        self._note(epoch, {**metrics, **self.guard.look(epoch, metrics, start)})
+        if self.guard.roll_back():
+            self._note(epoch, self.evaluator.evaluate(self.peers))
+        return metrics
+
+    def _note(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Enter an evaluation into the history, and export the weights that are best by it."""
         self.progress.history.append({"epoch": epoch, **metrics})
         better = []
         for peer in self.peers:
@@ -297,6 +312,7 @@ class Trainer:
                 self.progress.best[peer.name] = Best(value, epoch)
                 better.append(peer.name)
         self._export("best", better)
+        self.guard.remember(better)
         if self.world.is_main:
             for peer in self.peers:
                 best = self.progress.best[peer.name]
@@ -312,7 +328,6 @@ class Trainer:
             self._write({f"eval/{name}": value for name, value in metrics.items()})
             write_csv(self.folder / "summary.csv", self.progress.history)
             write_csv(self.folder / "ledger.csv", self.progress.lessons)
-        return metrics
 
     def _beats(self, value: float, best: float) -> bool:
         if math.isnan(best):
@@ -350,7 +365,11 @@ class Trainer:
                 "scaler": self.engine.scaler.state_dict(),
             }
         )
-        mine = {peer.name: peer.state_dict() for peer in self.peers.here if self.world.leads}
+        mine = {
+            peer.name: peer.state_dict() | self.guard.kept(peer.name)
+            for peer in self.peers.here
+            if self.world.leads
+        }
         parts = distributed.send_to_main(mine, self.world)
         if self.world.is_main:
             progress = self.progress
@@ -358,6 +377,7 @@ class Trainer:
                 "peers": {name: own for part in parts for name, own in part.items()},
                 "scaler": self.engine.scaler.state_dict(),
                 "evaluator": self.evaluator.state_dict(),
+                "guard": self.guard.state_dict(),
                 "ranks": ranks,
                 "seats": self.world.seats,
                 "progress": {
@@ -404,6 +424,11 @@ class Trainer:
             lessons=list(saved["lessons"]),
         )
         self._take_over_best(source or self.folder)
+        self.guard.load_state_dict(
+            state.get("guard"),
+            state["peers"],
+            {name: self._best_file(self.folder, name) for name in self.progress.best},
+        )
         self.evaluator.load_state_dict(state["evaluator"])
         self._position_schedules()
         if optimizer:
@@ -458,11 +483,13 @@ class Trainer:
             if peer.schedule is not None and self.progress.updates:
                 peer.schedule.step_update(num_updates=self.progress.updates)
 
+    def _best_file(self, folder: Path, name: str) -> Path:
+        return folder / name / f"best{self.plan.export_suffix}"
+
     def _take_over_best(self, source: Path) -> None:
         """Copy best files from another folder; where one is gone, the best is measured anew."""
         for name in list(self.progress.best):
-            inner = Path(name) / f"best{self.plan.export_suffix}"
-            found, mine = Path(source) / inner, self.folder / inner
+            found, mine = (self._best_file(Path(f), name) for f in (source, self.folder))
             if not found.is_file():
                 _logger.warning("%s is gone; the best of %s is measured anew", found, name)
                 del self.progress.best[name]

@@ -87,6 +87,10 @@ class KnowledgeTransfer:
         frozen: Names of the peers that learn nothing.
         seed: Of the draws of ``random``; differs by rank under data parallelism.
 
+    Attributes:
+        frozen, untaught: Numbers of the peers that learn nothing, and of those that nobody teaches
+            but who learn from their own task loss; both may grow between steps.
+
     Raises:
         ValueError: An argument out of its range; the message names it.
 
@@ -127,6 +131,7 @@ class KnowledgeTransfer:
         self.warmup_steps = warmup_steps
         self.names = list(names) if names is not None else None
         self.frozen = [list(names or ()).index(name) for name in frozen]
+        self.untaught: list[int] = []
         self.seed = seed
         self._generator: torch.Generator | None = None
 
@@ -152,7 +157,7 @@ class KnowledgeTransfer:
             margin=self.margin,
             generator=self._generator_on(score.device),
         )
-        for i in self.frozen:
+        for i in (*self.frozen, *self.untaught):
             roles[:, i] = 0
         mask, at_positions = _common_mask(outputs), score.dim() > 2
         total = torch.stack([task_losses[i] for i in learning]).sum() if learning else 0.0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.report.guard import guard_section, mark_events
 from common.report.lessons import teaching_section
 from common.report.numbers import (
     Row,
@@ -58,6 +59,7 @@ def write_run_report(
     settings: Mapping[str, Any],
     lower_is_better: bool = False,
     notes: Sequence[str] = (),
+    events: Sequence[Row] = (),
     pictures: Sequence[tuple[bytes, str]] = (),
 ) -> Path:
     """Write the report of one run.
@@ -72,6 +74,7 @@ def write_run_report(
         settings: Plain values, shown as they are.
         lower_is_better: Of the metric.
         notes: Sentences to add.
+        events: What the guard did (``common.guard.Guard.events``).
         pictures: PNGs and their captions.
 
     Returns:
@@ -92,7 +95,8 @@ def write_run_report(
             *paragraphs(notes),
         ),
         section("Peers", _outcome_table(outcomes, metric, show)),
-        section("Over the run", figure_grid(_run_figures(names, history, lessons, metric))),
+        section("Over the run", figure_grid(_run_figures(names, history, lessons, metric, events))),
+        *guard_section(events, unit_of(history)),
         *teaching_section(names, lessons),
         *picture_section(pictures),
         section("Settings", settings_table(settings)),
@@ -266,16 +270,25 @@ def _outcome_table(outcomes: Sequence[_Outcome], metric: str, show: Show) -> Htm
 
 
 def _run_figures(
-    names: Sequence[str], history: Sequence[Row], lessons: Sequence[Row], metric: str
+    names: Sequence[str],
+    history: Sequence[Row],
+    lessons: Sequence[Row],
+    metric: str,
+    events: Sequence[Row],
 ) -> list[Html]:
-    figures = [_metric_figure(names, history, metric), _change_figure(names, history, metric)]
+    figures = [
+        _metric_figure(names, history, metric, events),
+        _change_figure(names, history, metric),
+    ]
     for what, title in (("task_loss", "Task loss"), ("transfer_loss", "Transfer loss")):
         if any(has_values(lessons, f"{name}/{what}") for name in names):
             figures.append(_loss_figure(names, lessons, what, title))
     return figures
 
 
-def _metric_figure(names: Sequence[str], history: Sequence[Row], metric: str) -> Html:
+def _metric_figure(
+    names: Sequence[str], history: Sequence[Row], metric: str, events: Sequence[Row]
+) -> Html:
     group = [who for who in ("ensemble", "oracle") if has_values(history, f"{who}/{metric}")]
     group = group if len(names) > 1 else []
 
@@ -287,10 +300,13 @@ def _metric_figure(names: Sequence[str], history: Sequence[Row], metric: str) ->
                 values = series_of(history, f"{who}/{metric}")
                 color = "#222222" if who == "ensemble" else "#8a919a"
                 axes.plot(epochs_of(history), values, style, color=color, label=who)
+        mark_events(axes, names, events, unit_of(history))
         epoch_axis(axes, metric, unit_of(history))
         draw_legend(figure, axes)
 
     caption = f"{metric} at each evaluation; 0 is the start."
+    if events:
+        caption += " A dotted line: the guard warned of a peer or rolled it back."
     if "oracle" in group:
         caption += " Oracle: right where at least one peer is right."
     return figure_tag(draw(paint, 2.6), f"{metric} of {listed([*names, *group])}", caption)
