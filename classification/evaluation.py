@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from classification.data import ToView, View, eval_loader
 from common import distributed
 from common.distributed import World
+from common.guard import FLIPS
 from common.peers import PeerGroup
 
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -40,7 +41,7 @@ class Scores:
     ensemble: Tensor
 
     def metrics(self, names: Sequence[str], baseline: Tensor | None) -> dict[str, float]:
-        """Name the numbers: percentages, and counts of flips against a baseline's ``correct``."""
+        """Name the numbers: percentages, and flips against a baseline's ``correct``."""
         found: dict[str, float] = {}
         for i, name in enumerate(names):
             found[f"{name}/top1"] = 100 * self.correct[i].double().mean().item()
@@ -48,7 +49,9 @@ class Scores:
             found[f"{name}/loss"] = self.loss[i].double().mean().item()
             if baseline is not None:
                 found[f"{name}/fixed"] = int((self.correct[i] & ~baseline[i]).sum())
-                found[f"{name}/broken"] = int((~self.correct[i] & baseline[i]).sum())
+                broken = ~self.correct[i] & baseline[i]
+                found[f"{name}/broken"] = int(broken.sum())
+                found[f"{name}/{FLIPS}"] = 100 * broken.double().mean().item()
         found["mean/top1"] = 100 * self.correct.double().mean().item()
         found["ensemble/top1"] = 100 * self.ensemble.double().mean().item()
         found["oracle/top1"] = 100 * self.correct.any(dim=0).double().mean().item()

@@ -16,7 +16,9 @@ from common.checkpoint import read_metadata
 from common.options import (
     OptionError,
     actions_of,
+    add_guard_options,
     add_transfer_options,
+    bounds_of,
     check_least,
     number,
     number_repeats,
@@ -71,6 +73,7 @@ PEER_OPTIONS = (
 ).split()
 PEER_ALIASES = {"compile": "torchcompile", "ema": "model_ema", "kwargs": "model_kwargs"}
 EXPORT = ".safetensors"
+GUARD_DROPS = {"top1": 1.0, "top5": 1.0, "loss": 0.05}  # in points, and in nats
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 PEER_OWN = ("name", "checkpoint", "frozen", "published")
 
@@ -157,6 +160,7 @@ def build_parser(script: str = "train") -> argparse.ArgumentParser:
         "replaces the peers of a YAML file",
     )
     add_transfer_options(group)
+    add_guard_options(group, GUARD_DROPS, flips=True)
     add("--trust-remote-code", **flag, help="* run code from a Hugging Face model's repository")
 
     group = parser.add_argument_group("data")
@@ -347,6 +351,7 @@ def parse(
     peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
     peers = [_from_export(peer) for peer in peers]
     transfer_of(options, [peer.name for peer in peers])
+    bounds_of(options, GUARD_DROPS)
     return options, peers
 
 

@@ -17,13 +17,13 @@ from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
-from classification.options import PeerSpec, parse
+from classification.options import GUARD_DROPS, PeerSpec, parse
 from classification.peer import build_modules, build_peers
 from common import distributed
 from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.engine import build_engine
-from common.options import OptionError, transfer_of
+from common.options import OptionError, bounds_of, transfer_of
 from common.outputs import (
     finish,
     folder_of,
@@ -208,6 +208,7 @@ def _trainer(
             keep=options.checkpoint_hist,
             metric=options.eval_metric,
             lower_is_better=options.eval_metric == "loss",
+            guard=bounds_of(options, GUARD_DROPS),
         ),
         folder=folder,
         world=world,

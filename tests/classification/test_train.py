@@ -253,6 +253,19 @@ def test_an_output_that_cannot_be_written_is_named(digits, tmp_path, caplog):
     assert f"{tmp_path}/file" in caplog.text and "can be written" in caplog.text
 
 
+def test_a_peer_that_gets_worse_is_rolled_back(digits, tmp_path, caplog):
+    """A bound of no flip at all is soon passed: lessons end first, and learning then."""
+    guard = ["--guard", "rollback", "--guard-flips", "0", "--guard-patience", "1"]
+    progress = run(arguments_of(digits, tmp_path, *guard, epochs=4), bars=False)
+    assert progress.epoch == 2 and "no peer learns any more" in caplog.text
+    assert [row["epoch"] for row in progress.history] == [0, 1, 1, 2, 2]
+    for name in "ab":
+        assert f"{name} got worse: negative_flips" in caplog.text
+        assert progress.history[-1][f"{name}/top1"] == progress.best[name].value
+        assert_equal_weights(weights_of(tmp_path, name), weights_of(tmp_path, name, "best"))
+    assert "taught no more" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_only_frozen_peers_are_refused(digits, tmp_path):
     asked = [f"{x},frozen=true" if "name=" in x else x for x in arguments_of(digits, tmp_path)]
     with pytest.raises(OptionError, match="every peer is frozen"):
