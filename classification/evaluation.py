@@ -131,32 +131,51 @@ class PeerEvaluator:
     @torch.inference_mode()
     def score(self, modules: Sequence[nn.Module]) -> Scores:
         """Run the models that are here over the whole split; every rank gets the result of all."""
-        modes = [module.training for module in modules]
-        for module in modules:
-            module.eval()
         parts: list[list[Tensor]] = [[] for _ in modules]
         summed: list[Tensor] = []
         labels: list[Tensor] = []
-        for number, (loader, members) in enumerate(zip(self.loaders, self.members, strict=True)):
-            for k, (images, target) in enumerate(self.watch(loader, "evaluating")):
-                together = None
-                for i in members:
-                    logits = self._forward(modules[i], self.to_view[i](images))
-                    parts[i].append(_judge(logits, target))
-                    p = logits.softmax(dim=1)
-                    together = p if together is None else together + p
-                together = distributed.sum_over_team(together, self.world)
-                together = together if len(self.loaders) == 1 else together.cpu()
-                if number == 0:
-                    summed.append(together)
-                    labels.append(target.to(together.device))
-                else:
-                    summed[k] += together
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
+        for number, k, logits, target in self.forward(modules):
+            together = None
+            for i, z in logits:
+                parts[i].append(_judge(z, target))
+                p = z.softmax(dim=1)
+                together = p if together is None else together + p
+            together = distributed.sum_over_team(together, self.world)
+            together = together if len(self.loaders) == 1 else together.cpu()
+            if number == 0:
+                summed.append(together)
+                labels.append(target.to(together.device))
+            else:
+                summed[k] += together
         right = [p.argmax(dim=1) == y for p, y in zip(summed, labels, strict=True)]
         table = torch.stack([torch.cat(rows, dim=1).cpu() for rows in parts])
         return self._gather(table, torch.cat(right).cpu())
+
+    @torch.inference_mode()
+    def forward(
+        self, modules: Sequence[nn.Module]
+    ) -> Iterator[tuple[int, int, Iterator[tuple[int, Tensor]], Tensor]]:
+        """Run the models that are here over the whole split, in evaluation mode.
+
+        Yields:
+            For every batch of every geometry: the geometry's number, the batch's, each model of it
+            with its logits [B, C] float32 (one model at a time), and the target [B].
+        """
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        for number, (loader, members) in enumerate(zip(self.loaders, self.members, strict=True)):
+            for k, (images, target) in enumerate(self.watch(loader, "evaluating")):
+                yield number, k, self._logits(modules, members, images), target
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+    @torch.inference_mode()
+    def _logits(
+        self, modules: Sequence[nn.Module], members: Sequence[int], images: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        for i in members:
+            yield i, self._forward(modules[i], self.to_view[i](images))
 
     def _forward(self, module: nn.Module, images: Tensor) -> Tensor:
         device = self.world.device.type

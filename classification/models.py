@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_pretrained_cfg, is_model
+from timm.models import get_pretrained_cfg, is_model, list_models
 from torch import nn
 
 from classification import dinov2, huggingface, mae
 from classification.heads import ModelError, head_of
 from classification.timm_models import create_timm
 
-__all__ = ["PUBLISHED_TOP1", "ModelError", "create_classifier", "full_name", "head_of"]
+__all__ = [
+    "PUBLISHED_TOP1",
+    "ModelError",
+    "create_classifier",
+    "full_name",
+    "head_of",
+    "models_meant",
+]
 
 # ImageNet-1k top-1 in per cent, each at its own size, crop and interpolation. Sources: timm's
 # results table at 224 pixels; the READMEs of facebookresearch/dinov2 (ViT-S/14, linear evaluation;
@@ -37,6 +46,29 @@ def full_name(name: str) -> str:
         return name
     tag = get_pretrained_cfg(name).tag
     return f"{name}.{tag}" if tag else name
+
+
+def models_meant(pattern: str) -> list[str]:
+    """List what a name with ``*`` and ``?`` stands for.
+
+    Args:
+        pattern: ``pit_*``: timm's models that have published weights, each with its tags; or
+            ``runs/*/*/best.safetensors``: files. A name without such signs stands for itself.
+
+    Raises:
+        ModelError: Nothing is named so.
+    """
+    if not any(sign in pattern for sign in "*?"):
+        return [pattern]
+    if pattern.endswith(".safetensors"):
+        found = sorted(glob.glob(pattern))
+    else:
+        found = fnmatch.filter(list_models(pretrained=True), pattern)
+    if not found:
+        raise ModelError(
+            f"{pattern}: stands for no file and for no model of timm that has published weights"
+        )
+    return found
 
 
 _OWN = {dinov2.NAME: dinov2.create_dinov2, mae.NAME: mae.create_mae}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
+from classification.models import models_meant
 from common.checkpoint import read_metadata
 from common.options import (
     OptionError,
@@ -128,11 +129,15 @@ class _Reject(argparse.Action):
         parser.error(f"{option} is timm's, but not taken here: {REJECTED[option]}")
 
 
-def build_parser(script: str = "train") -> argparse.ArgumentParser:
+Extend = Callable[[argparse.ArgumentParser], None]
+
+
+def build_parser(script: str = "train", extend: Extend | None = None) -> argparse.ArgumentParser:
     """Build the parser; every option's dest is timm's.
 
     Args:
-        script: ``train`` or ``validate``, for the usage.
+        script: ``train``, or another script that takes its options, for the usage.
+        extend: Adds that script's own options.
     """
     parser = argparse.ArgumentParser(
         prog=f"classification/{script}.py",
@@ -317,7 +322,9 @@ def build_parser(script: str = "train") -> argparse.ArgumentParser:
     add("--log-wandb", **flag)
     add("--wandb-project")
     add("--wandb-tags", nargs="+", default=[])
-    for option in REJECTED:
+    if extend is not None:
+        extend(parser)
+    for option in [o for o in REJECTED if o not in parser._option_string_actions]:
         parser.add_argument(
             option, nargs="*", action=_Reject, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
@@ -325,34 +332,47 @@ def build_parser(script: str = "train") -> argparse.ArgumentParser:
 
 
 def parse(
-    arguments: Sequence[str] | None = None, script: str = "train"
+    arguments: Sequence[str] | None = None, script: str = "train", extend: Extend | None = None
 ) -> tuple[argparse.Namespace, list[PeerSpec]]:
     """Parse flags over a YAML file over the defaults.
 
     Args:
         arguments: None: ``sys.argv``.
-        script: See ``build_parser``.
+        script, extend: See ``build_parser``.
 
     Returns:
         The run's options, and its peers as asked for.
 
     Raises:
         CheckpointError: A peer given as a file that is missing or broken.
+        ModelError: A name with wildcards that stands for nothing.
         OptionError: A YAML or peer key that does not exist (lists near or all choices), a value of
             the wrong kind, peers or a rule that do not fit.
         SystemExit: As argparse does, for flags.
     """
-    parser = build_parser(script)
+    parser = build_parser(script, extend)
     options = parse_over_file(parser, arguments, _read_yaml)
-    options.data = options.data or options.data_dir
+    unlabelled = getattr(options, "unlabelled", None)  # scout.py can do without labels
+    options.data = options.data or options.data_dir or unlabelled
     _check_ranges(options)
     if not options.peers:
         raise OptionError("no peers: give --peer MODEL for every model, or a `peers:` list in YAML")
+    options.peers = [one for asked in options.peers for one in _models_meant(asked)]
     peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
     peers = [_from_export(peer) for peer in peers]
     transfer_of(options, [peer.name for peer in peers])
     bounds_of(options, GUARD_DROPS)
     return options, peers
+
+
+def _models_meant(asked: str | Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
+    """Put one entry for every model that a name with wildcards stands for."""
+    if isinstance(asked, str):
+        model, comma, keys = asked.partition(",")
+        return [name + comma + keys for name in models_meant(model.strip())]
+    if "model" not in asked:
+        return [asked]
+    return [{**asked, "model": name} for name in models_meant(str(asked["model"]))]
 
 
 def _read_yaml(path: Path) -> Any:

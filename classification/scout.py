@@ -1,0 +1,361 @@
+"""Choose, before any training, which of many classifiers should teach each other.
+
+    python classification/scout.py DATA --model resnet50.a1_in1k --model 'pit_*' --for resnet50
+
+Every model answers the validation split once, in its own view; what it answers is kept. From that,
+teams are ranked by what their members may gain from one another. Takes the options of train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from classification.data import classes_of, common_view, open_dataset
+from classification.options import PeerSpec, build_parser, parse
+from classification.scouting import (
+    Candidate,
+    Watch,
+    cached_logits,
+    choose_samples,
+    inspect,
+)
+from classification.train import FAULTS, start
+from common.distributed import World
+from common.logit_cache import CachedLogits
+from common.options import OptionError, actions_of
+from common.outputs import log_table, make_writable, plain, progress_bars, run_command
+from common.report.scouting import CAUTION, scout_lead, write_scout_report
+from common.scout_outcome import describe_outcome, write_outcome
+from common.scouting import PREDICTORS, Judge, Ranking, Team, default_predictor, rank_teams
+from common.survey import Survey, ensemble_accuracy, survey
+
+_logger = logging.getLogger("scout")
+
+_COMMANDS = 3
+_HERE = Path("output/scout")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; bad input ends in one line, not in a traceback."""
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    return run_command(lambda: scout(arguments), FAULTS)
+
+
+def add_scout_options(parser: argparse.ArgumentParser) -> None:
+    """Add what scouting has besides the options of train.py."""
+    group = parser.add_argument_group("scouting")
+    add = group.add_argument
+    add(
+        "--model",
+        action="append",
+        dest="peers",
+        metavar="MODEL[,key=value...]",
+        help="the same as --peer; * and ? stand for timm's models with published weights "
+        "('pit_*'), or for exported files ('runs/*/*/best.safetensors'); repeat",
+    )
+    add("--for", dest="student", metavar="MODEL", help="rank by what this model may gain")
+    add("--team-size", nargs="+", default=["2"], metavar="N", help="2, or 2..4, or 2 4")
+    add("--predictor", choices=tuple(PREDICTORS), help="what to rank by; the report explains them")
+    add("--samples", type=int, help="scout on so many images, drawn at random")
+    add("--unlabelled", metavar="DIR", help="judge teams on these images, which have no labels")
+    add("--top", type=int, default=20, help="teams to show")
+    add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
+    add("--models-at-once", type=int, default=8, help="in memory, of those of one geometry")
+    add("--skip-unfit", action="store_true", help="go on without models that cannot be scouted")
+    add("--cache", default=str(_HERE / "cache"), metavar="DIR", help="of logits")
+
+
+def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str, Any]:
+    """Scout as the arguments say.
+
+    Args:
+        arguments: As on the command line; None: ``sys.argv``.
+        bars: Show progress bars where the output is a terminal.
+
+    Returns:
+        What ``scout.json`` holds.
+
+    Raises:
+        OptionError, ModelError, CheckpointError, NonFiniteError: Bad input.
+    """
+    options, specs = parse(arguments, "scout", add_scout_options)
+    sizes = team_sizes(options.team_size)
+    world = start(options)
+    if world.size > 1:
+        raise OptionError(f"scouting runs in one process, not in {world.size}; leave torchrun out")
+    folder = Path(options.output or _HERE) / (
+        options.experiment or f"{datetime.now():%Y%m%d-%H%M%S}"
+    )
+    make_writable(folder)
+    watch = progress_bars(bars)
+    candidates = find_candidates(specs, options, watch)
+    student = student_of(options.student, candidates)
+    logits, found = ask(candidates, options, world, watch)
+    judge = judge_of(found, options)
+    predictor = options.predictor or default_predictor(found, judge.rule)
+    ranking = _rank(judge, sizes, predictor, student, options, watch)
+    shown = ranking.teams[: options.top]
+    if found.labelled:
+        _measure_ensembles(shown, logits)
+    outcome = describe_outcome(judge, ranking, predictor, student, options.top)
+    for fact, candidate in zip(outcome["models"], candidates, strict=True):
+        fact |= {"model": candidate.spec.model, "view": str(candidate.view)}
+        fact["parameters"] = candidate.parameters
+    asked = {spec.name: peer for spec, peer in zip(specs, options.peers, strict=True)}
+    outcome["commands"] = [
+        command_of(
+            [asked[name] for name in team["members"]], options, folder / f"team-{k + 1}.yaml"
+        )
+        for k, team in enumerate(outcome["teams"][:_COMMANDS])
+    ]
+    outcome["settings"] = _settings(options)
+    write_outcome(folder, outcome)
+    report = write_scout_report(folder / "report.html", outcome, options.top)
+    _tell(outcome, options.top)
+    _logger.info("report: %s", report)
+    return outcome
+
+
+def team_sizes(given: Sequence[str]) -> list[int]:
+    """Read ``2..4``, or numbers.
+
+    Raises:
+        OptionError: Something else, or a size below 2.
+    """
+    sizes: set[int] = set()
+    for text in given:
+        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(text))
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 2 <= low <= high:
+            raise OptionError(f"--team-size {text}: expected 2 or more, or a range such as 2..4")
+        sizes |= set(range(low, high + 1))
+    return sorted(sizes)
+
+
+def find_candidates(
+    specs: Sequence[PeerSpec], options: argparse.Namespace, watch: Watch
+) -> list[Candidate]:
+    """Inspect the models asked for, against the classes of the labelled data if there are any.
+
+    Raises:
+        OptionError: See ``inspect``; models of different channels.
+    """
+    classes = classes_of(open_dataset(options, False, 3)) if is_labelled(options) else None
+    count = len(classes) if classes else None
+    candidates = inspect(specs, options, count, options.skip_unfit, watch)
+    common_view([candidate.view for candidate in candidates])
+    return candidates
+
+
+def is_labelled(options: argparse.Namespace) -> bool:
+    """Whether labelled data were given."""
+    return options.data != options.unlabelled
+
+
+def student_of(asked: str | None, candidates: Sequence[Candidate]) -> int | None:
+    """Find whom the ranking is for, by its name or model.
+
+    Raises:
+        OptionError: No such model, or several.
+    """
+    if asked is None:
+        return None
+    known = [(candidate.spec.name, candidate.spec.model) for candidate in candidates]
+    found = [i for i, words in enumerate(known) if asked in words]
+    found = [i for i, (name, _) in enumerate(known) if name == asked] or found
+    if len(found) != 1:
+        told = ", ".join(name for name, _ in known)
+        raise OptionError(f"--for {asked}: {len(found)} models are called so; there are {told}")
+    return found[0]
+
+
+def ask(
+    candidates: Sequence[Candidate], options: argparse.Namespace, world: World, watch: Watch
+) -> tuple[CachedLogits, Survey]:
+    """Let every model answer, and compare what they say.
+
+    With ``--unlabelled`` the labelled data, if any, only give each model's temperature.
+
+    Returns:
+        The logits that teams are judged by, and their survey.
+    """
+    found = logits = calibration = None
+    if is_labelled(options):
+        logits = _answers(candidates, options, world, watch)
+        found = _survey(logits, logits.labels(), options, watch)
+        calibration = found.temperature
+    if options.unlabelled:
+        other = argparse.Namespace(**vars(options))
+        other.data, other.dataset, other.class_map = options.unlabelled, "", ""
+        logits = _answers(candidates, other, world, watch)
+        found = _survey(logits, None, options, watch, calibration)
+    assert logits is not None and found is not None
+    return logits, found
+
+
+def _answers(
+    candidates: Sequence[Candidate], options: argparse.Namespace, world: World, watch: Watch
+) -> CachedLogits:
+    dataset = open_dataset(options, False, candidates[0].view.size[0])
+    split = choose_samples(dataset, options, options.samples)
+    cache, at_once = Path(options.cache), options.models_at_once
+    return cached_logits(candidates, split, options, cache, world, at_once, watch)
+
+
+def _survey(
+    logits: CachedLogits,
+    labels: Tensor | None,
+    options: argparse.Namespace,
+    watch: Watch,
+    calibration: Tensor | None = None,
+) -> Survey:
+    try:
+        return survey(
+            logits,
+            labels,
+            temperature=options.temperature,
+            calibration=calibration,
+            seed=options.seed,
+            watch=lambda parts: watch(parts, "comparing"),
+        )
+    except ValueError as error:
+        raise OptionError(f"{options.data}: {error}") from error
+
+
+def judge_of(found: Survey, options: argparse.Namespace) -> Judge:
+    """Judge by the rule asked for; without labels by what can be compared without them.
+
+    Raises:
+        OptionError: A rule or margin that does not exist.
+    """
+    rule, score, margin = options.rule, options.score, options.margin
+    if not found.labelled:
+        score = "confidence"
+        if found.calibrated is None:
+            rule, margin = "mutual", None
+            _logger.warning(
+                "confidences of different models cannot be compared without labelled data to "
+                "calibrate them; teams are judged by how much their members differ alone"
+            )
+    try:
+        return Judge(found, rule, score, margin)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def _rank(
+    judge: Judge,
+    sizes: Sequence[int],
+    predictor: str,
+    student: int | None,
+    options: argparse.Namespace,
+    watch: Watch,
+) -> Ranking:
+    try:
+        return rank_teams(
+            judge,
+            sizes,
+            predictor,
+            student=student,
+            most=options.most_teams,
+            watch=lambda teams: watch(teams, "judging teams"),
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def _measure_ensembles(teams: Sequence[Team], logits: CachedLogits) -> None:
+    measured = ensemble_accuracy(logits, logits.labels(), [team.members for team in teams])
+    for team, accuracy in zip(teams, measured, strict=True):
+        team.ensemble = accuracy
+
+
+def command_of(
+    peers: Sequence[str | Mapping[str, Any]], options: argparse.Namespace, file: Path
+) -> str:
+    """Write the command that trains a team, with the options that scouting was given.
+
+    Args:
+        peers: The members as they were asked for.
+        options: The run's.
+        file: YAML that is written where a member came from a YAML file itself.
+    """
+    data = str(options.data) if is_labelled(options) else "DATA"
+    words = ["python", "classification/train.py", data, *_flags(options)]
+    if all(isinstance(peer, str) for peer in peers):
+        words += [word for peer in peers for word in ("--peer", str(peer))]
+    else:
+        text = yaml.safe_dump({"peers": list(peers)}, sort_keys=False)
+        file.write_text(text, encoding="utf-8")
+        words += ["-c", str(file)]
+    return shlex.join(words)
+
+
+def _flags(options: argparse.Namespace) -> list[str]:
+    """Return the flags of train.py that give the options which differ from its defaults."""
+    words: list[str] = []
+    for dest, action in actions_of(build_parser("train")).items():
+        value = getattr(options, dest)
+        if dest in ("data", "data_dir", "peers", "output", "experiment") or value == action.default:
+            continue
+        flag = action.option_strings[-1]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            flag = next(o for o in action.option_strings if o.startswith("--no-") != value)
+        if isinstance(value, bool):
+            words.append(flag)
+        elif isinstance(value, dict):
+            words += [flag, *(f"{key}={item}" for key, item in value.items())]
+        elif isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "data val_split samples unlabelled rule score temperature margin student team_size "
+        "predictor seed amp amp_dtype cache"
+    ).split()
+    values = plain(options)
+    return {name: values[name] for name in names}
+
+
+def _tell(outcome: Mapping[str, Any], top: int) -> None:
+    """Log the best teams, and how to train them."""
+    _logger.info("%s", scout_lead(outcome))
+    rows = [
+        {
+            "team": ", ".join(team["members"]),
+            outcome["predictor"]: f"{team['value']:.4f}",
+            "taught": " ".join(f"{100 * x:.0f}%" for x in team["taught"].values()),
+            "agree": f"{100 * team['agreement']:.1f}%",
+            "ensemble": _percent(team["ensemble"]),
+            "oracle": _percent(team["oracle"]),
+        }
+        for team in outcome["teams"][:top]
+    ]
+    if rows:
+        log_table(rows)
+    _logger.info("%s", CAUTION)
+    for command in outcome["commands"]:
+        _logger.info("  %s", command)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Classifiers to choose from, and their logits on a split, computed once."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import random_seed
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from classification.data import View
+from classification.evaluation import PeerEvaluator
+from classification.models import ModelError
+from classification.options import PeerSpec
+from classification.outputs import metadata
+from classification.peer import build_modules
+from common.checkpoint import CheckpointError
+from common.distributed import World
+from common.logit_cache import CachedLogits, ChunkWriter, LogitCache, hash_weights
+from common.options import OptionError
+
+_logger = logging.getLogger("scout")
+
+UNFIT = (ModelError, CheckpointError, OptionError)
+Watch = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that can be scouted.
+
+    Attributes:
+        spec: As asked for.
+        view: Its own.
+        classes: How many it tells.
+        parameters: How many it has.
+        weights: Hash of them.
+        told: What else decides its logits.
+    """
+
+    spec: PeerSpec
+    view: View
+    classes: int
+    parameters: int
+    weights: str
+    told: dict[str, str]
+
+
+def inspect(
+    specs: Sequence[PeerSpec],
+    options: argparse.Namespace,
+    classes: int | None,
+    skip: bool,
+    watch: Watch,
+) -> list[Candidate]:
+    """Build every model once, for its view and the hash of its weights.
+
+    Args:
+        specs: As asked for.
+        options: The run's.
+        classes: What all must tell; None: what most tell.
+        skip: Go on without those that cannot be had or tell other classes, and say which.
+        watch: Wraps the models, for instance in a progress bar.
+
+    Returns:
+        Those that can be scouted.
+
+    Raises:
+        OptionError: Some cannot, and ``skip`` is not set (names all of them, with the way out); or
+            fewer than two can.
+    """
+    found, unfit = [], {}
+    for spec in watch(specs, "looking at models"):
+        try:
+            found.append(_inspect(spec, options))
+        except UNFIT as error:
+            unfit[spec.name] = str(error)
+    expected = classes or _most_common([candidate.classes for candidate in found])
+    for candidate in [c for c in found if c.classes != expected]:
+        unfit[candidate.spec.name] = f"tells {candidate.classes} classes, expected {expected}"
+        found.remove(candidate)
+    told = "\n".join(f"  {name}: {reason}" for name, reason in unfit.items())
+    if unfit and not skip:
+        raise OptionError(
+            f"{len(unfit)} of {len(specs)} models cannot be scouted:\n{told}\n"
+            "mend them or leave them out; --skip-unfit goes on without them"
+        )
+    if unfit:
+        _logger.warning("left out, for they cannot be scouted:\n%s", told)
+    if len(found) < 2:
+        raise OptionError(f"{len(found)} model(s) left; a team needs two")
+    return found
+
+
+def _most_common(values: Sequence[int]) -> int:
+    return max(values, key=lambda value: (list(values).count(value), value), default=0)
+
+
+def _inspect(spec: PeerSpec, options: argparse.Namespace) -> Candidate:
+    if spec.checkpoint is None and spec.options.pretrained is False:
+        raise OptionError(
+            f"has no weights (--no-pretrained); give a file: --model {spec.model},checkpoint=FILE"
+        )
+    if options.num_classes is not None:
+        raise OptionError(
+            "--num-classes gives a new head, which tells nothing yet; give checkpoints that know "
+            "your classes"
+        )
+    module, view = build(spec, options)
+    return Candidate(
+        spec=spec,
+        view=view,
+        classes=module.num_classes,
+        parameters=sum(p.numel() for p in module.parameters()),
+        weights=hash_weights(module.state_dict()),
+        told={
+            **metadata(spec, module, view),
+            "dtype": str(spec.options.model_dtype),
+            "amp": options.amp_dtype if options.amp else "",
+        },
+    )
+
+
+def build(spec: PeerSpec, options: argparse.Namespace) -> tuple[nn.Module, View]:
+    """Build one model, the same at every call."""
+    random_seed(options.seed, 0)
+    modules, views = build_modules([spec], options)
+    return modules[0], views[0]
+
+
+class Picked(Dataset):
+    """Some samples of a dataset, in an order; its transform can be set.
+
+    Args:
+        dataset: Map-style.
+        indices: Which.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = list(indices)
+
+    @property
+    def transform(self) -> Any:
+        """What images go through."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset = copy.copy(self.dataset)
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples that are scouted on.
+
+    Attributes:
+        dataset: From ``open_dataset``.
+        indices: Which of its samples.
+        key: What decides which samples these are.
+    """
+
+    dataset: Dataset
+    indices: list[int]
+    key: str
+
+
+def choose_samples(dataset: Dataset, options: argparse.Namespace, most: int | None) -> Split:
+    """Take all samples of a split, or a random part of them, and name it by its content.
+
+    Args:
+        dataset: From ``open_dataset``.
+        options: The run's; its seed draws the part.
+        most: Samples at most; None: all.
+
+    Raises:
+        OptionError: A stream, which cannot be read by index.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise OptionError(
+            f"--dataset {options.dataset}: a stream cannot be scouted, for it cannot be read by "
+            "index; unpack a few thousand images into a folder"
+        )
+    count = len(dataset)
+    indices = list(range(count))
+    if most is not None and most < count:
+        generator = torch.Generator().manual_seed(options.seed)
+        indices = sorted(torch.randperm(count, generator=generator)[:most].tolist())
+    return Split(dataset, indices, _fingerprint(dataset, indices, options))
+
+
+def _fingerprint(dataset: Dataset, indices: Sequence[int], options: argparse.Namespace) -> str:
+    """Hash names, sizes and labels of the files; where there are no files, the split's name."""
+    digest = hashlib.sha256()
+    samples = getattr(getattr(dataset, "reader", None), "samples", None)
+    if samples is None:
+        _logger.warning("cached logits trust the name of this data, for its files are not known")
+        told = [options.dataset, os.path.abspath(options.data), options.val_split, len(dataset)]
+        digest.update(repr([told, list(indices)]).encode())
+        return digest.hexdigest()
+    root = dataset.reader.root
+    for path, label in (samples[i] for i in indices):
+        told = os.path.relpath(path, root), os.path.getsize(path), label
+        digest.update(f"{told}\n".encode())
+    return digest.hexdigest()
+
+
+def cached_logits(
+    candidates: Sequence[Candidate],
+    split: Split,
+    options: argparse.Namespace,
+    root: Path,
+    world: World,
+    at_once: int,
+    watch: Watch,
+) -> CachedLogits:
+    """Return every model's logits on a split, computing those that no earlier call has.
+
+    Models of one geometry share one decoding of the images, up to ``at_once`` of them. A call that
+    was cut off goes on after its last whole chunk.
+
+    Args:
+        candidates: The models.
+        split: The samples.
+        options: The run's.
+        root: Of all caches.
+        world: Where this process stands.
+        at_once: Models in memory at the same time.
+        watch: Wraps the batches, for instance in a progress bar.
+    """
+    caches = [
+        LogitCache(
+            root,
+            {**candidate.told, "weights": candidate.weights, "data": split.key},
+            candidate.spec.name,
+            len(split.indices),
+            candidate.classes,
+        )
+        for candidate in candidates
+    ]
+    lacking = [k for k, cache in enumerate(caches) if cache.missing()]
+    groups: dict[Any, list[int]] = {}
+    for k in lacking:
+        groups.setdefault(candidates[k].view.geometry, []).append(k)
+    done = len(caches) - len(lacking)
+    _logger.info("logits of %d models known, of %d to be computed", done, len(lacking))
+    for members in groups.values():
+        for start in range(0, len(members), at_once):
+            some = members[start : start + at_once]
+            _compute(
+                [candidates[k] for k in some],
+                [caches[k] for k in some],
+                split,
+                options,
+                world,
+                watch,
+            )
+    return CachedLogits(caches)
+
+
+def _compute(
+    candidates: Sequence[Candidate],
+    caches: Sequence[LogitCache],
+    split: Split,
+    options: argparse.Namespace,
+    world: World,
+    watch: Watch,
+) -> None:
+    names = ", ".join(candidate.spec.name for candidate in candidates)
+    _logger.info("%s: %s", names, candidates[0].view)
+    modules = [_rebuild(candidate, options).to(world.device) for candidate in candidates]
+    for candidate, module in zip(candidates, modules, strict=True):
+        module.to(dtype=getattr(torch, candidate.spec.options.model_dtype or "float32"))
+    chunks = sorted({chunk for cache in caches for chunk in cache.missing()})
+    samples = itertools.chain.from_iterable(caches[0].samples(chunk) for chunk in chunks)
+    evaluator = PeerEvaluator(
+        Picked(split.dataset, [split.indices[i] for i in samples]),
+        [candidate.view for candidate in candidates],
+        options,
+        world,
+        getattr(torch, options.amp_dtype) if options.amp else None,
+        channels_last=[candidate.spec.options.channels_last for candidate in candidates],
+        dtypes=[next(module.parameters()).dtype for module in modules],
+        watch=lambda batches, _: watch(batches, names[:40]),
+    )
+    writers = [ChunkWriter(cache, chunks) for cache in caches]
+    for _, _, logits, target in evaluator.forward(modules):
+        for i, z in logits:
+            writers[i].add(z, target)
+
+
+def _rebuild(candidate: Candidate, options: argparse.Namespace) -> nn.Module:
+    module, _ = build(candidate.spec, options)
+    if hash_weights(module.state_dict()) != candidate.weights:
+        raise OptionError(
+            f"{candidate.spec.name}: its weights changed while it was scouted; run it again"
+        )
+    return module

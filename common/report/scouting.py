@@ -1,0 +1,280 @@
+"""The report of scouting: models, who knows what the others do not, and the teams to try."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.report.numbers import MISSING, as_percent, is_finite, listed, number
+from common.report.page import (
+    Html,
+    bullets,
+    data_table,
+    figure_grid,
+    figure_tag,
+    section,
+    settings_table,
+    tag,
+    write_page,
+)
+from common.report.plots import COLORS, draw, short_name
+
+CAUTION = (
+    "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
+    "about who gains from whom, and it says nothing of how large a gain will be; test it with "
+    "scout.py --realised RUN... on finished runs. Differences of a few samples are chance."
+)
+_NUMBERED = 16
+_SHOWN = 8
+
+
+def write_scout_report(path: Path | str, outcome: Mapping[str, Any], top: int = 20) -> Path:
+    """Write the page.
+
+    Args:
+        path: The HTML file; written whole or not at all.
+        outcome: From ``common.scout_outcome.describe_outcome``, with ``commands`` and ``settings``.
+        top: Teams in the table.
+
+    Returns:
+        Where it lies.
+    """
+    teams = outcome["teams"][:top]
+    body = [
+        section(
+            "In short",
+            tag("p", scout_lead(outcome), class_="lead"),
+            tag("p", CAUTION, class_="caution"),
+        ),
+        section("Teams", _team_table(outcome, teams), *_predictor_notes(outcome)),
+        section("To train them", *(tag("pre", c, class_="scroll") for c in outcome["commands"])),
+        section("Who knows what the others do not", figure_grid(_figures(outcome))),
+        section("Models", _model_table(outcome)),
+        *_calibration_section(outcome),
+        section("Settings", settings_table(outcome["settings"])),
+    ]
+    return write_page(path, f"Scouting {len(outcome['names'])} models", body)
+
+
+def scout_lead(outcome: Mapping[str, Any]) -> str:
+    """Say in plain words what was found."""
+    count, names = outcome["samples"], outcome["names"]
+    kind = "labelled" if outcome["labelled"] else "unlabelled"
+    told = [f"{len(names)} models answered {count} {kind} images, each in its own view."]
+    if not outcome["teams"]:
+        return " ".join([*told, "No team fits."])
+    best = outcome["teams"][0]
+    aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
+    told.append(
+        f"Of {outcome['judged']} teams the most is predicted {aim} in {listed(best['members'])} "
+        f"({outcome['predictor']} {best['value']:.4f})."
+    )
+    if best["accuracy"] is not None and best["oracle"] is not None:
+        strongest = max(best["accuracy"].values())
+        told.append(
+            f"Its strongest member is right on {as_percent(strongest)}; at least one member is on "
+            f"{as_percent(best['oracle'])}."
+        )
+    if outcome["judged"] < outcome["possible"]:
+        told.append(
+            f"{outcome['possible']} teams are possible; the larger ones were grown from the best "
+            "smaller ones, which can miss some."
+        )
+    if outcome["too_large"]:
+        told.append(f"{outcome['too_large']} teams were left out: they do not fit the memory.")
+    return " ".join(told)
+
+
+def _predictor_notes(outcome: Mapping[str, Any]) -> list[Html]:
+    chosen = outcome["predictor"]
+    told = [f"{name}{' (ranked by)' * (name == chosen)}: {why}." for name, why in _why(outcome)]
+    return [bullets(told)]
+
+
+def _why(outcome: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return list(outcome["why"].items())
+
+
+def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) -> Html:
+    known = any(team["memory"] is not None for team in teams)
+    others = [name for name in outcome["why"] if name != outcome["predictor"]]
+    head = ["Team", outcome["predictor"], "Taught", "Agree", "Ensemble", "Oracle"]
+    head += ["Memory", "Step"] * known + others
+    rows = []
+    for k, team in enumerate(teams):
+        row = [
+            f"{k + 1}. {', '.join(team['members'])}",
+            number(team["value"], 4),
+            _shares(team["taught"]),
+            as_percent(team["agreement"]),
+            as_percent(team["ensemble"]),
+            as_percent(team["oracle"]),
+        ]
+        if known:
+            row += [_gigabytes(team["memory"]), _milliseconds(team["step_seconds"])]
+        row += [number(_mean(team["predicted"][name]), 4) for name in others]
+        rows.append(row)
+    roles = f"rule {outcome['rule']}" + (f", score {outcome['score']}" if outcome["score"] else "")
+    caption = (
+        f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of samples on "
+        "which each member is taught, in the order of the names. Predictors are means over members"
+        + (f"; the ranking is by what {outcome['for']} may gain." if outcome["for"] else ".")
+    )
+    return data_table(caption, head, rows)
+
+
+def _mean(by_member: Mapping[str, float]) -> float:
+    return sum(by_member.values()) / len(by_member)
+
+
+def _shares(by_member: Mapping[str, float] | None) -> str:
+    if by_member is None:
+        return MISSING
+    return " / ".join(f"{100 * value:.0f}" for value in by_member.values()) + " %"
+
+
+def _gigabytes(value: Any) -> str:
+    return f"{value / 2**30:.2f} GiB" if is_finite(value) else MISSING
+
+
+def _milliseconds(value: Any) -> str:
+    return f"{1e3 * value:.0f} ms" if is_finite(value) else MISSING
+
+
+def _model_table(outcome: Mapping[str, Any]) -> Html:
+    head = ["Model", "Accuracy", "Loss", "Confidence", "Temperature", "ECE", "ECE calibrated"]
+    rows = [
+        [
+            fact["name"],
+            as_percent(fact["accuracy"]),
+            number(fact["loss"], 4),
+            as_percent(fact["confidence"]),
+            number(fact["temperature"]),
+            as_percent(fact["ece"]),
+            as_percent(fact["ece_calibrated"]),
+        ]
+        for fact in outcome["models"]
+    ]
+    caption = (
+        "Each alone. Confidence: mean largest probability. The temperature is fitted on half of "
+        "the labelled samples by their likelihood; both ECE (15 bins) are of the other half."
+    )
+    return data_table(caption, head, rows)
+
+
+def _calibration_section(outcome: Mapping[str, Any]) -> list[Html]:
+    rows = outcome["calibration"]
+    if not rows:
+        return []
+    table = data_table(
+        "Who would teach under --score confidence, by raw and by calibrated confidences. Right: "
+        "share of taught samples whose teacher is right. Same: both choose the same teacher.",
+        ["Team", "Right, raw", "Right, calibrated", "Same"],
+        [
+            [
+                ", ".join(row["members"]),
+                as_percent(row["right_raw"]),
+                as_percent(row["right_calibrated"]),
+                as_percent(row["same"]),
+            ]
+            for row in rows
+        ],
+    )
+    note = (
+        "Scouting compares calibrated confidences. Training compares the models' own as they are: "
+        "where the two columns differ much, --score confidence follows the boldest peer."
+    )
+    return [section("What calibration changes", table, tag("p", note))]
+
+
+def _figures(outcome: Mapping[str, Any]) -> list[Html]:
+    if outcome["labelled"]:
+        return [_matrix(outcome, "flips"), _matrix(outcome, "agreement"), _scatter(outcome)]
+    return [_matrix(outcome, "agreement"), _matrix(outcome, "kl")]
+
+
+_MATRICES = {
+    "flips": (
+        "row right, column wrong (% of samples)",
+        100,
+        "What the row's model could teach the column's: samples, in per cent, on which the row is "
+        "right and the column wrong.",
+    ),
+    "agreement": (
+        "same answer (% of samples)",
+        100,
+        "How often two models give the same answer, in per cent.",
+    ),
+    "kl": (
+        "mean KL from row to column (nats)",
+        1,
+        "KL divergence of the row's probabilities from the column's, mean over samples, in nats.",
+    ),
+}
+
+
+def _matrix(outcome: Mapping[str, Any], what: str) -> Html:
+    names = outcome["names"]
+    title, scale, caption = _MATRICES[what]
+    values = scale * np.asarray(outcome["pairs"][what], dtype=float)
+    np.fill_diagonal(values, np.nan)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(values, cmap="cividis")
+        labels = [short_name(name, names, 22) for name in names]
+        size = 9 if len(names) <= _NUMBERED else 5
+        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(names)), labels, fontsize=size)
+        axes.grid(False)
+        if len(names) <= _NUMBERED:
+            _write_cells(axes, values)
+        figure.colorbar(image, ax=axes, shrink=0.8, label=title)
+
+    finite = values[np.isfinite(values)]
+    alt = f"Heat map of {len(names)} models: {title}, from {finite.min():.3g} to {finite.max():.3g}"
+    height = min(7.5, 2.2 + 0.32 * len(names))
+    return figure_tag(draw(paint, height), alt, caption)
+
+
+def _write_cells(axes: Any, values: np.ndarray) -> None:
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "white" if value < middle else "black"
+            text = f"{value:.1f}" if np.nanmax(values) >= 1 else f"{value:.2f}"
+            axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
+
+
+def _scatter(outcome: Mapping[str, Any]) -> Html:
+    """Draw every pair: how good its members are, and how much more both know together."""
+    names, accuracy = outcome["names"], [fact["accuracy"] for fact in outcome["models"]]
+    oracle = outcome["pairs"]["oracle"]
+    pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+    x = [50 * (accuracy[i] + accuracy[j]) for i, j in pairs]
+    y = [100 * (oracle[i][j] - max(accuracy[i], accuracy[j])) for i, j in pairs]
+    at = {frozenset((names[i], names[j])): k for k, (i, j) in enumerate(pairs)}
+    best = [k for k, t in enumerate(outcome["teams"]) if len(t["members"]) == 2][:_SHOWN]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(x, y, "o", color=COLORS[0], alpha=0.45, markersize=4)
+        for k in best:
+            where = at[frozenset(outcome["teams"][k]["members"])]
+            axes.plot(x[where], y[where], "o", color=COLORS[1], markersize=5)
+            axes.annotate(
+                str(k + 1), (x[where], y[where]), xytext=(4, 3), textcoords="offset points"
+            )
+        axes.set_xlabel("mean accuracy of the pair (%)")
+        axes.set_ylabel("oracle over its stronger model (points)")
+
+    caption = (
+        "Every pair of models: right is stronger, up is more complementary. Numbers are those of "
+        "the best pairs in the table."
+    )
+    alt = f"Accuracy against complementarity of {len(pairs)} pairs"
+    return figure_tag(draw(paint, 3.2), alt, caption)

@@ -1,0 +1,173 @@
+"""What scouting found, as plain containers and tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.checkpoint import atomic_write
+from common.scouting import PREDICTORS, Judge, Ranking, Team, usable_predictors
+from common.survey import Survey, describe_models, describe_pairs
+
+
+def describe_outcome(
+    judge: Judge, ranking: Ranking, predictor: str, student: int | None, top: int
+) -> dict[str, Any]:
+    """Say what scouting found.
+
+    Args:
+        judge: Holds the survey and the rule.
+        ranking: Of the teams.
+        predictor: What they were ranked by.
+        student: Whom they were ranked for; None: all members.
+        top: Teams whose calibration is looked at.
+
+    Returns:
+        Plain containers: ``models``, ``pairs`` (tables by name), ``teams`` (all that fit, best
+        first), ``calibration`` and how many teams there were. None where a number is not known.
+    """
+    found = judge.found
+    names = list(found.names)
+    return {
+        "names": names,
+        "samples": int(found.prediction.shape[1]),
+        "labelled": found.labelled,
+        "rule": judge.rule,
+        "score": judge.score if judge.compares else None,
+        "predictor": predictor,
+        "why": {name: PREDICTORS[name].why for name in usable_predictors(found)},
+        "for": None if student is None else names[student],
+        "models": [asdict(fact) for fact in describe_models(found)],
+        "pairs": {
+            what: None if table is None else table.tolist()
+            for what, table in vars(describe_pairs(found)).items()
+        },
+        "teams": [_describe_team(team, names, predictor, student) for team in ranking.teams],
+        "calibration": calibration_rows(found, ranking.teams[:top]),
+        "judged": ranking.judged,
+        "possible": ranking.possible,
+        "too_large": ranking.too_large,
+    }
+
+
+def _describe_team(
+    team: Team, names: Sequence[str], predictor: str, student: int | None
+) -> dict[str, Any]:
+    members = [names[i] for i in team.members]
+    by_member = {
+        what: None if values is None else dict(zip(members, values, strict=True))
+        for what, values in (
+            ("taught", team.taught),
+            ("teaches", team.teaches),
+            ("kl", team.kl),
+            ("accuracy", team.accuracy),
+        )
+    }
+    return {
+        "members": members,
+        "value": team.gain(predictor, student),
+        "predicted": {
+            name: dict(zip(members, values, strict=True)) for name, values in team.predicted.items()
+        },
+        **by_member,
+        "agreement": team.agreement,
+        "oracle": team.oracle,
+        "ensemble": team.ensemble,
+        "memory": team.memory,
+        "step_seconds": team.step_seconds,
+    }
+
+
+def calibration_rows(found: Survey, teams: Sequence[Team]) -> list[dict[str, Any]]:
+    """Say, for teams under ``--score confidence``, whom it lets teach, raw and calibrated.
+
+    Measured on the samples that the temperatures were not fitted on. ``right_raw`` and
+    ``right_calibrated`` are the shares of taught samples whose teacher is right, ``same`` the share
+    of samples on which both choose the same teacher; the first two are None without labels.
+    """
+    if found.calibrated is None:
+        return []
+    apart = slice(None) if found.fitted is None else ~found.fitted
+    rows = []
+    for team in teams:
+        chosen = list(team.members)
+        raw, calibrated = found.confidence[chosen][:, apart], found.calibrated[chosen][:, apart]
+        right = None if found.correct is None else found.correct[chosen][:, apart]
+        first, second = _teacher(raw), _teacher(calibrated)
+        rows.append(
+            {
+                "members": [found.names[i] for i in team.members],
+                "same": float((first == second).double().mean()),
+                "right_raw": _share_right(first, right),
+                "right_calibrated": _share_right(second, right),
+            }
+        )
+    return rows
+
+
+def _teacher(score: Tensor) -> Tensor:
+    """Return who teaches under ``best`` [n]; -1 where the highest score is shared."""
+    top = score.topk(2, dim=0)
+    teacher = top.indices[0]
+    return teacher.masked_fill(top.values[0] == top.values[1], -1)
+
+
+def _share_right(teacher: Tensor, right: Tensor | None) -> float | None:
+    taught = teacher >= 0
+    if right is None or not bool(taught.any()):
+        return None
+    return float(right.gather(0, teacher.clamp(min=0)[None])[0][taught].double().mean())
+
+
+def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Write ``scout.json``, ``models.csv``, ``pairs.csv`` (ordered pairs) and ``teams.csv``."""
+    text = json.dumps(outcome, indent=1)
+    atomic_write(folder / "scout.json", lambda to: to.write_text(text, encoding="utf-8"))
+    _write_table(folder / "models.csv", outcome["models"])
+    _write_table(folder / "pairs.csv", _pair_rows(outcome))
+    _write_table(folder / "teams.csv", [_team_row(team) for team in outcome["teams"]])
+
+
+def _pair_rows(outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = outcome["names"]
+    tables = {what: table for what, table in outcome["pairs"].items() if table is not None}
+    return [
+        {"teacher": t, "student": s, **{what: table[i][j] for what, table in tables.items()}}
+        for i, t in enumerate(names)
+        for j, s in enumerate(names)
+        if i != j
+    ]
+
+
+def _team_row(team: Mapping[str, Any]) -> dict[str, Any]:
+    count = len(team["members"])
+    means = {name: sum(v.values()) / count for name, v in team["predicted"].items()}
+    single = ("agreement", "oracle", "ensemble", "memory", "step_seconds")
+    several = ("taught", "teaches", "kl", "accuracy")
+    return {
+        "members": " ".join(team["members"]),
+        "value": team["value"],
+        **{what: team[what] for what in single},
+        **means,
+        **{what: _joined(team[what]) for what in several},
+    }
+
+
+def _joined(by_member: Mapping[str, float] | None) -> str | None:
+    return None if by_member is None else " ".join(f"{value:.6g}" for value in by_member.values())
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(to: Path) -> None:
+        with to.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+            table.writeheader()
+            table.writerows(rows)
+
+    atomic_write(path, write)

@@ -1,0 +1,251 @@
+"""scout.py from the command line: real images, cache, wildcards, data without labels, errors."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+
+from classification.models import ModelError, models_meant
+from classification.options import build_parser, parse
+from classification.scout import add_scout_options, main, scout, team_sizes
+from classification.scouting import Picked
+from classification.train import run
+from classification.validate import validate
+from common import logit_cache
+from common.options import OptionError
+
+VIT = "kwargs.patch_size=8,kwargs.embed_dim=24,kwargs.depth=1,kwargs.num_heads=2,img_size=32"
+PEERS = [
+    f"vit_tiny_patch16_224,name=a,{VIT}",
+    f"vit_tiny_patch16_224,name=b,{VIT},mean=0.4+0.4+0.4",
+    f"vit_small_patch16_224,name=c,{VIT}",
+    f"vit_tiny_patch16_224,name=d,{VIT.replace('img_size=32', 'img_size=24')}",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """Four small models that know the digits a little: a run of train.py without transfer."""
+    folder = tmp_path_factory.mktemp("trained")
+    peers = [word for peer in PEERS for word in ("--peer", peer)]
+    run(
+        [
+            *(str(digits), *peers, "--rule", "none", "--output", str(folder)),
+            *"--no-pretrained --num-classes 10 --opt adamw --lr 2e-3 --epochs 2 -b 40 -j 0".split(),
+            *"--warmup-epochs 0 --no-aug --experiment run --device cpu".split(),
+        ],
+        bars=False,
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def scouting(digits, trained, tmp_path):
+    """Arguments that scout the four models."""
+    return [
+        *(str(digits), "--model", f"{trained}/*/last.safetensors", "-j", "0", "-b", "30"),
+        *("--output", str(tmp_path), "--experiment", "s", "--cache", str(tmp_path / "cache")),
+        *("--device", "cpu"),
+    ]
+
+
+def test_scouting_ranks_every_pair_and_leaves_its_files(digits, trained, scouting, tmp_path):
+    found = scout([*scouting, "--team-size", "2..3"], bars=False)
+    assert found["names"] == ["a", "b", "c", "d"] and found["samples"] == 200
+    assert len(found["teams"]) == 6 + 4 and found["judged"] == 10
+    values = [team["value"] for team in found["teams"]]
+    assert values == sorted(values, reverse=True) and values[0] > 0
+    told = validate([str(digits), "-j", "0", "--peer", f"{trained}/*/last.safetensors"])
+    for fact in found["models"]:
+        assert 100 * fact["accuracy"] == pytest.approx(told[f"{fact['name']}/top1"], abs=1e-9)
+        assert fact["loss"] == pytest.approx(told[f"{fact['name']}/loss"], abs=1e-3)
+    pair = next(team for team in found["teams"] if set(team["members"]) == {"a", "c"})
+    told = validate(
+        [str(digits), "-j", "0"]
+        + [w for n in "ac" for w in ("--peer", f"{trained}/{n}/last.safetensors")]
+    )
+    assert 100 * pair["ensemble"] == pytest.approx(told["ensemble/top1"], abs=1e-9)
+    assert 100 * pair["oracle"] == pytest.approx(told["oracle/top1"], abs=1e-9)
+    folder = tmp_path / "s"
+    assert json.loads((folder / "scout.json").read_text())["teams"] == found["teams"]
+    rows = list(csv.DictReader((folder / "pairs.csv").open()))
+    assert len(rows) == 12 and {"teacher", "student", "flips", "kl"} <= rows[0].keys()
+    assert len(list(csv.DictReader((folder / "teams.csv").open()))) == 10
+    page = (folder / "report.html").read_text()
+    assert "<svg" not in page and page.count("data:image/svg+xml") == 3
+    assert all(word in page for word in ("Heat map", "complementar", "What calibration changes"))
+    assert not re.search(r"(src|href)=\"http", page)
+
+
+def test_the_printed_command_trains_the_team(scouting, tmp_path):
+    found = scout([*scouting, "--rule", "better", "--no-detach-teacher"], bars=False)
+    words = shlex.split(found["commands"][0])
+    assert words[:2] == ["python", "classification/train.py"]
+    options, specs = parse(words[2:])
+    assert [spec.name for spec in specs] == found["teams"][0]["members"]
+    assert options.rule == "better" and not options.detach_teacher and options.workers == 0
+    progress = run(
+        [*words[2:], *"--lr 1e-4 --opt adamw --epochs 1 --no-aug --output".split(), str(tmp_path)],
+        bars=False,
+    )
+    start = {fact["name"]: 100 * fact["accuracy"] for fact in found["models"]}
+    for spec in specs:
+        assert progress.history[0][f"{spec.name}/top1"] == pytest.approx(start[spec.name], abs=1e-6)
+
+
+def test_peers_of_a_yaml_file_are_trained_from_one(trained, digits, scouting, tmp_path, no_report):
+    kwargs = "{patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2, act_layer: null}"
+    peers = "".join(
+        f"- {{model: {model}, name: {n}, checkpoint: {trained}/{n}/last.safetensors, img_size: 32, "
+        f"mean: [{mean}, {mean}, {mean}], kwargs: {kwargs}}}\n"
+        for n, model, mean in (
+            ("a", "vit_tiny_patch16_224", 0.5),
+            ("c", "vit_small_patch16_224", 0.5),
+        )
+    )
+    config = tmp_path / "peers.yaml"
+    config.write_text(f"peers:\n{peers}rule: better\n")
+    found = scout([str(digits), "-c", str(config), *scouting[3:]], bars=False)
+    words = shlex.split(found["commands"][0])
+    options, specs = parse(words[2:])
+    assert {spec.name for spec in specs} == {"a", "c"} and options.rule == "better"
+    assert specs[0].options.model_kwargs["depth"] == 1 and specs[0].options.mean == [0.5] * 3
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count the images that are decoded."""
+    seen = []
+    plain = Picked.__getitem__
+    monkeypatch.setattr(Picked, "__getitem__", lambda s, i: seen.append(i) or plain(s, i))
+    return seen
+
+
+def assert_same(one, two):
+    """Equal but for rounding: normalisation may go by way of another model's statistics."""
+    pairs = zip(one["teams"], two["teams"], strict=True)
+    assert all(a["members"] == b["members"] for a, b in pairs)
+    for a, b in zip(one["teams"], two["teams"], strict=True):
+        assert a["value"] == pytest.approx(b["value"], abs=1e-6)
+        assert list(a["kl"].values()) == pytest.approx(list(b["kl"].values()), abs=1e-4)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Draw nothing: that takes longest."""
+    monkeypatch.setattr("classification.scout.write_scout_report", lambda path, *rest: path)
+
+
+def test_images_are_read_once_per_geometry_and_never_again(
+    scouting, counted, tmp_path, monkeypatch, no_report
+):
+    monkeypatch.setattr(logit_cache, "CHUNK", 64)
+    first = scout(scouting, bars=False)
+    assert len(counted) == 2 * 200  # a, b and c at 32 pixels, d at 24
+    counted.clear()
+    assert scout(scouting, bars=False)["teams"] == first["teams"] and not counted
+    scout([*scouting, "--samples", "50", "--models-at-once", "1"], bars=False)
+    assert len(counted) == 4 * 50
+    counted.clear()
+    # as after a kill: one model has lost a chunk in the middle, another all of them
+    folders = sorted((tmp_path / "cache").iterdir())
+    folders = [f for f in folders if len(list(f.iterdir())) == 4]
+    (folders[0] / "chunk-00001.safetensors").unlink()
+    assert_same(scout(scouting, bars=False), first)
+    assert len(counted) == 64
+    counted.clear()
+    shutil.rmtree(folders[1])
+    assert_same(scout(scouting, bars=False), first)
+    assert len(counted) == 200
+
+
+def test_ranking_for_one(scouting, no_report):
+    found = scout([*scouting, "--for", "c", "--team-size", "2", "3"], bars=False)
+    assert len(found["teams"]) == 3 + 3 and all("c" in team["members"] for team in found["teams"])
+    assert found["teams"][0]["value"] == found["teams"][0]["predicted"]["flips"]["c"]
+
+
+def test_confidence_and_mutual_rank_too(scouting):
+    found = scout([*scouting, "--score", "confidence"], bars=False)
+    assert found["score"] == "confidence" and len(found["calibration"]) == 6
+    assert 0 <= found["calibration"][0]["right_raw"] <= 1
+    found = scout([*scouting, "--rule", "mutual"], bars=False)
+    assert found["predictor"] == "complementarity" and found["score"] is None
+
+
+def flat_folder(digits, folder):
+    folder.mkdir()
+    for k, path in enumerate(sorted((digits / "validation").rglob("*.png"))[::4]):
+        shutil.copy(path, folder / f"{k}.png")
+    return folder
+
+
+def test_images_without_labels(digits, scouting, tmp_path, caplog):
+    folder = flat_folder(digits, tmp_path / "flat")
+    found = scout([*scouting, "--unlabelled", str(folder)], bars=False)
+    assert found["samples"] == 50 and not found["labelled"] and found["score"] == "confidence"
+    assert found["predictor"] == "confidence-gap" and found["models"][0]["temperature"] > 0
+    assert found["models"][0]["accuracy"] is None and found["pairs"]["flips"] is None
+    blind = scout([*scouting[1:], "--unlabelled", str(folder)], bars=False)
+    assert blind["rule"] == "mutual" and blind["predictor"] == "disagreement"
+    assert blind["models"][0]["temperature"] is None and blind["calibration"] == []
+    assert "cannot be compared" in caplog.text
+    assert blind["pairs"]["kl"] == found["pairs"]["kl"]
+    assert blind["commands"][0].startswith("python classification/train.py DATA ")
+
+
+def test_what_cannot_be_scouted_is_named_and_never_dropped_in_silence(
+    scouting, caplog, monkeypatch, no_report
+):
+    monkeypatch.setattr("classification.timm_models.is_hub_reachable", lambda: False)
+    more = ["--model", "pit_x*", "--model", "vit_tiny_patch16_224,pretrained=false"]
+    with pytest.raises(OptionError, match="3 of 7 models cannot be scouted") as error:
+        scout([*scouting, *more], bars=False)
+    told = str(error.value)
+    assert "pit_xs_224.in1k,checkpoint=/path/to/file" in told and "--no-pretrained" in told
+    caplog.clear()
+    found = scout([*scouting, *more, "--skip-unfit"], bars=False)
+    assert found["names"] == ["a", "b", "c", "d"]
+    assert "left out" in caplog.text and "pit_xs_distilled_224" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--team-size", "4..2"], "--team-size 4..2"),
+        (["--team-size", "one"], "--team-size one"),
+        (["--team-size", "7"], "teams of 7 of 4 models"),
+        (["--for", "nobody"], "--for nobody: 0 models"),
+        (["--for", "vit_tiny_patch16_224"], "3 models are called so"),
+        (["--num-classes", "10"], "--num-classes gives a new head"),
+        (["--rule", "one_way:nobody"], "no peer is named"),
+        (["--unlabelled", "/nowhere"], "no such data folder"),
+        (["--predictor", "confidence-gap", "--model", "no_such_*"], "stands for no file"),
+    ],
+)
+def test_bad_input_ends_in_one_line(scouting, more, told, caplog):
+    assert main([*scouting, *more]) == 1
+    assert told in caplog.text and "Traceback" not in caplog.text
+
+
+def test_wildcards_stand_for_published_models():
+    names = models_meant("pit_*")
+    assert "pit_xs_224.in1k" in names and all(name.startswith("pit_") for name in names)
+    assert models_meant("resnet18") == ["resnet18"]
+    with pytest.raises(ModelError, match="stands for no file"):
+        models_meant("/nowhere/*.safetensors")
+    peers = parse(["/data", "--peer", "pit_x?_224*,lr=0.5,frozen", "--rule", "none"])[1]
+    assert [spec.model for spec in peers] == ["pit_xs_224.in1k"] and peers[0].options.lr == 0.5
+
+
+def test_team_sizes_and_the_parsers_own_options():
+    assert team_sizes(["2..4"]) == [2, 3, 4] and team_sizes(["4", "2"]) == [2, 4]
+    taken = build_parser("scout", add_scout_options).parse_args(["D", "--model", "a"])
+    assert taken.peers == ["a"]
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["D", "--model", "a"])
+    assert torch.get_num_threads() == 1
