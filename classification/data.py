@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import Mixup, create_dataset, create_transform, resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -208,7 +209,32 @@ class SeededDataset(Dataset):
 
     def _sample(self, draw: Draw) -> Any:
         seed_generators(self.seed, draw.epoch, draw.position)
-        return self.dataset[draw.index]
+        return read_sample(self.dataset, draw.index)
+
+
+class ImageError(OptionError):
+    """An image that cannot be used: one line that names it, where a worker met it too.
+
+    Args:
+        told: The line; torch puts a worker's traceback before it.
+    """
+
+    def __init__(self, told: str) -> None:
+        super().__init__(told.rsplit(f"{ImageError.__name__}: ", 1)[-1].strip())
+
+
+def read_sample(dataset: Dataset, index: int) -> Any:
+    """Read one sample; timm itself passes over files that are broken.
+
+    Raises:
+        ImageError: A file that would unpack to far more pixels than a photograph has.
+    """
+    try:
+        return dataset[index]
+    except Image.DecompressionBombError as error:
+        known = hasattr(dataset, "filename")
+        name = dataset.filename(index, absolute=True) if known else f"sample {index}"
+        raise ImageError(f"{name}: {error}; remove the file, or scale it down") from error
 
 
 def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> Dataset:
@@ -454,7 +480,7 @@ class _Shard(Dataset):
         return len(range(self.rank, len(self.dataset), self.size))
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.rank + index * self.size]
+        return read_sample(self.dataset, self.rank + index * self.size)
 
 
 def eval_loader(

@@ -378,7 +378,7 @@ def _models_meant(asked: str | Mapping[str, Any]) -> list[str | Mapping[str, Any
 def _read_yaml(path: Path) -> Any:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"{path}: not plain YAML ({error})") from error
     for key in content if isinstance(content, dict) else ():
         option = "--" + str(key).replace("_", "-")

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -165,15 +166,18 @@ def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: broken safetensors file ({error})") from error
     try:
+        _refuse_inflated(path)
         if sums:
             _check_sums(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(_unsafe(path, str(error))) from error
     except (
-        RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile,
-        zlib.error,
+        RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+        AssertionError, ArithmeticError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error,
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -184,6 +188,27 @@ def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
             f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors"
         )
     return dict(content)
+
+
+def _refuse_inflated(path: Path) -> None:
+    """Refuse a zip whose parts unpack to more than the file: torch stores them as they are.
+
+    Raises:
+        CheckpointError: A few kilobytes could fill the memory.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    whole = sum(part.file_size for part in parts)
+    packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
+    if packed or whole > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: refused, it would unpack from {path.stat().st_size} to {whole} bytes, and "
+            f"torch compresses nothing ({_listed(packed, 3) or 'its parts overlap'}); save the "
+            "weights with torch.save or as safetensors"
+        )
 
 
 def _check_sums(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import struct
 import zlib
 
@@ -9,7 +11,8 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.io import loadmat
+from PIL import Image, UnidentifiedImageError
+from scipy.io import loadmat, whosmat
 from scipy.io.matlab import MatReadError
 from torch import Tensor
 
@@ -18,6 +21,11 @@ from saliency.errors import DataError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 FIXATION_SUFFIXES = (".mat", ".png")
 _PNG_HEAD, _PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+MOST_PIXELS = 2**26  # of a file that is decoded; twice a frame of 8K
+MOST_UNPACKED = 2**28  # bytes of a .mat file
+_DEFLATE = 1032  # no byte of zlib's format unpacks to more
+_MAT_HEAD, _MAT_COMPRESSED = 128, 15
+_NUMBERS = ("logical", "single", "double", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32)))
 _BROKEN_MAT = (
     MatReadError,
     NotImplementedError,  # HDF5, of MATLAB 7.3
@@ -35,18 +43,40 @@ def decode(path: str, flags: int) -> np.ndarray:
     """Decode an image file as OpenCV does, channels in its order (BGR).
 
     Raises:
-        DataError: The file is missing, empty or broken; names it.
+        DataError: The file is missing, empty or broken, or has more than ``MOST_PIXELS``, which a
+            few kilobytes can claim; names it.
     """
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    image = cv2.imdecode(content, flags) if content.size else None
+    width, height = _told_size(content)
+    if width * height > MOST_PIXELS:
+        raise DataError(
+            f"{path}: {width} x {height} pixels are more than the {MOST_PIXELS} that are read; "
+            "scale it down"
+        )
+    image = cv2.imdecode(content, flags) if width * height else None
     if image is None:
         raise DataError(
             f"{path}: no image that can be decoded ({content.size} bytes); copy or extract it anew"
         )
     return image
+
+
+def _told_size(content: np.ndarray) -> tuple[int, int]:
+    """Return the width and height that an image's head tells; zeros where it is none."""
+    head = content[:24].tobytes()
+    if head[:8] == _PNG_HEAD and head[12:16] == b"IHDR" and len(head) == 24:
+        width, height = struct.unpack(">II", head[16:24])
+        return width, height
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.size
+    except Image.DecompressionBombError:
+        return MOST_PIXELS, 2
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error):
+        return 0, 0
 
 
 def read_frame(path: str) -> np.ndarray:
@@ -114,25 +144,68 @@ def read_fixations(path: str) -> np.ndarray:
     A ``.mat`` file holds the variable ``I``; an image is true where it is above 0.5 as stored.
 
     Raises:
-        DataError: The file is missing, broken, or without ``I``; names it.
+        DataError: The file is missing, broken, too large unpacked, or without ``I``; names it.
     """
     if not path.lower().endswith(".mat"):
         return _gray(decode(path, _AS_STORED)) > 0.5
     try:
-        content = loadmat(path)
+        _refuse_inflated(path)
+        _check_variable(path, whosmat(path))
+        content = loadmat(path, variable_names=["I"])
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _BROKEN_MAT as error:
         raise DataError(
             f"{path}: no MATLAB file of version 7 or older that can be read: {error}"
         ) from error
-    if "I" not in content:
-        names = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
+    return np.asarray(content["I"]) > 0.5
+
+
+def _check_variable(path: str, variables: list[tuple[str, tuple[int, ...], str]]) -> None:
+    """Refuse a file before its arrays are read, by what their heads tell."""
+    found = [(shape, kind) for name, shape, kind in variables if name == "I"]
+    if not found:
+        names = ", ".join(name for name, *_ in variables) or "nothing"
         raise DataError(f"{path}: holds {names}; expected the variable I, a map of fixations")
-    fixations = np.asarray(content["I"])
-    if fixations.ndim != 2:
-        raise DataError(f"{path}: I has the shape {fixations.shape}; expected height, width")
-    return fixations > 0.5
+    for shape, kind in found:
+        if len(shape) != 2 or kind not in _NUMBERS:
+            raise DataError(f"{path}: I is {kind} of the shape {shape}; expected height, width")
+        if shape[0] * shape[1] > MOST_PIXELS:
+            raise DataError(
+                f"{path}: I has the shape {shape}, more than the {MOST_PIXELS} values that are read"
+            )
+
+
+def _refuse_inflated(path: str) -> None:
+    """Refuse a file of MATLAB 5 to 7 that unpacks to more than ``MOST_UNPACKED`` bytes.
+
+    Raises:
+        DataError: It does.
+    """
+    if os.path.getsize(path) * _DEFLATE <= MOST_UNPACKED:
+        return
+    with open(path, "rb") as file:
+        order = {b"IM": "<", b"MI": ">"}.get(file.read(_MAT_HEAD)[-2:])
+        if order is None:
+            return  # of MATLAB 4, which compresses nothing
+        unpacked = 0
+        while len(tag := file.read(8)) == 8:
+            kind, size = struct.unpack(f"{order}II", tag)
+            end = file.tell() + size
+            unpack = zlib.decompressobj()
+            while kind == _MAT_COMPRESSED and not unpack.eof:
+                part = unpack.unconsumed_tail or file.read(min(2**16, end - file.tell()))
+                if not part:
+                    break
+                unpacked += len(unpack.decompress(part, 2**20))
+                if unpacked > MOST_UNPACKED:
+                    raise DataError(
+                        f"{path}: unpacks to more than {MOST_UNPACKED} bytes; a map of fixations "
+                        "does not"
+                    )
+            file.seek(end)
 
 
 def scale_fixations(fixations: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -293,7 +293,7 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"{path}: not plain YAML ({error})") from error
 
 

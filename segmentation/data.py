@@ -24,6 +24,7 @@ from segmentation.errors import DataError, told_of
 
 FORMATS = ("RGB", "BGR")
 _CROPS_TRIED = 10
+_BROKEN_IMAGE = (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError)
 
 
 class SharedMapper:
@@ -428,7 +429,7 @@ def _check_semantic(name: str) -> None:
 def _read_image(record: Mapping[str, Any]) -> np.ndarray:
     try:
         return utils.read_image(record["file_name"], format="RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except _BROKEN_IMAGE as error:
         raise DataError(f"{record['file_name']}: cannot be read ({error})") from error
 
 
@@ -450,7 +451,7 @@ def read_labels(path: str, dtype: Any = None, **ignored: Any) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.array(image, dtype=dtype)
-    except (OSError, UnidentifiedImageError) as error:
+    except _BROKEN_IMAGE as error:
         raise DataError(f"{path}: labels cannot be read ({error})") from error
 
 

@@ -15,6 +15,7 @@ import timm
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.file_io import PathManager
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from common.checkpoint import CheckpointError, load_weights, read_weights
@@ -73,6 +74,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         KeyError,
         TypeError,
         AttributeError,
+        ImportError,  # of numpy 2's modules under numpy 1
+        ArithmeticError,
+        MemoryError,
     ) as error:
         raise CheckpointError(
             f"{path}: missing or broken file ({error}); fetch it again"
@@ -207,7 +211,7 @@ def _renamed(name: str) -> str:
 def _transformers(source: str, name: str) -> dict[str, Tensor]:
     try:
         return load_transformers(name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{source}: {error}. Without a network, give a local folder: hf:FOLDER"
         ) from error
