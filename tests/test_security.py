@@ -1,0 +1,623 @@
+"""No path unpickles, evaluates or unpacks without bounds what a user was given by others."""
+
+import ast
+import copy
+import io
+import json
+import logging
+import os
+import pickle
+import resource
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from classification.data import ImageError, read_sample
+from classification.models import ModelError, create_classifier
+from classification.options import parse
+from classification.train import main as classify
+from classification.validate import main as validate
+from common.checkpoint import CheckpointError, read_file, read_metadata
+from saliency import images
+from saliency.errors import DataError
+from saliency.evaluate import main as evaluate_saliency
+from saliency.predict import main as predict
+from saliency.train import main as train_saliency
+from tests.saliency.folders import write_dataset
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("common", "classification", "saliency", "segmentation", "benchmarks", "tests")
+# What the rules below find, and why it is there.
+ALLOWED = {
+    ("segmentation/weights.py", "pickle.Unpickler"): "refuses all but containers and arrays",
+}
+CODE = {
+    *(f"{kind}.{name}" for kind in ("pickle", "_pickle", "dill", "cloudpickle", "marshal")
+      for name in ("load", "loads", "Unpickler")),
+    *("joblib.load", "shelve.open", "pandas.read_pickle", "torch.jit.load", "torch.hub.load"),
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "runpy.run_path"),
+    *("torch.package.PackageImporter", "torch.serialization.add_safe_globals"),
+    *(f"yaml.{name}" for name in ("unsafe_load", "full_load", "unsafe_load_all", "full_load_all")),
+}  # fmt: skip
+SAFE_YAML = {"yaml.SafeLoader", "yaml.CSafeLoader"}
+NEVER = {"trust_remote_code": True, "allow_unsafe": True, "shell": True, "weights_only": False}
+
+
+class Rules(ast.NodeVisitor):
+    """Collects what could run code that a file brings, whatever it is imported as."""
+
+    def __init__(self):
+        self.names, self.found = {}, []
+
+    def visit_Import(self, node):
+        for alias in node.names:
+            whole = alias.name if alias.asname else alias.name.split(".")[0]
+            self.names[alias.asname or whole] = whole
+
+    def visit_ImportFrom(self, node):
+        for alias in node.names:
+            self.names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+
+    def whole(self, node):
+        first, dot, rest = ast.unparse(node).partition(".")
+        return self.names.get(first, first) + dot + rest
+
+    def visit_ClassDef(self, node):
+        self.found += [name for name in map(self.whole, node.bases) if name in CODE]
+        self.generic_visit(node)
+
+    def visit_FunctionDef(self, node):
+        given = node.args
+        plain = [*given.posonlyargs, *given.args]
+        pairs = [*zip(reversed(plain), reversed(given.defaults), strict=False)]
+        pairs += zip(given.kwonlyargs, given.kw_defaults, strict=True)
+        for argument, default in pairs:
+            self.check_value(argument.arg, default)
+        self.generic_visit(node)
+
+    def visit_Call(self, node):
+        name = self.whole(node.func)
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        for word in node.keywords:
+            self.check_value(word.arg, word.value)
+        loads_code = (
+            name in CODE
+            or (name == "torch.load" and given.get("weights_only") != "True")
+            or (name == "numpy.load" and given.get("allow_pickle", "False") != "False")
+            or (name in ("yaml.load", "yaml.load_all") and not self.is_safe_yaml(node))
+            or (name.endswith((".extractall", ".unpack_archive")) and "filter" not in given)
+        )
+        if loads_code:
+            self.found.append(name)
+        self.generic_visit(node)
+
+    def is_safe_yaml(self, node):
+        loaders = [*node.args[1:], *(word.value for word in node.keywords)]
+        return {self.whole(loader) for loader in loaders} <= SAFE_YAML and bool(loaders)
+
+    def check_value(self, name, value):
+        if name in NEVER and isinstance(value, ast.Constant) and value.value is NEVER[name]:
+            self.found.append(f"{name}={value.value}")
+
+
+def violations(text):
+    rules = Rules()
+    rules.visit(ast.parse(text))
+    return rules.found
+
+
+def sources():
+    for folder in FOLDERS:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+    yield ROOT / "setup.py"
+
+
+def test_no_source_loads_code():
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for path in sources()
+        for name in violations(path.read_text(encoding="utf-8"))
+    }
+    own = {entry for entry in found if entry[0].startswith("tests/")}
+    assert found - own == set(ALLOWED)
+    assert own - TESTS_MAY == {entry for entry in own if entry[1] == "torch.load"}  # its default
+
+
+# The tests set files up for the loaders, and trust what they wrote themselves.
+TESTS_MAY = {
+    ("tests/test_architecture.py", "runpy.run_path"),  # setup.py's own lists
+    ("tests/classification/test_huggingface.py", "trust_remote_code=True"),  # shows what it is for
+    ("tests/segmentation/test_config.py", "allow_unsafe=True"),  # the same
+    ("tests/segmentation/test_scenes.py", "__import__"),  # hides a package
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch import load as l; l(f)",
+        "import torch as t; t.load(f, weights_only=False)",
+        "import pickle as p; p.loads(b)",
+        "from pickle import Unpickler\nclass Mine(Unpickler): pass",
+        "import numpy as np; np.load(f, allow_pickle=ask)",
+        "import yaml; yaml.load(f)",
+        "import yaml; yaml.load(f, Loader=yaml.Loader)",
+        "import yaml; yaml.load(f, yaml.UnsafeLoader)",
+        "def read(f, *, trust_remote_code=True): pass",
+        "def read(f, weights_only=False): pass",
+        "x.from_pretrained(f, trust_remote_code=True)",
+        "import subprocess; subprocess.run(c, shell=True)",
+        "import tarfile; tarfile.open(f).extractall()",
+        "import marshal; marshal.loads(b)",
+        "eval(text)",
+    ],
+)
+def test_the_rules_find(line):
+    assert violations(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch; torch.load(f, map_location='cpu', weights_only=True)",
+        "import numpy; numpy.load(f, mmap_mode='r')",
+        "import yaml; yaml.safe_load(f); yaml.load(f, Loader=yaml.SafeLoader)",
+        "model.eval(); re.compile(x); subprocess.run([a, b])",
+        "x.from_pretrained(f, trust_remote_code=self.trust)",
+    ],
+)
+def test_the_rules_pass(line):
+    assert not violations(line)
+
+
+# Files that would run something, or fill the memory.
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.proof),)
+
+
+def write_evil(path, proof, how):
+    if how == "pickle":
+        path.write_bytes(pickle.dumps({"model": Bomb(proof)}))
+    elif how == "inflated":
+        write_inflated(path)
+    else:
+        content = {"state_dict": {"x": torch.zeros(1)}, "format": 1, "peers": Bomb(proof)}
+        torch.save(content, path, _use_new_zipfile_serialization=how == "torch")
+    return path
+
+
+def write_inflated(path, size=2**26):
+    """Write 64 MiB of zeros as torch does, then compress its parts."""
+    whole = io.BytesIO()
+    torch.save({"weight": torch.zeros(size // 4)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+        for part in source.infolist():
+            target.writestr(part.filename, source.read(part), zipfile.ZIP_DEFLATED, 1)
+    assert path.stat().st_size < size / 100
+
+
+HOW = ("torch", "legacy", "pickle", "inflated")
+
+
+def one_line(caplog, status):
+    """Return the only error of a command that ended in one line."""
+    assert status == 1 and "Traceback" not in caplog.text
+    (record,) = [entry for entry in caplog.records if entry.levelno == logging.ERROR]
+    return record.getMessage()
+
+
+def classification_of(*given):
+    fixed = [
+        "--device",
+        "cpu",
+        "--no-pretrained",
+        "--num-classes",
+        "2",
+        "-j",
+        "0",
+        "--rule",
+        "none",
+    ]
+    return [*fixed, *given]
+
+
+def saliency_of(folder):
+    root = write_dataset(folder / "data", {"annotation/0001": 2, "val/0601": 2})
+    return ["--data-root", str(root)]
+
+
+def out_of(folder):
+    return ["--output", str(folder / "out")]
+
+
+ALONE = ("--peer", "vinet_s", "--rule", "none")
+COMMANDS = {
+    "classification": lambda file, folder: classify(
+        [str(folder), *classification_of("--peer", f"test_vit,checkpoint={file}")]
+    ),
+    "classification as a list": lambda file, folder: classify(
+        [str(folder), *classification_of("--peer", f"dinov2_vits14_lc,checkpoint={file}+{file}")]
+    ),
+    "mae": lambda file, folder: classify(
+        [str(folder), *classification_of("--peer", f"mae_vit_base_ft,checkpoint={file}")]
+    ),
+    "classification resumes": lambda file, folder: classify(
+        [str(folder), *classification_of("--peer", "test_vit", "--resume", str(file))]
+    ),
+    "validate": lambda file, folder: validate(
+        [str(folder), *classification_of("--peer", f"test_vit,checkpoint={file}")]
+    ),
+    "saliency": lambda file, folder: train_saliency(
+        "dhf1k",
+        "t",
+        [*saliency_of(folder), "--peer", f"vinet_s,checkpoint={file}", "--rule", "none"],
+    ),
+    "a backbone": lambda file, folder: train_saliency(
+        "dhf1k", "t", [*saliency_of(folder), "--peer", f"vinet_s,backbone={file}", "--rule", "none"]
+    ),
+    "saliency resumes": lambda file, folder: train_saliency(
+        "dhf1k", "t", [*saliency_of(folder), *ALONE, "--resume", str(file)]
+    ),
+    "saliency is evaluated": lambda file, folder: evaluate_saliency(
+        [*saliency_of(folder), "--peer", f"vinet_s,checkpoint={file}"]
+    ),
+    "saliency predicts": lambda file, folder: predict(
+        [
+            f"{saliency_of(folder)[1]}/val",
+            *("--peer", f"vinet_s,checkpoint={file}"),
+            *out_of(folder),
+        ]
+    ),
+}
+ONCE = {"classification": HOW, "saliency": HOW}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [(name, how) for name in COMMANDS for how in ONCE.get(name, ("torch",))],
+)
+def test_no_command_runs_what_a_checkpoint_brings(home, tmp_path, caplog, command, how):
+    proof = tmp_path / "executed"
+    file = write_evil(tmp_path / "evil.pth", proof, how)
+    told = one_line(caplog, COMMANDS[command](file, tmp_path))
+    assert str(file) in told and not proof.exists()
+    if how in ("torch", "legacy"):
+        assert "refused, it asks to run 'posix.mkdir'" in told
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pkl", ".bin", ".ckpt", ".safetensors", ".npz"])
+@pytest.mark.parametrize("how", HOW)
+def test_no_suffix_makes_a_file_trusted(tmp_path, suffix, how):
+    proof = tmp_path / "executed"
+    file = write_evil(tmp_path / f"evil{suffix}", proof, how)
+    with pytest.raises(CheckpointError, match=str(file)):
+        read_file(file)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_timms_and_hugging_faces_folders_run_nothing(tmp_path, how):
+    proof = tmp_path / "executed"
+    write_evil(tmp_path / "pytorch_model.bin", proof, how)
+    config = {"architecture": "test_vit", "num_classes": 2, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        create_classifier(f"local-dir:{tmp_path}", pretrained=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "num_labels": 2}))
+    with pytest.raises(ModelError, match=r"pickled weights are not read here"):
+        create_classifier(f"hf:{tmp_path}")
+    assert not proof.exists()
+
+
+def test_code_of_a_folder_is_never_implied(tmp_path, caplog):
+    code = f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n"
+    (tmp_path / "own.py").write_text(code)
+    mapped = {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.Model"}
+    config = {"model_type": "own", "auto_map": mapped}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({}, tmp_path / "model.safetensors")
+    status = classify([str(tmp_path), *classification_of("--peer", f"hf:{tmp_path}")])
+    assert "brings its own Python code" in one_line(caplog, status)
+    assert not (tmp_path / "executed").exists()
+    options, (spec,) = parse(["/data", "--peer", "hf:a/b", "--rule", "none"])
+    assert options.trust_remote_code is options.dataset_trust_remote_code is False
+    assert spec.options.trust_remote_code is False
+
+
+SAFETENSORS = {
+    "a head longer than the file": struct.pack("<Q", 2**62) + b"{}",
+    "a head of 90 MB that is not there": struct.pack("<Q", 90_000_000) + b"{}",
+    "no JSON": struct.pack("<Q", 8) + b"{nothing",
+    "offsets that overlap": b"[0, 8] [4, 12]",
+    "offsets behind the end": b"[0, 8] [8, 2000000000]",
+    "offsets that go back": b"[0, 8] [8, 4]",
+    "a shape that is not its bytes": b"[0, 8] [8, 24]",
+    "nothing": b"",
+}
+
+
+def safetensors_of(what):
+    if not what.startswith(b"[0"):
+        return what
+    first, second = (json.loads(part + b"]") for part in what.rstrip(b"]").split(b"] "))
+    head = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": offsets}
+        for name, offsets in (("a", first), ("b", second))
+    }
+    text = json.dumps(head).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(24)
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+@pytest.mark.parametrize("read", [read_file, read_metadata])
+def test_broken_heads_of_safetensors_are_named(tmp_path, name, read):
+    path = tmp_path / "peer.safetensors"
+    path.write_bytes(safetensors_of(SAFETENSORS[name]))
+    with pytest.raises(CheckpointError, match=str(path)):
+        read(path)
+
+
+YAML = ("lr: !!python/object/apply:os.mkdir [{}]", "lr: !!python/name:os.system", "\x00")
+
+
+@pytest.mark.parametrize("text", YAML)
+@pytest.mark.parametrize("command", ["classification", "saliency"])
+def test_yaml_that_holds_code_is_refused_by_name(tmp_path, caplog, text, command):
+    proof, config = tmp_path / "executed", tmp_path / "run.yaml"
+    config.write_text(text.format(proof))
+    given = ["-c", str(config)]
+    status = {
+        "classification": lambda: classify([str(tmp_path), *given]),
+        "saliency": lambda: train_saliency("dhf1k", "t", given),
+    }[command]()
+    assert str(config) in one_line(caplog, status) and not proof.exists()
+
+
+def test_text_that_is_no_utf8_is_refused_by_name(tmp_path, caplog):
+    config = tmp_path / "run.yaml"
+    config.write_bytes(b"lr: \xff\xfe")
+    assert str(config) in one_line(caplog, classify([str(tmp_path), "-c", str(config)]))
+    caplog.clear()
+    assert str(config) in one_line(caplog, train_saliency("dhf1k", "t", ["-c", str(config)]))
+
+
+# Memory that a small file asks for.
+
+MIB = 2**20
+
+
+def in_a_child(work):
+    """Return how many MiB the most memory of a process grew by while it worked, and its error."""
+    end, start = os.pipe()
+    child = os.fork()
+    if not child:
+        told = "nothing was raised"
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            work()
+        except (ValueError, OSError) as error:  # what this project raises on bad input
+            told = f"{type(error).__name__}: {error}"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+        os.write(start, json.dumps([grown, told]).encode())
+        os._exit(0)
+    os.close(start)
+    with os.fdopen(end, "rb") as file:
+        told = file.read()
+    os.waitpid(child, 0)
+    return json.loads(told)
+
+
+def test_a_compressed_torch_file_is_refused_before_it_is_unpacked(tmp_path):
+    path = tmp_path / "peer.pth"
+    write_inflated(path)
+    grown, told = in_a_child(lambda: read_file(path))
+    assert f"{path}: refused, it would unpack from" in told and grown < 32
+    for sums in (False, True):
+        with pytest.raises(CheckpointError, match="torch compresses nothing"):
+            read_file(path, sums=sums)
+
+
+def test_parts_of_a_torch_file_that_overlap_are_refused(tmp_path):
+    path = tmp_path / "peer.pth"
+    torch.save({"weight": torch.zeros(9999)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda part: part.file_size)
+        for k in range(50):
+            again = copy.copy(largest)
+            again.filename = f"peer/data/{k + 1}"
+            archive.filelist.append(again)
+        archive.writestr("peer/x", b"")
+    with pytest.raises(CheckpointError, match="its parts overlap"):
+        read_file(path)
+
+
+def mat(*variables):
+    """Write a file of MATLAB 7 with (name, kind, shape, bytes of data), each compressed."""
+    parts = [b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<HH", 0x0100, 0x4D49)]
+    for name, kind, shape, size in variables:
+        head = struct.pack("<IIII", 6, 8, kind, 0)
+        head += struct.pack("<II", 5, 4 * len(shape)) + struct.pack(f"<{len(shape)}i", *shape)
+        head += struct.pack("<II", 1, len(name)) + name.encode().ljust(8, b"\0")
+        head += struct.pack("<II", 2 if kind == 9 else 4, size)
+        packer = zlib.compressobj(1)
+        packed = packer.compress(struct.pack("<II", 14, len(head) + size) + head)
+        for start in range(0, size, MIB):
+            packed += packer.compress(bytes(min(MIB, size - start)))
+        packed += packer.flush()
+        parts.append(struct.pack("<II", 15, len(packed)) + packed)
+    return b"".join(parts)
+
+
+UINT8, CHAR, CELL = 9, 4, 1
+MATS = {
+    "more data than the shape": [("I", UINT8, (4, 4), 2**26)],
+    "a large map": [("I", UINT8, (2**13, 2**13), 2**26)],
+    "another variable": [("I", UINT8, (4, 4), 16), ("X", UINT8, (2**13, 2**13), 2**26)],
+    "text of a size that is not there": [("I", CHAR, (2**14, 2**14), 0)],
+    "cells that are not there": [("I", CELL, (2**14, 2**14), 0)],
+    "numbers that are not there": [("I", UINT8, (2**15, 2**15), 0)],
+}
+
+
+@pytest.mark.parametrize("name", MATS)
+def test_a_mat_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(images, "MOST_UNPACKED", 2**24)
+    path = tmp_path / "0001.mat"
+    path.write_bytes(mat(*MATS[name]))
+    assert path.stat().st_size < 2**20
+    grown, told = in_a_child(lambda: images.read_fixations(str(path)))
+    assert told.startswith(f"DataError: {path}: ") and grown < 40
+
+
+def test_a_mat_file_of_this_kind_is_read(tmp_path):
+    path = tmp_path / "0001.mat"
+    path.write_bytes(mat(("X", CHAR, (1, 0), 0), ("I", UINT8, (4, 4), 16)))
+    assert images.read_fixations(str(path)).shape == (4, 4)
+
+
+def png(side):
+    """Write a white picture of one bit a pixel: a few kilobytes for millions of pixels."""
+    packer = zlib.compressobj(9)
+    row = b"\0" + b"\xff" * (side // 8)
+    packed = b"".join(packer.compress(row * 100) for _ in range(side // 100)) + packer.flush()
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", packed))
+    whole = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (*parts, (b"IEND", b"")):
+        whole += struct.pack(">I", len(data)) + kind + data
+        whole += struct.pack(">I", zlib.crc32(kind + data))
+    return whole
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory):
+    path = tmp_path_factory.mktemp("huge") / "0001.png"
+    path.write_bytes(png(20_000))
+    assert path.stat().st_size < 2**18
+    return path
+
+
+@pytest.mark.parametrize(
+    "read", [images.read_frame, images.read_map, images.read_fixations], ids=lambda f: f.__name__
+)
+def test_a_picture_of_far_too_many_pixels_is_refused(huge, read):
+    grown, told = in_a_child(lambda: read(str(huge)))
+    assert told.startswith(f"DataError: {huge}: 20000 x 20000 pixels") and grown < 40
+
+
+def test_a_picture_under_another_name_is_refused(huge, tmp_path):
+    path = tmp_path / "0001.jpg"
+    path.write_bytes(huge.read_bytes())
+    with pytest.raises(DataError, match="20000 x 20000"):
+        images.read_frame(str(path))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_classification_names_such_a_picture(digits, huge, tmp_path, caplog, workers):
+    for split in ("train", "validation"):
+        for label in ("a", "b"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for k in range(2):
+                (folder / f"{k}.png").write_bytes((digits / split / "0" / f"{k}.png").read_bytes())
+    target = tmp_path / "data" / "train" / "a" / "0.png"
+    target.write_bytes(huge.read_bytes())
+    given = ["--peer", "test_vit,name=x", "--peer", "test_vit,name=y", "-b", "4", "-j", workers]
+    given += ["--output", str(tmp_path / "out"), "--epochs", "1", "--img-size", "32"]
+    told = one_line(caplog, classify([str(tmp_path / "data"), *classification_of(), *given]))
+    assert told.startswith(f"error: {target}: Image size (400000000 pixels)")
+
+
+def test_a_sample_without_a_name_is_told_by_its_number(huge):
+    from PIL import Image
+
+    class Nameless(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            return np.asarray(Image.open(huge))
+
+    with pytest.raises(ImageError, match="sample 3: Image size"):
+        read_sample(Nameless(), 3)
+
+
+# Segmentation, where Detectron2 is installed.
+
+
+@pytest.fixture
+def segmentation():
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from segmentation import checkpoints, cli, data, weights
+    from segmentation.errors import DataError as Broken
+
+    return {"checkpoints": checkpoints, "cli": cli, "data": data, "weights": weights, "e": Broken}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors"])
+def test_no_weights_of_a_segmentor_run_anything(segmentation, tmp_path, how, suffix):
+    proof = tmp_path / "executed"
+    file = write_evil(tmp_path / f"evil{suffix}", proof, how)
+    with pytest.raises(CheckpointError, match=str(file)):
+        segmentation["weights"].load_peer_weights(torch.nn.Linear(1, 1), str(file), "peer 'a'")
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_no_folder_of_transformers_runs_anything(segmentation, tmp_path, file):
+    proof = tmp_path / "executed"
+    write_evil(tmp_path / file, proof, "torch")
+    mapped = {"AutoModel": "own.Model", "AutoConfig": "own.Config"}
+    (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mask2former", "auto_map": mapped})
+    )
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        segmentation["weights"].load_peer_weights(torch.nn.Linear(1, 1), f"hf:{tmp_path}", "a")
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_record_of_a_run_runs_nothing(segmentation, tmp_path, how):
+    proof = tmp_path / "executed"
+    file = write_evil(tmp_path / "run.pt", proof, how)
+    with pytest.raises(CheckpointError, match=str(file)):
+        segmentation["checkpoints"].find(tmp_path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("where", ["run.yaml", "peer.yaml"])
+def test_yaml_of_segmentation_runs_nothing(segmentation, tmp_path, capfd, where):
+    proof = tmp_path / "executed"
+    peers = "[{NAME: a, CONFIG: peer.yaml}]"
+    (tmp_path / "run.yaml").write_text(f"TRANSFER: {{RULE: none, PEERS: {peers}}}\n")
+    (tmp_path / "peer.yaml").write_text("VERSION: 2\n")
+    with (tmp_path / where).open("a") as file:
+        file.write(f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{proof}]\n")
+    assert segmentation["cli"].main(["--config-file", str(tmp_path / "run.yaml")]) == 1
+    told = capfd.readouterr().err
+    assert f"{where}: holds Python to run" in told and not proof.exists()
+
+
+def test_pictures_of_too_many_pixels_are_named_in_segmentation(segmentation, huge):
+    for work in (
+        lambda: segmentation["data"]._read_image({"file_name": str(huge)}),
+        lambda: segmentation["data"].read_labels(str(huge)),
+    ):
+        grown, told = in_a_child(work)
+        assert told.startswith(f"DataError: {huge}: ") and grown < 40
