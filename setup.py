@@ -4,41 +4,41 @@ from setuptools import find_namespace_packages, setup
 
 CLASSIFICATION = [
     "timm>=1.0.31,<1.1",
-    "torchvision>=0.20",
-    "fvcore>=0.1.5",
-    "huggingface_hub>=0.23",
-    "pillow>=10",
+    "torchvision>=0.21,<1",
+    "fvcore>=0.1.5,<0.2",
+    "huggingface_hub>=0.23,<3",
+    "pillow>=10.3,<14",
     "pyyaml>=6,<7",
     "tensorboard>=2.15,<3",
 ]
 SEGMENTATION = [
-    "fvcore>=0.1.5",
+    "fvcore>=0.1.5,<0.2",
     "opencv-python>=4.8,<5",
-    "torchvision>=0.20",
+    "torchvision>=0.21,<1",
     "transformers>=4.50,<6",
     "timm>=1.0.31,<1.1",
     "tensorboard>=2.15,<3",
     # what Detectron2 itself needs; its wheel is installed without dependencies
-    "cloudpickle",
-    "hydra-core>=1.1",
-    "iopath>=0.1.7",
+    "cloudpickle>=2,<4",
+    "hydra-core>=1.1,<2",
+    "iopath>=0.1.7,<0.2",
     "omegaconf>=2.1,<2.4",
-    "pillow>=10",
-    "pycocotools>=2.0.2",
+    "pillow>=10.3,<14",
+    "pycocotools>=2.0.2,<3",
     "pyyaml>=6,<7",
-    "tabulate",
-    "termcolor>=1.1",
-    "yacs>=0.1.8",
+    "tabulate>=0.8,<1",
+    "termcolor>=1.1,<4",
+    "yacs>=0.1.8,<0.2",
 ]
 SALIENCY = [
-    "torchvision>=0.20",
+    "torchvision>=0.21,<1",
     "opencv-python>=4.8,<5",
-    "pillow>=10",
+    "pillow>=10.3,<14",
     "pyyaml>=6,<7",
     "tensorboard>=2.15,<3",
-    "av>=12",
+    "av>=12,<19",
 ]
-DEMO = [*CLASSIFICATION, *SALIENCY, "mlxtend>=0.23,<1", "scikit-learn>=1.4"]
+DEMO = [*CLASSIFICATION, *SALIENCY, "mlxtend>=0.23,<1", "scikit-learn>=1.4,<2"]
 
 setup(
     name="peer-transfer",
@@ -56,7 +56,7 @@ setup(
         "segmentation": ["configs/**/*.yaml", "detectron2.txt"],
     },
     install_requires=[
-        "torch>=2.5",
+        "torch>=2.6,<3",  # before, torch.load(weights_only=True) could run code (CVE-2025-32434)
         "numpy>=1.26,<3",
         "scipy>=1.11,<2",
         "safetensors>=0.4.3,<1",
@@ -72,11 +72,11 @@ setup(
         "dev": [
             *DEMO,
             "transformers>=4.50,<6",
-            "pytest>=8",
-            "pytest-xdist>=3.5",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.5,<4",
             "webdataset>=1,<2",
-            "ruff>=0.9",
-            "mypy>=1.14",
+            "ruff>=0.9,<1",
+            "mypy>=1.14,<3",
             "setuptools>=68",
             "wheel",
             "types-PyYAML",
