@@ -146,7 +146,7 @@ class Guard:
             self._end_lessons(peer, self._last_event(name)["action"])
         due, self._due = self._due, []
         if due and all(peer.frozen for peer in self.peers):
-            _logger.warning("no peer learns any more: the run ends early")
+            _logger.warning("no peer learns any more: the rest of the run is left out")
         return due
 
     def kept(self, name: str) -> dict[str, Any]:

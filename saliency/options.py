@@ -13,7 +13,9 @@ import yaml
 from common.options import (
     OptionError,
     actions_of,
+    add_guard_options,
     add_transfer_options,
+    bounds_of,
     check_least,
     number_repeats,
     own_options,
@@ -32,6 +34,16 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("none", "cosine")
 SELECTION = ("loss", *METRICS)  # what may choose the best checkpoint
 LOWER_IS_BETTER = ("loss", "kldiv")
+# By how much a metric may be worse than at the start, in its own units.
+GUARD_DROPS = {
+    "loss": 0.02,
+    "auc_judd": 0.005,
+    "auc_shuffled": 0.005,
+    "nss": 0.05,
+    "cc": 0.01,
+    "similarity": 0.01,
+    "kldiv": 0.02,
+}
 LOSS_TERMS = {"kl": 1.0, "cc": -1.0, "similarity": 0.0, "nss": 0.0, "l1": 0.0}
 _FLAG = {"action": "store_true", "default": False}
 # Options that a peer may set for itself, by the names of the command line.
@@ -142,7 +154,9 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML of options")
     add_data_options(parser, dataset)
     add_peer_options(parser, training=True)
-    add_transfer_options(parser.add_argument_group("transfer"))
+    group = parser.add_argument_group("transfer")
+    add_transfer_options(group)
+    add_guard_options(group, GUARD_DROPS)
     add = parser.add_argument_group("loss (weights of its terms; 0: not computed)").add_argument
     for term, weight in LOSS_TERMS.items():
         add(f"--{term}", type=float, default=weight)
@@ -202,6 +216,7 @@ def parse(
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
     if specs:
         transfer_of(options, [spec.name for spec in specs])
+        bounds_of(options, GUARD_DROPS)
     return options, specs
 
 

@@ -24,7 +24,7 @@ from common import distributed
 from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.engine import ENGINES
-from common.options import OptionError, transfer_of
+from common.options import OptionError, bounds_of, transfer_of
 from common.outputs import (
     finish,
     folder_of,
@@ -53,7 +53,14 @@ from saliency.evaluation import (
 )
 from saliency.layouts import VideoSet, open_dataset
 from saliency.models import ModelError
-from saliency.options import FREE_TO_CHANGE, LOSS_TERMS, LOWER_IS_BETTER, PeerSpec, parse
+from saliency.options import (
+    FREE_TO_CHANGE,
+    GUARD_DROPS,
+    LOSS_TERMS,
+    LOWER_IS_BETTER,
+    PeerSpec,
+    parse,
+)
 from saliency.packed import PackedFrames, pack_frames
 from saliency.peer import SaliencyPeer, build_modules, build_peers, describe, warn_of_random_weights
 from saliency.pictures import teaching_pictures
@@ -273,6 +280,7 @@ def _trainer(
             keep=options.checkpoint_hist,
             metric=options.eval_metric,
             lower_is_better=options.eval_metric in LOWER_IS_BETTER,
+            guard=bounds_of(options, GUARD_DROPS),
             export_suffix=".pth",  # a bare state dict, as the published checkpoints are
         ),
         folder=folder_of(options, group.names, world),
@@ -330,8 +338,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a reader of the report wants to know of the run."""
     names = (
         "peers dataset data_root rule score temperature transfer_weight transfer_warmup_steps "
-        "detach_teacher margin engine opt lr weight_decay sched epochs batch_size clips_per_video "
-        "grad_accum_steps map_size amp amp_dtype ema seed val_stride blur"
+        "detach_teacher margin engine guard opt lr weight_decay sched epochs batch_size "
+        "clips_per_video grad_accum_steps map_size amp amp_dtype ema seed val_stride blur"
     ).split()
     values = plain(options)
     terms = {f"loss: {term}": values[term] for term in LOSS_TERMS if values[term]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ FORMAT = 1
 BEST = "model_best.pth"
 FINAL = "model_final.pth"
 LAST = "last_checkpoint"  # where Detectron2 looks for a file's name
+_PEER_KEYS = {"model", "optimizer", "scheduler", "iteration"}
 _KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "history", "lessons"}
 
 
@@ -31,6 +32,7 @@ def save(
     state: Mapping[str, Any],
     keep: int,
     final: bool = False,
+    kept: Callable[[str], Mapping[str, Any]] = lambda name: {},
 ) -> None:
     """Write every peer's checkpoint, then the record; prune what is old.
 
@@ -42,11 +44,13 @@ def save(
         state: Tensors and plain containers, with ``iteration``, the iterations finished.
         keep: How many resumable checkpoints stay; 0: all.
         final: Also give the peers' files the name that Detectron2 gives a run's last.
+        kept: Gives by a peer's name what else its file shall hold.
     """
     file = f"model_{state['iteration'] - 1:07d}.pth"  # Detectron2 counts from 0
     for peer in peers:
-        if not peer.frozen:
-            _save_peer(folder / peer.name / file, peer, state["iteration"] - 1)
+        if peer.optimizer is not None:
+            path = folder / peer.name / file
+            _save_peer(path, peer, state["iteration"] - 1, kept(peer.name))
     record = {"format": FORMAT, "file": file, "peers": [p.name for p in peers], **state}
     atomic_write(folder / RECORD, lambda to: torch.save(record, to))
     if final:
@@ -64,13 +68,14 @@ def finish(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, An
     """Copy the files that a record names to ``model_final.pth``, where that is not done yet."""
     for peer in peers:
         source, to = (folder / peer.name / name for name in (record["file"], FINAL))
-        if not peer.frozen and source != to:
+        if peer.optimizer is not None and source != to:
             atomic_write(to, functools.partial(shutil.copyfile, source))
     _tag(folder, peers, FINAL)
 
 
-def _save_peer(path: Path, peer: SegmentorPeer, iteration: int) -> None:
+def _save_peer(path: Path, peer: SegmentorPeer, iteration: int, kept: Mapping[str, Any]) -> None:
     content = {
+        **kept,
         "model": peer.module.state_dict(),
         "optimizer": peer.optimizer.state_dict(),  # type: ignore[union-attr]
         "scheduler": peer.scheduler.state_dict(),
@@ -81,7 +86,7 @@ def _save_peer(path: Path, peer: SegmentorPeer, iteration: int) -> None:
 
 def _tag(folder: Path, peers: Sequence[SegmentorPeer], file: str) -> None:
     for peer in peers:
-        if not peer.frozen:
+        if peer.optimizer is not None:
             last = folder / peer.name / LAST
             atomic_write(last, lambda to: to.write_text(file, encoding="utf-8"))
 
@@ -138,8 +143,13 @@ def refuse_other_settings(
         )
 
 
-def load(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]) -> None:
+def load(
+    folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Bring weights, optimizers and schedules to where the record stands.
+
+    Returns:
+        What else was kept, by the peers' names.
 
     Raises:
         CheckpointError: Other peers, peers that disagree on the iteration, or files of another
@@ -151,14 +161,17 @@ def load(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]
             f"{folder / RECORD}: the run had the peers {', '.join(record['peers'])}, this one has "
             f"{', '.join(names)}; give the same peers in the same order"
         )
+    kept: dict[str, dict[str, Any]] = {name: {} for name in names}
     for peer in peers:
-        if not peer.frozen:
-            _load_peer(folder / peer.name / record["file"], peer, record["iteration"] - 1)
+        if peer.optimizer is not None:
+            path = folder / peer.name / record["file"]
+            kept[peer.name] = _load_peer(path, peer, record["iteration"] - 1)
+    return kept
 
 
-def _load_peer(path: Path, peer: SegmentorPeer, iteration: int) -> None:
+def _load_peer(path: Path, peer: SegmentorPeer, iteration: int) -> dict[str, Any]:
     content = read_file(path, sums=True)
-    if not set(content) >= {"model", "optimizer", "scheduler", "iteration"}:
+    if not set(content) >= _PEER_KEYS:
         raise CheckpointError(f"{path}: not a checkpoint of a run; it cannot be resumed")
     if content["iteration"] != iteration:
         raise CheckpointError(
@@ -173,3 +186,4 @@ def _load_peer(path: Path, peer: SegmentorPeer, iteration: int) -> None:
             f"{path}: {error}; resume with the run's own SOLVER settings"
         ) from error
     peer.scheduler.load_state_dict(content["scheduler"])
+    return {key: value for key, value in content.items() if key not in _PEER_KEYS}

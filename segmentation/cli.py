@@ -231,6 +231,7 @@ def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:
         lessons=trainer.lessons,
         metric=METRIC,
         settings=settings(run),
+        events=trainer.guard.events,
         pictures=[teaching_pictures(list(trainer.peers), run.cfg.DATASETS.TEST[0])],
     )
 

@@ -18,6 +18,7 @@ from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.projects.point_rend import add_pointrend_config
 
 from common.engine import ENGINES
+from common.guard import POLICIES
 from common.peers import check_names
 from common.roles import check_rule
 from common.transfer import SCORES
@@ -130,6 +131,9 @@ def transfer_defaults() -> CfgNode:
     node.ENGINE = "joint"  # or "two-pass": one peer's activations at a time
     node.ACCUMULATE = 1  # batches of SOLVER.IMS_PER_BATCH in one iteration
     node.AMP_DTYPE = "float16"  # with SOLVER.AMP.ENABLED
+    node.GUARD = "warn"  # of a peer that gets worse than at its start; or "off", "rollback"
+    node.GUARD_METRIC_DROP = 1.0  # by how much mIoU must be lower, in points
+    node.GUARD_PATIENCE = 2  # in so many evaluations in a row
     node.KEEP = 3  # resumable checkpoints that stay on disk; 0: all
     node.PEERS = []
     return node
@@ -311,6 +315,7 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
         "SCORE": SCORES,
         "AMP_DTYPE": tuple(AMP_DTYPES),
         "ENGINE": tuple(ENGINES),
+        "GUARD": POLICIES,
     }
     for key, allowed in named.items():
         if node[key] not in allowed:
@@ -318,13 +323,13 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
                 f"{file}: TRANSFER.{key} is {node[key]!r}; choose from {', '.join(allowed)}"
             )
     least = {"WEIGHT": 0, "MARGIN": 0, "WARMUP_ITERS": 0, "KEEP": 0, "ACCUMULATE": 1}
+    least["GUARD_PATIENCE"] = 1
     for key, value in least.items():
         if not node[key] >= value:
             raise ConfigError(f"{file}: TRANSFER.{key} is {node[key]}; expected {value} or more")
-    if not node.TEMPERATURE > 0:
-        raise ConfigError(
-            f"{file}: TRANSFER.TEMPERATURE is {node.TEMPERATURE}; expected more than 0"
-        )
+    for key in ("TEMPERATURE", "GUARD_METRIC_DROP"):
+        if not node[key] > 0:
+            raise ConfigError(f"{file}: TRANSFER.{key} is {node[key]}; expected more than 0")
 
 
 def _peer_config(

@@ -19,6 +19,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from common import distributed
 from common.distributed import World
 from common.engine import ENGINES
+from common.guard import Bounds, Guard
 from common.guards import refuse_broken_weights, refuse_non_finite
 from common.ledger import Ledger
 from common.peers import PeerGroup
@@ -84,6 +85,7 @@ class TransferTrainer(TrainerBase):
             self.peers, self.transfer, self.world.device, amp
         )
         self.ledger = Ledger(self.peers.names, self.world.device)
+        self.guard = build_guard(run, self.peers, self.transfer)
         self.max_iter = run.cfg.SOLVER.MAX_ITER
         self._data: Iterator[Any] = iter(())
         self.termination = Termination()
@@ -125,6 +127,8 @@ class TransferTrainer(TrainerBase):
         GradScaler of float16 asks whether a step is to be skipped, and Mask2Former matches queries
         with masks on the CPU (and its masks come from memory that is not pinned).
         """
+        if not self.somebody_learns:
+            return
         waited, count = 0.0, self.run.transfer.ACCUMULATE
         for i in range(count):
             begun = time.perf_counter()
@@ -137,6 +141,11 @@ class TransferTrainer(TrainerBase):
         done = self.iter + 1
         if done % LOG_PERIOD == 0 or done == self.max_iter:
             self._log(done)
+
+    @property
+    def somebody_learns(self) -> bool:
+        """Whether a peer is left that the guard has not frozen; else iterations do nothing."""
+        return len(self.peers.frozen) < len(self.peers)
 
     def evaluate(self, tta: bool = False) -> dict[str, float]:
         """Evaluate every peer and their ensemble on each of DATASETS.TEST.
@@ -179,11 +188,13 @@ class TransferTrainer(TrainerBase):
                 "settings": self.settings,
                 "ranks": ranks,
                 "scaler": self.engine.scaler.state_dict(),
+                "guard": self.guard.state_dict(),
                 "best": self.best,
                 "history": self.history,
                 "lessons": self.lessons,
             }
-            checkpoints.save(self.folder, self.peers, state, self.run.transfer.KEEP, final)
+            keep = self.run.transfer.KEEP
+            checkpoints.save(self.folder, self.peers, state, keep, final, self.guard.kept)
         distributed.barrier()
 
     def _finish(self) -> None:
@@ -279,6 +290,8 @@ class TransferTrainer(TrainerBase):
         self.storage.put_scalars(**scalars)
 
     def _evaluate_now(self) -> dict[str, float]:
+        if not self.somebody_learns:  # nothing has changed
+            return {}
         return self._evaluate_at(min(self.iter + 1, self.max_iter))
 
     def _evaluate_at(self, iteration: int) -> dict[str, float]:
@@ -286,21 +299,34 @@ class TransferTrainer(TrainerBase):
         if iteration:
             self.lessons.append({"iteration": iteration, **self.ledger.read_epoch().scalars()})
         metrics = self.evaluate()
+        start = self.history[0] if self.history else metrics
+        self._note(iteration, {**metrics, **self.guard.look(iteration, metrics, start)})
+        if self.guard.roll_back():
+            self._note(iteration, self.evaluate())
+        return summary_of(metrics)
+
+    def _note(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Enter an evaluation into the history, and keep the weights that are best by it."""
         self.history.append({"iteration": iteration, **metrics})
+        better = []
         for peer in self.peers:
             value = metrics[f"{peer.name}/{METRIC}"]
             if peer.name not in self.best or value > self.best[peer.name][0]:
                 self.best[peer.name] = [value, iteration]
+                better.append(peer.name)
                 if self.world.is_main and not peer.frozen:
                     checkpoints.save_best(self.folder, peer, iteration)
+        self.guard.remember(better)
         if self.world.is_main:
             log_metrics(metrics, [*self.peers.names, "ensemble"])
             write_csv(self.folder / "summary.csv", self.history)
             write_csv(self.folder / "ledger.csv", self.lessons)
-        return summary_of(metrics)
 
     def _resume(self, record: dict[str, Any]) -> None:
-        checkpoints.load(self.folder, list(self.peers), record)
+        kept = checkpoints.load(self.folder, list(self.peers), record)
+        files = {name: self.folder / name / checkpoints.BEST for name in record["best"]}
+        files = {name: path for name, path in files.items() if path.is_file()}
+        self.guard.load_state_dict(record.get("guard"), kept, files)
         self.start_iter = self.iter = int(record["iteration"])
         self.history, self.lessons = list(record["history"]), list(record["lessons"])
         self.best = {name: list(best) for name, best in record["best"].items()}
@@ -378,6 +404,13 @@ def build_transfer(run: RunConfig, seed: int) -> KnowledgeTransfer:
         frozen=[peer.name for peer in run.peers if peer.frozen],
         seed=seed,
     )
+
+
+def build_guard(run: RunConfig, peers: PeerGroup, transfer: KnowledgeTransfer) -> Guard:
+    """Build the guard from the TRANSFER node."""
+    node = run.transfer
+    bounds = Bounds(node.GUARD, node.GUARD_METRIC_DROP, patience=node.GUARD_PATIENCE)
+    return Guard(peers, transfer, bounds, METRIC, unit="iteration")
 
 
 def per_rank_batch(batch: int, ranks: int) -> int:

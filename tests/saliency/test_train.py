@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from common.checkpoint import load_run, read_weights
+from common.guard import STOPPED, UNTAUGHT
 from saliency.evaluate import evaluate
 from saliency.evaluate import main as evaluate_main
 from saliency.models import create_model, published_state_dict
@@ -165,6 +166,18 @@ def test_three_peers_with_everything_on(data, tmp_path):
     first, last = trainer.progress.history[0], trainer.progress.history[-1]
     assert last["Flat/loss"] == first["Flat/loss"] and last["Deep/loss"] != first["Deep/loss"]
     assert any((tmp_path / "packed").iterdir())
+
+
+def test_a_peer_that_gets_worse_is_rolled_back(data, tmp_path):
+    """The loss upside down makes a peer worse; the other one goes on."""
+    upside_down = ("--kl", "-1", "--cc", "1", "--eval-metric", "cc")
+    guard = ("--guard", "rollback", "--guard-patience", "1", "--guard-metric-drop", "1e-6")
+    trainer = train(data, tmp_path, *upside_down, *guard, "--epochs", "4")
+    actions = [(e["epoch"], e["action"]) for e in trainer.guard.events if e["peer"] == "Deep"]
+    assert actions == [(1, UNTAUGHT), (2, STOPPED)]
+    best, last = (read_weights(trainer.folder / "Deep" / f"{w}.pth") for w in ("best", "last"))
+    assert same(best, last) and trainer.progress.best["Deep"].epoch == 0
+    assert STOPPED in (trainer.folder / "report.html").read_text()
 
 
 def test_packed_frames_change_nothing(data, tmp_path):

@@ -18,8 +18,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from common.checkpoint import CheckpointError, read_file
+from common.guard import STOPPED, UNTAUGHT
 from segmentation import checkpoints
-from segmentation.cli import check_machine, main, parser
+from segmentation.cli import check_machine, main, parser, write_report
 from segmentation.config import load_run
 from segmentation.errors import ConfigError
 from segmentation.trainer import TransferTrainer, current_world
@@ -214,6 +215,75 @@ def test_engines_give_the_same_run(finished, tmp_path, scenes_root, monkeypatch)
             torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_a_peer_that_gets_worse_is_rolled_back(tmp_path, datasets, monkeypatch):
+    """Worse at every evaluation: first its lessons end, then its learning; also after a resume."""
+    evaluate = TransferTrainer.evaluate
+
+    def worse(trainer, tta=False):
+        metrics = evaluate(trainer, tta)
+        return {**metrics, "fpn/mIoU": 50.0 - trainer.iter, "deeplab/mIoU": 50.0 + trainer.iter}
+
+    monkeypatch.setattr(TransferTrainer, "evaluate", worse)
+    settings = {"RULE": "mutual", "GUARD": "rollback", "GUARD_PATIENCE": 1}
+    path = write_run(tmp_path, GUARD_METRIC_DROP=0.5, **settings)
+    periods = ["TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 2]
+    runs = {
+        name: load_run([path], [*periods, "OUTPUT_DIR", str(tmp_path / name)])
+        for name in ("whole", "cut")
+    }
+    whole = TransferTrainer(runs["whole"])
+    start = {name: x.clone() for name, x in whole.peers[0].module.state_dict().items()}
+    whole.train()
+    actions = [(e["peer"], e["iteration"], e["action"]) for e in whole.guard.events]
+    assert actions == [("fpn", 2, UNTAUGHT), ("fpn", 4, STOPPED)]
+    assert same(weights(tmp_path / "whole", "fpn"), start)
+    assert not same(weights(tmp_path / "whole", "deeplab"), weights(tmp_path / "whole", "fpn"))
+    assert whole.lessons[0]["transfer/deeplab->fpn/share"] == 1
+    assert [row["transfer/deeplab->fpn/share"] for row in whole.lessons[1:]] == [0, 0]
+    assert [row["transfer/fpn->deeplab/share"] for row in whole.lessons] == [1, 1, 1]
+    for cut_at in (3, 5):  # the last checkpoints are of 2 and 4
+        cut = TransferTrainer(runs["cut"], resume=cut_at > 3)
+        run_step = cut.run_step
+
+        def step(cut=cut, cut_at=cut_at, run_step=run_step):
+            if cut.iter == cut_at:
+                raise KeyboardInterrupt
+            run_step()
+
+        cut.run_step = step
+        with pytest.raises(KeyboardInterrupt):
+            cut.train()
+    again = TransferTrainer(runs["cut"], resume=True)
+    assert again.start_iter == 4 and again.peers[0].frozen
+    again.train()
+    assert again.guard.events == whole.guard.events
+    for peer in ("fpn", "deeplab"):
+        assert same(weights(tmp_path / "cut", peer), weights(tmp_path / "whole", peer))
+    assert "rolled back, frozen" in write_report(runs["whole"], whole).read_text()
+
+
+def test_a_run_in_which_all_peers_are_rolled_back_does_nothing_more(
+    tmp_path, datasets, monkeypatch
+):
+    evaluate = TransferTrainer.evaluate
+
+    def worse(trainer, tta=False):
+        return {name: 50.0 - trainer.iter for name in evaluate(trainer, tta)}
+
+    monkeypatch.setattr(TransferTrainer, "evaluate", worse)
+    settings = {"RULE": "best", "GUARD": "rollback", "GUARD_PATIENCE": 1}
+    run = load_run(
+        [write_run(tmp_path, GUARD_METRIC_DROP=0.5, **settings)], ["TEST.EVAL_PERIOD", 1]
+    )
+    trainer = TransferTrainer(run)
+    trainer.train()
+    assert [row["iteration"] for row in trainer.history] == [0, 1, 2, 2, 3, 3]
+    assert read_file(tmp_path / "out" / checkpoints.RECORD)["iteration"] == 6
+    assert same(
+        weights(tmp_path / "out", "fpn"), weights(tmp_path / "out", "fpn", "model_best.pth")
+    )
+
+
 def test_eval_only_measures_the_weights_that_are_given(finished, datasets, capsys):
     options = ["--config-file", str(finished / "run.yaml"), "--eval-only"]
     for peer in ("fpn", "deeplab"):
@@ -366,6 +436,7 @@ def test_peers_of_two_moments_are_refused(finished, datasets, tmp_path):
         (["PEER.fpn.MODEL.WEIGHTS", "none.pth"], "none.pth: no such file"),
         (["MODEL.DEVICE", "cuda"], "there is no GPU; give MODEL.DEVICE cpu"),
         (["PEER.fpn.INPUT.FORMAT", "YUV"], "'YUV'; choose from RGB, BGR"),
+        (["TRANSFER.GUARD", "stop"], "GUARD is 'stop'; choose from off, warn, rollback"),
         (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH is 0"),
         (["INPUT.RANDOM_FLIP", "up"], "'up'; choose from none, horizontal, vertical"),
         (["SOLVER.OPTIMIZER", "LION"], "'fpn': SOLVER.OPTIMIZER is 'LION'; choose from SGD, ADAMW"),
