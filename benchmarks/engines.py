@@ -13,11 +13,12 @@ import functools
 from collections.abc import Callable
 
 import torch
-from measure import alternate, machine, peak_saved_bytes
+from measure import alternate, machine
 from step_overhead import asked, growing_groups
 
 from classification.peer import ClassifierPeer
 from common.engine import ENGINES
+from common.memory import peak_saved_bytes, tensors_in
 from common.peers import PeerGroup
 from common.transfer import KnowledgeTransfer
 
@@ -33,10 +34,7 @@ def main() -> None:
     print(f"{'N':>2} {'largest':>10} {'joint':>10} {'two-pass':>10} {'of largest':>10}", end="")
     print(f" {'joint':>9} {'two-pass':>10} {'ratio':>6}   peers")
     for peers in growing_groups(args.peers):
-        known = {
-            x.untyped_storage().data_ptr()
-            for x in (*batch, *(p for peer in peers for p in peer.module.parameters()))
-        }
+        known = [*batch, *(x for peer in peers for x in tensors_in(peer.module))]
         transfer = KnowledgeTransfer("best", names=peers.names)
         runs = {
             name: functools.partial(ENGINES[name](peers, transfer, CPU).step, batch, step=0)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: saved bytes, alternating timings, the machine."""
+"""What the benchmarks share: alternating timings, the machine."""
 
 from __future__ import annotations
 
@@ -8,29 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-
-
-def saved_bytes(run: Callable[[], object], known: set[int] | None = None) -> int:
-    """Count the bytes that autograd keeps for backward while ``run`` computes; each storage once.
-
-    Args:
-        run: Does the forward pass.
-        known: Addresses of storages that are not counted, such as parameters and inputs.
-    """
-    seen: dict[int, int] = {}
-    ignored = known or set()
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        address = x.untyped_storage().data_ptr()
-        if address not in ignored:
-            seen[address] = x.untyped_storage().nbytes()
-            keep.append(x)
-        return x
-
-    keep: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run()
-    return sum(seen.values())
 
 
 def alternate(
@@ -59,42 +36,3 @@ def machine() -> str:
         f"{cpu}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )
-
-
-def peak_saved_bytes(run: Callable[[], object], known: set[int] | None = None) -> int:
-    """Count the most bytes that autograd holds for backward at any one time; each storage once.
-
-    Args:
-        run: Does whole steps.
-        known: Addresses of storages that are not counted, such as parameters and inputs.
-    """
-    held: dict[int, list[int]] = {}
-    ignored = known or set()
-    now, most = 0, 0
-
-    class Kept:
-        def __init__(self, x: torch.Tensor) -> None:
-            nonlocal now, most
-            self.x = x
-            self.address = x.untyped_storage().data_ptr()
-            if self.address in ignored:
-                return
-            count = held.setdefault(self.address, [0, x.untyped_storage().nbytes()])
-            if not count[0]:
-                now += count[1]
-                most = max(most, now)
-            count[0] += 1
-
-        def __del__(self) -> None:
-            nonlocal now
-            if self.address in ignored:
-                return
-            count = held[self.address]
-            count[0] -= 1
-            if not count[0]:
-                now -= count[1]
-                del held[self.address]
-
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
-        run()
-    return most

@@ -10,55 +10,19 @@ times less memory than the second, and not slower.
 from __future__ import annotations
 
 import argparse
-import weakref
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import alternate, machine, saved_bytes
+from measure import alternate, machine
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transfer_loss import textbook
 
+from common.memory import peak_bytes, saved_bytes
 from common.roles import assign_roles
 from common.transfer import KnowledgeTransfer, PeerOutput
 
 STRIDE = 4
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors alive that were made inside, each storage once.
-
-    What a kernel allocates and frees within one operator is not seen; inputs are not counted.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        result = function(*arguments, **(named or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self._count(x.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address = storage._cdata
-        if storage.nbytes() == 0 or address in self.alive or address in self.known:
-            return
-        self.alive[address] = storage.nbytes()
-        weakref.finalize(storage, self.alive.pop, address, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-
-    def of(self, run: Callable[[], object], inputs: list[Tensor]) -> int:
-        """Return the peak of ``run``."""
-        self.known = {x.untyped_storage()._cdata for x in inputs}
-        with self:
-            run()
-        return self.peak
 
 
 def enlarged(logits: list[Tensor]) -> list[Tensor]:
@@ -115,9 +79,8 @@ def compare(granularity: str, logits: list[Tensor], score: Tensor, repeats: int)
             z.grad = None
         form().backward()
 
-    known = {z.untyped_storage().data_ptr() for z in logits}
-    saved = {name: saved_bytes(form, known) for name, form in forms.items()}
-    peak = {name: Peak().of(lambda f=form: step(f), logits) for name, form in forms.items()}
+    saved = {name: saved_bytes(form, logits) for name, form in forms.items()}
+    peak = {name: peak_bytes(lambda f=form: step(f), logits) for name, form in forms.items()}
     seconds = alternate({name: lambda f=f: step(f) for name, f in forms.items()}, repeats, 1)
     print(f"{granularity:16} {'ms':>10} {'MB saved':>10} {'MB at peak':>11}")
     for name in forms:

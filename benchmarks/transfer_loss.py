@@ -11,9 +11,10 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from measure import alternate, machine, saved_bytes
+from measure import alternate, machine
 from torch import Tensor
 
+from common.memory import saved_bytes
 from common.roles import assign_roles
 from common.transfer import KnowledgeTransfer, PeerOutput
 
@@ -54,8 +55,7 @@ def main() -> None:
         return textbook(logits, assign_roles(score, "best"))
 
     torch.testing.assert_close(ours(), theirs())
-    inputs = {z.untyped_storage().data_ptr() for z in logits}
-    memory = {"ours": saved_bytes(ours, inputs), "textbook": saved_bytes(theirs, inputs)}
+    memory = {"ours": saved_bytes(ours, logits), "textbook": saved_bytes(theirs, logits)}
     seconds = alternate(
         {"textbook": lambda: theirs().backward(), "ours": lambda: ours().backward()}, args.repeats
     )

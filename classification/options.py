@@ -29,6 +29,7 @@ from common.options import (
     transfer_of,
     truth,
 )
+from common.planner import add_plan_options
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,9 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--log-wandb", **flag)
     add("--wandb-project")
     add("--wandb-tags", nargs="+", default=[])
+    parser.set_defaults(plan=False)
+    if script == "train":
+        add_plan_options(group)
     if extend is not None:
         extend(parser)
     for option in [o for o in REJECTED if o not in parser._option_string_actions]:
@@ -484,7 +488,7 @@ def _check_ranges(options: argparse.Namespace) -> None:
         "train_batches_per_epoch": 1,
     }
     check_least(options, at_least)
-    if not options.data:
+    if not options.data and not options.plan:
         raise OptionError(
             "no data: give the dataset's folder, for instance `train.py /data/imagenet`"
         )

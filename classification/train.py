@@ -19,6 +19,7 @@ from classification.evaluation import PeerEvaluator
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import GUARD_DROPS, PeerSpec, parse
 from classification.peer import build_modules, build_peers
+from classification.plan import tell_plan
 from common import distributed
 from common.checkpoint import CheckpointError
 from common.distributed import World
@@ -60,13 +61,17 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         bars: Show progress bars where the output is a terminal.
 
     Returns:
-        Where the run ended: best values, history of evaluations, lessons of every epoch.
+        Where the run ended: best values, history of evaluations, lessons of every epoch. With
+        ``--plan`` it never begins.
 
     Raises:
         OptionError, ModelError, CheckpointError: Bad input, before any training.
         NonFiniteError: A peer's loss is not finite.
     """
     options, specs = parse(arguments)
+    if options.plan:
+        tell_plan(options, specs, start(options))
+        return Progress()
     state = _resumed_state(options, specs)
     world = seat_world(start(options), options, len(specs))
     random_seed(options.seed, 0)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 
 from common import distributed
 from common.distributed import World
+from common.memory import buffers_kept
 from common.peers import Peer, PeerGroup
 from common.seeding import Draws
 from common.transfer import KnowledgeTransfer, PeerOutput, TransferResult
@@ -136,7 +137,7 @@ class TwoPassEngine(JointEngine):
                     outputs.append(self._forward(peer, batch))
             else:
                 draws[i] = Draws(self.device)
-                with _buffers_kept(peer.module), peer.alone():
+                with buffers_kept(peer.module), peer.alone():
                     outputs.append(self._forward(peer, batch, graph=False))
         result, gradients = self._transfer(outputs, step)
         for i in [self._kept, *draws]:
@@ -181,29 +182,23 @@ class TwoPassEngine(JointEngine):
 
 
 def _largest(peers: PeerGroup) -> int:
-    """Return which learning peer has the most parameters, the last one of equals."""
-    sizes = [
-        (0 if peer.frozen else sum(p.numel() for p in peer.module.parameters()), i)
-        for i, peer in enumerate(peers)
-    ]
-    return max(sizes)[1]
+    """Return which learning peer has the most parameters."""
+    return kept_peer(
+        [0 if peer.frozen else sum(p.numel() for p in peer.module.parameters()) for peer in peers]
+    )
+
+
+def kept_peer(parameters: Sequence[int]) -> int:
+    """Return whose graph the two-pass engine keeps: the largest peer's, the last one of equals.
+
+    Args:
+        parameters: How many each peer learns.
+    """
+    return max((count, i) for i, count in enumerate(parameters))[1]
 
 
 def _without_graph(output: PeerOutput) -> PeerOutput:
     return replace(output, task_loss=output.task_loss.detach(), logits=output.logits.detach())
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put a module's buffers back as they were before."""
-    buffers = list(module.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, old in zip(buffers, before, strict=True):
-                buffer.copy_(old)
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def coerce(action: argparse.Action, value: Any, where: str) -> Any:
         raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
     try:
         made = [action.type(item) if callable(action.type) else str(item) for item in values]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise OptionError(
             f"{where}: {action.dest} is {value!r}; expected {_kind(action)}"
         ) from error

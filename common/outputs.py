@@ -20,6 +20,7 @@ from common import distributed
 from common.checkpoint import list_runs, load_run, newest_good_run
 from common.distributed import World
 from common.options import OptionError
+from common.planner import Flags, TeamCost, advise, engine_rows, memory_of, notes, peer_rows
 from common.report import write_run_report
 from common.termination import EXIT_STATUS, Preempted
 from common.trainer import Trainer, Writer
@@ -243,6 +244,28 @@ def log_table(rows: Sequence[Mapping[str, str]]) -> None:
     widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
     for cells in (columns, *([row[column] for column in columns] for row in rows)):
         _logger.info("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip())
+
+
+def log_plan(
+    team: TeamCost, memory: int | None, flags: Flags, world: World, dtype: torch.dtype | None
+) -> None:
+    """Log what peers and engines need, and which engine to take, on the main rank.
+
+    Args:
+        team: As measured.
+        memory: Of one GPU; None: of the one here, if any.
+        flags: Of the task's command line.
+        world: Where it was measured.
+        dtype: What forwards are autocast to.
+    """
+    if not world.is_main:
+        return
+    memory = memory or memory_of(world.device)
+    log_table(peer_rows(team))
+    _logger.info("")
+    log_table(engine_rows(team, memory))
+    for line in ["", *notes(team, world.device, dtype), "", *advise(team, memory, flags)]:
+        _logger.info(line)
 
 
 def writers(folder: Path, world: World, updates: int) -> list[Writer]:

@@ -1,0 +1,96 @@
+"""What a run would need, told before it is made: ``train.py ... --plan``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from classification.data import View, common_view
+from classification.options import PeerSpec, mixes
+from classification.peer import build_modules, build_peers
+from common.costs import measure_peer, measure_transfer
+from common.distributed import World
+from common.memory import bytes_of
+from common.options import OptionError, transfer_of
+from common.outputs import log_plan
+from common.peers import PeerGroup, RemotePeer
+from common.planner import Flags, TeamCost
+
+
+def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: World) -> None:
+    """Log what each peer and each engine needs, and which engine to take.
+
+    Nothing is downloaded and no data is read: a model needs the same whatever its weights are.
+
+    Args:
+        options: The run's.
+        specs: Of its peers.
+        world: Of this process; only the main one tells.
+
+    Raises:
+        OptionError, ModelError, CheckpointError: As the run itself would.
+    """
+    for spec in specs:
+        if spec.takes_published_weights:
+            spec.options.pretrained = False
+    modules, views = build_modules(specs, options)
+    team = measure_team(options, specs, modules, views, world)
+    log_plan(team, options.gpu_mem, Flags(), world, amp_dtype(options))
+
+
+def measure_team(
+    options: argparse.Namespace,
+    specs: Sequence[PeerSpec],
+    modules: Sequence[nn.Module],
+    views: Sequence[View],
+    world: World,
+) -> TeamCost:
+    """Measure peers for the run's batches; one at a time is on the device.
+
+    Args:
+        options: The run's.
+        specs: Of the peers.
+        modules: From ``build_modules``, on the CPU, where they are afterwards.
+        views: From there too.
+        world: Of this process.
+
+    Raises:
+        OptionError: An option that does not fit, or only frozen peers.
+    """
+    batch, size = options.batch_size, common_view(views).size
+
+    def draw(samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        images = torch.rand(samples, *size, device=device)
+        classes = modules[0].num_classes
+        if mixes(options):
+            return images, torch.full((samples, classes), 1 / classes, device=device)
+        return images, torch.randint(classes, (samples,), device=device)
+
+    costs = []
+    for i, module in enumerate(modules):
+        seat = World(i, len(specs), 0, world.device, seats=len(specs))  # builds this peer alone
+        peer = build_peers(specs, modules, views, options, seat, updates_per_epoch=1)[0][i]
+        costs.append(measure_peer(peer, draw, batch, world.device, amp_dtype(options)))
+        del peer
+        module.to("cpu")  # room for the next
+    try:
+        names = PeerGroup([RemotePeer(spec.name, spec.frozen) for spec in specs]).names
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    transfer = transfer_of(options, names, [spec.name for spec in specs if spec.frozen])
+    return TeamCost(
+        costs,
+        batch,
+        bytes_of(draw(batch, torch.device("meta"))),
+        measure_transfer(transfer, costs, batch),
+        options.grad_accum_steps,
+        reduced=world.size > 1,
+    )
+
+
+def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:
+    """Return what forwards are autocast to."""
+    return getattr(torch, options.amp_dtype) if options.amp else None
