@@ -123,9 +123,10 @@ class TransferTrainer(TrainerBase):
     def run_step(self) -> None:
         """Learn from TRANSFER.ACCUMULATE batches.
 
-        Nothing here waits for the device but at log time. Two parts of others do, in each step: the
-        GradScaler of float16 asks whether a step is to be skipped, and Mask2Former matches queries
-        with masks on the CPU (and its masks come from memory that is not pinned).
+        Nothing here waits for the device but at log time. Parts of others do, in each step: where
+        the optimizer itself clips, float16's GradScaler asks whether a step is to be skipped;
+        Mask2Former tells the device the sizes of its maps, asks whether they are finite, and
+        matches queries with masks on the CPU (and its masks come from memory that is not pinned).
         """
         if not self.somebody_learns:
             return

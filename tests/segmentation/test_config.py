@@ -281,3 +281,41 @@ def test_optimizers_have_the_groups_that_mask2former_knows():
         p.requires_grad_(False)
     with pytest.raises(ConfigError, match="FROZEN: True"):
         build_optimizer(cfg, model)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "ADAMW"])
+@pytest.mark.parametrize("clip", ["none", "full_model", "value", "norm"])
+def test_optimizers_skip_an_overflow_and_clip_what_is_unscaled(kind, clip):
+    import torch
+    from torch import nn
+
+    cfg = load_run([CONFIGS / "ade20k" / "r50_r101.yaml"]).cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.CLIP_GRADIENTS.ENABLED = kind, clip != "none"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clip if clip != "none" else "full_model"
+    cfg.SOLVER.BASE_LR = 0.1
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for model, scaled in zip(models, (True, False), strict=True):
+        optimizer, whole = build_optimizer(cfg, model), build_clip(cfg, model)
+        assert optimizer.defaults["fused" if clip in ("none", "full_model") else "foreach"]
+        for value in (3.0, float("inf"), 5.0):
+            loss = (model(torch.ones(1, 2)) * torch.tensor([1.0, 2.0])).sum() * value
+            if not scaled:
+                if value == float("inf"):
+                    continue
+                loss.backward()
+                if whole:
+                    whole()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                if whole:
+                    scaler.unscale_(optimizer)
+                    whole()
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
