@@ -9,11 +9,13 @@ teams are ranked by what their members may gain from one another. Takes the opti
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from classification.data import classes_of, common_view, open_dataset
 from classification.options import PeerSpec, build_parser, parse
+from classification.realised import read_run, shared_specs
 from classification.scouting import (
     Candidate,
     Watch,
@@ -31,14 +34,22 @@ from classification.scouting import (
     inspect,
 )
 from classification.train import FAULTS, start
+from common.checkpoint import atomic_write
 from common.distributed import World
 from common.logit_cache import CachedLogits
 from common.options import OptionError, actions_of
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
+from common.realised import compare, realised_gains
+from common.report.realised import (
+    HEAD,
+    correlation_rows,
+    realised_lead,
+    write_realised_report,
+)
 from common.report.scouting import CAUTION, scout_lead, write_scout_report
 from common.scout_outcome import describe_outcome, write_outcome
 from common.scouting import PREDICTORS, Judge, Ranking, Team, default_predictor, rank_teams
-from common.survey import Survey, ensemble_accuracy, survey
+from common.survey import Survey, describe_models, ensemble_accuracy, survey
 
 _logger = logging.getLogger("scout")
 
@@ -67,6 +78,13 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     add("--for", dest="student", metavar="MODEL", help="rank by what this model may gain")
     add("--team-size", nargs="+", default=["2"], metavar="N", help="2, or 2..4, or 2 4")
     add("--predictor", choices=tuple(PREDICTORS), help="what to rank by; the report explains them")
+    add(
+        "--realised",
+        nargs="+",
+        metavar="RUN",
+        help="compare predictions with what these finished runs of train.py gained, over controls "
+        "(--rule none) among them; models, options and data are the runs' own unless given",
+    )
     add("--samples", type=int, help="scout on so many images, drawn at random")
     add("--unlabelled", metavar="DIR", help="judge teams on these images, which have no labels")
     add("--top", type=int, default=20, help="teams to show")
@@ -89,15 +107,13 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     Raises:
         OptionError, ModelError, CheckpointError, NonFiniteError: Bad input.
     """
-    options, specs = parse(arguments, "scout", add_scout_options)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--realised" in given:
+        return check_predictions(given, bars)
+    options, specs = parse(given, "scout", add_scout_options)
     sizes = team_sizes(options.team_size)
-    world = start(options)
-    if world.size > 1:
-        raise OptionError(f"scouting runs in one process, not in {world.size}; leave torchrun out")
-    folder = Path(options.output or _HERE) / (
-        options.experiment or f"{datetime.now():%Y%m%d-%H%M%S}"
-    )
-    make_writable(folder)
+    world = _start_alone(options)
+    folder = _make_folder(options)
     watch = progress_bars(bars)
     candidates = find_candidates(specs, options, watch)
     student = student_of(options.student, candidates)
@@ -125,6 +141,74 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     _tell(outcome, options.top)
     _logger.info("report: %s", report)
     return outcome
+
+
+def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]:
+    """Scout the models of finished runs, and compare predictions with what the runs gained.
+
+    Args:
+        given: Arguments, ``--realised RUN...`` among them.
+        bars: See ``scout``.
+
+    Returns:
+        What ``scout.json`` holds.
+
+    Raises:
+        OptionError, ModelError, CheckpointError: Bad input.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--realised", nargs="+")
+    early.add_argument("--output", default="")
+    early.add_argument("--experiment", default="")
+    known = early.parse_known_args(given)[0]
+    runs = [read_run(Path(folder)) for folder in known.realised]
+    options, _ = parse(
+        ["-c", str(runs[0].folder / "args.yaml"), *given], "scout", add_scout_options
+    )
+    options.output, options.experiment = known.output, known.experiment
+    data = {str(run.options.data) for run in runs} | {str(options.data)}
+    if len(data) > 1 and str(options.data) == str(runs[0].options.data):
+        raise OptionError(f"the runs have different data, {', '.join(sorted(data))}; give DATA")
+    world, folder, watch = _start_alone(options), _make_folder(options), progress_bars(bars)
+    specs, finished = shared_specs(runs)
+    candidates = find_candidates(specs, options, watch)
+    logits, found = ask(candidates, options, world, watch)
+    try:
+        realised = realised_gains(finished)
+    except ValueError as error:
+        raise OptionError(f"--realised: {error}") from error
+    teams = list({one.members for one in realised})
+    together = ensemble_accuracy(logits, logits.labels(), teams)
+    compared = compare(found, realised, dict(zip(teams, together, strict=True)))
+    outcome = {
+        "names": list(found.names),
+        "samples": logits.count,
+        "predictor": options.predictor or default_predictor(found, realised[0].rule),
+        "models": [asdict(fact) for fact in describe_models(found)],
+        "realised": compared,
+        "settings": _settings(options),
+    }
+    text = json.dumps(outcome, indent=1)
+    atomic_write(folder / "scout.json", lambda to: to.write_text(text, encoding="utf-8"))
+    report = write_realised_report(folder / "report.html", outcome)
+    _logger.info("%s", realised_lead(outcome))
+    log_table([dict(zip(HEAD, row, strict=True)) for row in correlation_rows(outcome)])
+    _logger.info("report: %s", report)
+    return outcome
+
+
+def _start_alone(options: argparse.Namespace) -> World:
+    world = start(options)
+    if world.size > 1:
+        raise OptionError(f"scouting runs in one process, not in {world.size}; leave torchrun out")
+    return world
+
+
+def _make_folder(options: argparse.Namespace) -> Path:
+    name = options.experiment or f"{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(options.output or _HERE) / name
+    make_writable(folder)
+    return folder
 
 
 def team_sizes(given: Sequence[str]) -> list[int]:

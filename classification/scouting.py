@@ -111,12 +111,12 @@ def _inspect(spec: PeerSpec, options: argparse.Namespace) -> Candidate:
         raise OptionError(
             f"has no weights (--no-pretrained); give a file: --model {spec.model},checkpoint=FILE"
         )
-    if options.num_classes is not None:
-        raise OptionError(
-            "--num-classes gives a new head, which tells nothing yet; give checkpoints that know "
-            "your classes"
-        )
     module, view = build(spec, options)
+    if options.num_classes not in (None, module.num_classes):
+        raise OptionError(
+            f"knows {module.num_classes} classes, not the {options.num_classes} of --num-classes; "
+            "a new head tells nothing before it is trained"
+        )
     return Candidate(
         spec=spec,
         view=view,
@@ -132,9 +132,10 @@ def _inspect(spec: PeerSpec, options: argparse.Namespace) -> Candidate:
 
 
 def build(spec: PeerSpec, options: argparse.Namespace) -> tuple[nn.Module, View]:
-    """Build one model, the same at every call."""
+    """Build one model with the classes that it knows, the same at every call."""
     random_seed(options.seed, 0)
-    modules, views = build_modules([spec], options)
+    own_classes = argparse.Namespace(**{**vars(options), "num_classes": None})
+    modules, views = build_modules([spec], own_classes)
     return modules[0], views[0]
 
 

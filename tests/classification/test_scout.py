@@ -221,7 +221,7 @@ def test_what_cannot_be_scouted_is_named_and_never_dropped_in_silence(
         (["--team-size", "7"], "teams of 7 of 4 models"),
         (["--for", "nobody"], "--for nobody: 0 models"),
         (["--for", "vit_tiny_patch16_224"], "3 models are called so"),
-        (["--num-classes", "10"], "--num-classes gives a new head"),
+        (["--num-classes", "7"], "knows 10 classes, not the 7"),
         (["--rule", "one_way:nobody"], "no peer is named"),
         (["--unlabelled", "/nowhere"], "no such data folder"),
         (["--predictor", "confidence-gap", "--model", "no_such_*"], "stands for no file"),
@@ -249,3 +249,50 @@ def test_team_sizes_and_the_parsers_own_options():
     with pytest.raises(SystemExit):
         build_parser().parse_args(["D", "--model", "a"])
     assert torch.get_num_threads() == 1
+
+
+def test_predictions_are_compared_with_finished_runs(trained, digits, tmp_path):
+    file = {name: f"{trained}/{name}/last.safetensors" for name in "abcd"}
+
+    def train(title, rule, *names):
+        peers = [word for name in names for word in ("--peer", f"{file[name]},name=x{name}")]
+        fixed = "--opt adamw --lr 1e-3 --epochs 1 -b 40 -j 0 --warmup-epochs 0 --no-aug".split()
+        run(
+            [
+                *(str(digits), *peers, *fixed, "--rule", rule, "--output", str(tmp_path)),
+                *("--experiment", title, "--device", "cpu"),
+            ],
+            bars=False,
+        )
+        return str(tmp_path / title)
+
+    pairs = ["ab", "cd", "ad", "bc"]
+    control = train("control", "none", *"abcd")
+    runs = [train(pair, "best", *pair) for pair in pairs]
+    more = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path), "--experiment", "test"]
+    found = scout(["--realised", control, *runs, *more], bars=False)
+    told = found["realised"]
+    assert told["controlled"] and found["samples"] == 200 and len(found["names"]) == 4
+    assert {frozenset(row["members"]) for row in told["runs"]} == {
+        frozenset(f"x{name}" for name in pair) for pair in pairs
+    }
+    ends = {}
+    for title in ("control", "cd"):
+        rows = list(csv.DictReader((tmp_path / title / "summary.csv").open()))
+        ends[title] = {n: float(rows[-1][f"x{n}/top1"]) for n in "cd"}
+    row = next(row for row in told["runs"] if set(row["members"]) == {"xc", "xd"})
+    expected = {f"x{n}": ends["cd"][n] - ends["control"][n] for n in "cd"}
+    assert dict(zip(row["members"], row["gains"], strict=True)) == pytest.approx(expected)
+    assert {"flips", "right-kl", "ensemble"} <= told["correlations"].keys()
+    assert told["correlations"]["kl"]["teams"]["count"] == 4
+    page = (tmp_path / "test" / "report.html").read_text()
+    assert "p by models" in page and page.count("data:image/svg+xml") == 1
+    for bad, words in (
+        ([str(tmp_path)], "it has no args.yaml"),
+        ([control], "no run with transfer"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            scout(["--realised", *bad, *more], bars=False)
+    (tmp_path / "cd" / "xc" / "last.safetensors").unlink()
+    with pytest.raises(OptionError, match="did not finish: xc"):
+        scout(["--realised", control, *runs, *more], bars=False)

@@ -1,0 +1,217 @@
+"""Predictions of scouting against what finished runs gained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.rank_correlation import rank_correlation
+from common.scouting import Judge, Team, usable_predictors
+from common.survey import Survey
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run, in the numbers that its evaluations wrote.
+
+    Attributes:
+        title: For messages.
+        members: Numbers of its models among those scouted, in the order of its peers.
+        before: Metric of each at the start.
+        after: Metric of each at the end.
+        rule: Of the transfer; ``none`` for a control.
+        score: What the rule compared.
+        margin: Of the rule.
+        setting: All else that it was trained with, as text; a control has the same.
+    """
+
+    title: str
+    members: tuple[int, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    rule: str
+    score: str
+    margin: float | None
+    setting: str
+
+
+@dataclass(frozen=True)
+class Realised:
+    """What one team gained under one rule, mean over its runs.
+
+    Attributes:
+        members: Numbers of the models, ascending.
+        rule, score, margin: Of its runs.
+        gain: Of each member, in the metric's unit; positive is better.
+        runs: How many.
+        controlled: Whether the gain is over the same model trained without transfer; False: over
+            its own start, which more training alone moves too.
+    """
+
+    members: tuple[int, ...]
+    rule: str
+    score: str
+    margin: float | None
+    gain: tuple[float, ...]
+    runs: int
+    controlled: bool
+
+
+def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -> list[Realised]:
+    """Measure every run against its control, and average the runs of a team.
+
+    A control has the rule ``none``, the same setting, and all of the run's models, perhaps among
+    others: without transfer nobody's training depends on who is there besides.
+
+    Args:
+        runs: Controls among them.
+        lower_is_better: Of the metric.
+
+    Returns:
+        One a team, rule and kind of comparison; where some teams have controls, only those.
+
+    Raises:
+        ValueError: No run with transfer.
+    """
+    controls = [run for run in runs if run.rule == "none"]
+    gains: dict[_Kind, list[tuple[float, ...]]] = {}
+    for run in runs:
+        if run.rule == "none":
+            continue
+        other = _control_of(run, controls)
+        start = run.before if other is None else other
+        sign = -1 if lower_is_better else 1
+        gain = {
+            i: sign * (after - base)
+            for i, after, base in zip(run.members, run.after, start, strict=True)
+        }
+        members = tuple(sorted(gain))
+        kind = _Kind(members, run.rule, run.score, run.margin, other is not None)
+        gains.setdefault(kind, []).append(tuple(gain[i] for i in members))
+    if not gains:
+        raise ValueError("no run with transfer among them; nothing to compare predictions with")
+    found = [
+        Realised(
+            kind.members,
+            kind.rule,
+            kind.score,
+            kind.margin,
+            tuple(float(x) for x in np.mean(several, axis=0)),
+            len(several),
+            kind.controlled,
+        )
+        for kind, several in gains.items()
+    ]
+    return [one for one in found if one.controlled] or found
+
+
+class _Kind(NamedTuple):
+    members: tuple[int, ...]
+    rule: str
+    score: str
+    margin: float | None
+    controlled: bool
+
+
+def _control_of(run: FinishedRun, controls: Sequence[FinishedRun]) -> tuple[float, ...] | None:
+    for control in controls:
+        if control.setting == run.setting and set(run.members) <= set(control.members):
+            after = dict(zip(control.members, control.after, strict=True))
+            return tuple(after[i] for i in run.members)
+    return None
+
+
+def compare(
+    found: Survey,
+    realised: Sequence[Realised],
+    ensemble: Mapping[tuple[int, ...], float] | None = None,
+) -> dict[str, Any]:
+    """Correlate every predictor with what was gained.
+
+    Args:
+        found: The survey of all models, before training.
+        realised: From ``realised_gains``.
+        ensemble: Accuracy of the members' mean at the start, by team; one more predictor: how much
+            better it is than the member.
+
+    Returns:
+        Plain containers: ``runs`` (team, gain, predictions, each also by member), ``correlations``
+        (for each predictor over ``teams`` by the mean of their members, and over ``members``), and
+        ``controlled``.
+    """
+    judges = _Judges(found)
+    rows: list[dict[str, Any]] = []
+    for one in realised:
+        team = judges.team(one, one.members)
+        predicted = dict(team.predicted)
+        if ensemble is not None and team.accuracy is not None:
+            together = ensemble[one.members]
+            predicted["ensemble"] = [together - accuracy for accuracy in team.accuracy]
+        rows.append(
+            {
+                "members": [found.names[i] for i in one.members],
+                "rule": one.rule,
+                "runs": one.runs,
+                "gains": list(one.gain),
+                "gain": _mean(one.gain),
+                "predicted": predicted,
+            }
+        )
+    names = list(rows[0]["predicted"]) if rows else []
+    return {
+        "controlled": bool(realised) and realised[0].controlled,
+        "runs": rows,
+        "correlations": {
+            name: {
+                "teams": asdict(_over_teams(name, rows, realised, judges)),
+                "members": asdict(
+                    rank_correlation(
+                        [x for row in rows for x in row["predicted"][name]],
+                        [x for row in rows for x in row["gains"]],
+                    )
+                ),
+            }
+            for name in names
+        },
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+class _Judges:
+    """Judges teams under the rules of runs; each team once."""
+
+    def __init__(self, found: Survey) -> None:
+        self.found = found
+        self._teams: dict[tuple[Any, ...], Team] = {}
+
+    def team(self, one: Realised, members: Sequence[int]) -> Team:
+        key = (one.rule, one.score, one.margin, tuple(sorted(members)))
+        if key not in self._teams:
+            judge = Judge(self.found, one.rule, one.score, one.margin)
+            self._teams[key] = judge.judge(key[3])
+        return self._teams[key]
+
+
+def _over_teams(
+    name: str, rows: Sequence[Mapping[str, Any]], realised: Sequence[Realised], judges: _Judges
+) -> Any:
+    """Correlate over teams; where the rule names no model, also with models that change places."""
+    used = sorted({i for one in realised for i in one.members})
+
+    def relabel(random: np.random.Generator) -> list[float]:
+        other = dict(zip(used, random.permutation(used).tolist(), strict=True))
+        return [judges.team(one, [other[i] for i in one.members]).gain(name) for one in realised]
+
+    movable = name in usable_predictors(judges.found) and all(":" not in o.rule for o in realised)
+    return rank_correlation(
+        [_mean(row["predicted"][name]) for row in rows],
+        [row["gain"] for row in rows],
+        relabel=relabel if movable and len(used) > 3 else None,
+    )

@@ -1,0 +1,110 @@
+"""Predictions against finished runs: correlations that are known, controls, the models' test."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from common.rank_correlation import rank_correlation
+from common.realised import FinishedRun, compare, realised_gains
+from common.scouting import Judge
+from common.survey import HeldLogits, survey
+from tests.common.test_scouting import random_source
+
+
+def test_rank_correlation_by_hand_and_by_scipy():
+    # ranks 1 2 3 4 5 and 2 1 4 3 5: 1 - 6 * 4 / (5 * 24)
+    found = rank_correlation([1, 2, 3, 4, 5], [20, 10, 40, 30, 50])
+    assert found.rho == pytest.approx(0.8) and found.count == 5
+    assert math.isnan(found.p_models)
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=30), random.integers(5, size=30)
+    y = y + x
+    found, told = rank_correlation(x, y), stats.spearmanr(x, y)
+    assert found.rho == pytest.approx(told.statistic)
+    assert found.p == pytest.approx(told.pvalue, abs=0.01)
+    assert found.low < found.rho < found.high
+    assert rank_correlation(x, y) == found  # seeded
+
+
+def test_permutation_p_of_four_is_exact():
+    # of 24 orders, 1 has rho 1 and 1 has rho -1
+    assert rank_correlation([1, 2, 3, 4], [1, 2, 3, 4]).p == pytest.approx(2 / 24, abs=0.01)
+
+
+def test_chance_gives_small_p_as_rarely_as_it_says():
+    random = np.random.default_rng(1)
+    p = [rank_correlation(*random.normal(size=(2, 12)), seed=k).p for k in range(40)]
+    assert 0 < np.mean(np.array(p) < 0.2) < 0.4
+
+
+def test_what_cannot_be_correlated_is_not_a_number_or_refused():
+    assert math.isnan(rank_correlation([1, 2, 3], [1, 2, 3]).rho)
+    assert math.isnan(rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]).p)
+    with pytest.raises(ValueError, match="3 predictions for 2 outcomes"):
+        rank_correlation([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="finite"):
+        rank_correlation([1, 2, math.nan, 3], [1, 2, 3, 4])
+
+
+def finished(members, after, rule="best", before=50.0, setting="s"):
+    return FinishedRun(
+        "run", members, (before,) * len(members), tuple(after), rule, "loss", None, setting
+    )
+
+
+def test_gains_are_over_the_control_with_the_same_setting_which_may_have_more_models():
+    control = finished((2, 0, 1), (52, 60, 70), "none")
+    runs = [
+        control,
+        finished((1, 0), (73, 61)),
+        finished((0, 2), (60, 51)),
+        finished((0, 2), (62, 51)),
+        finished((0, 1), (90, 90), setting="other"),  # no control: not comparable with the rest
+    ]
+    found = realised_gains(runs)
+    assert [(one.members, one.gain, one.runs) for one in found] == [
+        ((0, 1), (1.0, 3.0), 1),
+        ((0, 2), (1.0, -1.0), 2),
+    ]
+    assert all(one.controlled for one in found)
+    assert realised_gains([finished((0, 1), (49, 53))])[0].gain == (-1.0, 3.0)
+    assert not realised_gains([finished((0, 1), (49, 53))])[0].controlled
+    assert realised_gains([finished((0, 1), (49, 53))], lower_is_better=True)[0].gain == (1, -3)
+    with pytest.raises(ValueError, match="no run with transfer"):
+        realised_gains([control])
+
+
+def test_gains_that_follow_a_prediction_are_found_to_do_so():
+    source, labels = random_source(models=7, count=150)
+    found = survey(source, labels)
+    judge = Judge(found)
+    runs = []
+    for i in range(7):
+        for j in range(i):
+            team = judge.judge([j, i])
+            runs.append(finished((i, j), [50 + 100 * x for x in team.predicted["flips"][::-1]]))
+    told = compare(found, realised_gains(runs), {(j, i): 0.5 for i in range(7) for j in range(i)})
+    flips = told["correlations"]["flips"]
+    # equal but for rounding, which orders some ties
+    assert flips["teams"]["rho"] > 0.99 and flips["members"]["rho"] > 0.99
+    assert flips["teams"]["p"] < 0.001 and flips["teams"]["p_models"] < 0.01
+    assert flips["teams"]["count"] == 21 and flips["members"]["count"] == 42
+    assert "ensemble" in told["correlations"] and not told["controlled"]
+    assert math.isnan(told["correlations"]["ensemble"]["teams"]["p_models"])
+
+
+def test_one_strong_model_does_not_pass_for_many_pairs():
+    """Every pair with model 0 gains, whatever its partner: the models' test is not impressed."""
+    torch.manual_seed(0)
+    source, labels = random_source(models=6, count=200, seed=3)
+    logits = source.logits.clone()
+    logits[0] += 6 * torch.nn.functional.one_hot(labels, 4)
+    found = survey(HeldLogits(source.names, logits), labels)
+    runs = [
+        finished((j, i), (50 + 5 * (j == 0) + 0.01 * i,) * 2) for i in range(6) for j in range(i)
+    ]
+    told = compare(found, realised_gains(runs))["correlations"]["loss-gap"]["teams"]
+    assert told["p"] < told["p_models"]
