@@ -21,7 +21,7 @@ _NOT_SETTING = frozenset(
         "peers rule score margin temperature transfer_weight transfer_warmup_steps detach_teacher "
         "engine output experiment workers pin_mem log_interval log_wandb wandb_project wandb_tags "
         "checkpoint_hist recovery_interval config device in_place resume local_rank val_interval "
-        "data_dir validation_batch_size no_resume_opt"
+        "data_dir validation_batch_size no_resume_opt plan gpu_mem"
     ).split()
 )
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from classification.data import classes_of, common_view, open_dataset
 from classification.options import PeerSpec, build_parser, parse
 from classification.realised import read_run, shared_specs
+from classification.scout_costs import TeamCosts
 from classification.scouting import (
     Candidate,
     Watch,
@@ -39,6 +40,7 @@ from common.distributed import World
 from common.logit_cache import CachedLogits
 from common.options import OptionError, actions_of
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
+from common.planner import read_size, shown_bytes
 from common.realised import compare, realised_gains
 from common.report.realised import (
     HEAD,
@@ -54,6 +56,7 @@ from common.survey import Survey, describe_models, ensemble_accuracy, survey
 _logger = logging.getLogger("scout")
 
 _COMMANDS = 3
+_NOT_TRAINING = ("data", "data_dir", "peers", "output", "experiment", "plan", "gpu_mem")
 _HERE = Path("output/scout")
 
 
@@ -87,6 +90,14 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--samples", type=int, help="scout on so many images, drawn at random")
     add("--unlabelled", metavar="DIR", help="judge teams on these images, which have no labels")
+    add(
+        "--budget-gpu-mem",
+        type=read_size,
+        metavar="SIZE",
+        help="leave out teams that need more than a GPU of this memory, such as 24G, under both "
+        "--engine and two-pass",
+    )
+    add("--costs", action="store_true", help="tell each team's memory and step time, as --plan")
     add("--top", type=int, default=20, help="teams to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
     add("--models-at-once", type=int, default=8, help="in memory, of those of one geometry")
@@ -120,7 +131,10 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     logits, found = ask(candidates, options, world, watch)
     judge = judge_of(found, options)
     predictor = options.predictor or default_predictor(found, judge.rule)
-    ranking = _rank(judge, sizes, predictor, student, options, watch)
+    costs = None
+    if options.costs or options.budget_gpu_mem:
+        costs = TeamCosts(candidates, options, options.budget_gpu_mem, world, watch)
+    ranking = _rank(judge, sizes, predictor, student, options, costs, watch)
     shown = ranking.teams[: options.top]
     if found.labelled:
         _measure_ensembles(shown, logits)
@@ -131,7 +145,9 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     asked = {spec.name: peer for spec, peer in zip(specs, options.peers, strict=True)}
     outcome["commands"] = [
         command_of(
-            [asked[name] for name in team["members"]], options, folder / f"team-{k + 1}.yaml"
+            [asked[name] for name in team["members"]],
+            argparse.Namespace(**{**vars(options), "engine": team["engine"] or options.engine}),
+            folder / f"team-{k + 1}.yaml",
         )
         for k, team in enumerate(outcome["teams"][:_COMMANDS])
     ]
@@ -344,6 +360,7 @@ def _rank(
     predictor: str,
     student: int | None,
     options: argparse.Namespace,
+    costs: TeamCosts | None,
     watch: Watch,
 ) -> Ranking:
     try:
@@ -353,6 +370,7 @@ def _rank(
             predictor,
             student=student,
             most=options.most_teams,
+            fits=costs or (lambda team: True),
             watch=lambda teams: watch(teams, "judging teams"),
         )
     except ValueError as error:
@@ -390,8 +408,8 @@ def _flags(options: argparse.Namespace) -> list[str]:
     """Return the flags of train.py that give the options which differ from its defaults."""
     words: list[str] = []
     for dest, action in actions_of(build_parser("train")).items():
-        value = getattr(options, dest)
-        if dest in ("data", "data_dir", "peers", "output", "experiment") or value == action.default:
+        value = getattr(options, dest, action.default)
+        if dest in _NOT_TRAINING or value == action.default:
             continue
         flag = action.option_strings[-1]
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -410,7 +428,7 @@ def _flags(options: argparse.Namespace) -> list[str]:
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     names = (
         "data val_split samples unlabelled rule score temperature margin student team_size "
-        "predictor seed amp amp_dtype cache"
+        "predictor seed amp amp_dtype batch_size engine budget_gpu_mem cache"
     ).split()
     values = plain(options)
     return {name: values[name] for name in names}
@@ -427,6 +445,7 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
             "agree": f"{100 * team['agreement']:.1f}%",
             "ensemble": _percent(team["ensemble"]),
             "oracle": _percent(team["oracle"]),
+            **_costs(team),
         }
         for team in outcome["teams"][:top]
     ]
@@ -435,6 +454,17 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
     _logger.info("%s", CAUTION)
     for command in outcome["commands"]:
         _logger.info("  %s", command)
+
+
+def _costs(team: Mapping[str, Any]) -> dict[str, str]:
+    if team["memory"] is None:
+        return {}
+    step = team["step_seconds"]
+    return {
+        "engine": team["engine"],
+        "memory": shown_bytes(team["memory"]),
+        "step": "-" if step is None else f"{1e3 * step:.0f} ms",
+    }
 
 
 def _percent(value: float | None) -> str:

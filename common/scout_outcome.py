@@ -79,6 +79,7 @@ def _describe_team(
         "agreement": team.agreement,
         "oracle": team.oracle,
         "ensemble": team.ensemble,
+        "engine": team.engine,
         "memory": team.memory,
         "step_seconds": team.step_seconds,
     }
@@ -148,7 +149,7 @@ def _pair_rows(outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _team_row(team: Mapping[str, Any]) -> dict[str, Any]:
     count = len(team["members"])
     means = {name: sum(v.values()) / count for name, v in team["predicted"].items()}
-    single = ("agreement", "oracle", "ensemble", "memory", "step_seconds")
+    single = ("agreement", "oracle", "ensemble", "engine", "memory", "step_seconds")
     several = ("taught", "teaches", "kl", "accuracy")
     return {
         "members": " ".join(team["members"]),

@@ -169,7 +169,8 @@ class Team:
         accuracy: Of each; None without labels.
         oracle: None without labels.
         ensemble: None without labels, and where it was not measured.
-        memory: Bytes that training it is expected to take; None: not known.
+        engine: Under which training fits; None: not known.
+        memory: Bytes that training takes at its peak, as planned; None: not known.
         step_seconds: Of one training step; None: not known.
     """
 
@@ -182,6 +183,7 @@ class Team:
     accuracy: list[float] | None = None
     oracle: float | None = None
     ensemble: float | None = None
+    engine: str | None = None
     memory: int | None = None
     step_seconds: float | None = None
 
@@ -313,7 +315,7 @@ def rank_teams(
         predictor: One of ``PREDICTORS``.
         student: Only teams with this model, ordered by its own estimate; None: by the mean.
         most: Teams judged of each size above 2.
-        fits: Whether a judged team can be trained; it may fill in ``memory``.
+        fits: Whether a judged team can be trained; it may fill in what training it takes.
         watch: Wraps the teams of a size, for instance in a progress bar.
 
     Raises:

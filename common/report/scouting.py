@@ -103,7 +103,7 @@ def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) 
     known = any(team["memory"] is not None for team in teams)
     others = [name for name in outcome["why"] if name != outcome["predictor"]]
     head = ["Team", outcome["predictor"], "Taught", "Agree", "Ensemble", "Oracle"]
-    head += ["Memory", "Step"] * known + others
+    head += ["Engine", "Memory", "Step"] * known + others
     rows = []
     for k, team in enumerate(teams):
         row = [
@@ -115,7 +115,7 @@ def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) 
             as_percent(team["oracle"]),
         ]
         if known:
-            row += [_gigabytes(team["memory"]), _milliseconds(team["step_seconds"])]
+            row += [team["engine"], _gigabytes(team["memory"]), _milliseconds(team["step_seconds"])]
         row += [number(_mean(team["predicted"][name]), 4) for name in others]
         rows.append(row)
     roles = f"rule {outcome['rule']}" + (f", score {outcome['score']}" if outcome["score"] else "")
@@ -123,6 +123,7 @@ def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) 
         f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of samples on "
         "which each member is taught, in the order of the names. Predictors are means over members"
         + (f"; the ranking is by what {outcome['for']} may gain." if outcome["for"] else ".")
+        + " Memory and step: as --plan works them out." * known
     )
     return data_table(caption, head, rows)
 

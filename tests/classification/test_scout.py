@@ -177,6 +177,25 @@ def test_confidence_and_mutual_rank_too(scouting):
     assert found["predictor"] == "complementarity" and found["score"] is None
 
 
+def test_teams_that_do_not_fit_a_gpu_are_left_out(scouting, no_report):
+    free = scout([*scouting, "--costs"], bars=False)
+    need = {frozenset(team["members"]): team["memory"] for team in free["teams"]}
+    assert len(need) == 6 and all(team["engine"] == "joint" for team in free["teams"])
+    assert all(team["step_seconds"] > 0 for team in free["teams"])
+    assert "--engine" not in free["commands"][0]
+    budget = sorted(need.values())[2] // 0.85 // 1024 + 1
+    found = scout([*scouting, "--budget-gpu-mem", f"{budget:.0f}K"], bars=False)
+    joint = {frozenset(team["members"]) for team in found["teams"] if team["engine"] == "joint"}
+    assert joint == {team for team, bytes_ in need.items() if bytes_ <= sorted(need.values())[2]}
+    assert len(found["teams"]) + found["too_large"] == found["judged"] == 6
+    slow = [team for team in found["teams"] if team["engine"] == "two-pass"]
+    assert all(team["memory"] < need[frozenset(team["members"])] for team in slow)
+    first = found["teams"][0]["engine"]
+    assert ("--engine two-pass" in found["commands"][0]) == (first == "two-pass")
+    none = scout([*scouting, "--budget-gpu-mem", "10K"], bars=False)
+    assert none["teams"] == [] and none["too_large"] == 6 and none["commands"] == []
+
+
 def flat_folder(digits, folder):
     folder.mkdir()
     for k, path in enumerate(sorted((digits / "validation").rglob("*.png"))[::4]):
