@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from common.significance import holm, sign_flip_test, smallest_p
 
 # fewer seeds than this show nothing, whatever their interval
 ENOUGH_SEEDS = 5
@@ -80,6 +83,7 @@ def summarise(
     lower_is_better: bool = False,
     chosen: str = "best",
     chance: str = "random",
+    pairs: Sequence[tuple[str, str]] = (),
     level: float = 0.95,
 ) -> dict[str, Any]:
     """Compare arms over seeds with a control that had the same seeds.
@@ -96,20 +100,23 @@ def summarise(
         lower_is_better: Of the metric. Gains are turned so that positive is better.
         chosen: The arm that is compared with every other one, if it is there.
         chance: The arm that differs from ``chosen`` only in drawing its teachers.
+        pairs: Arms to compare with one another, first minus second.
         level: Of the intervals.
 
     Returns:
         Plain containers; None where a number is not known. ``arms`` has for each arm its ``peers``
         (before, after, fixed, broken), ``before`` and ``after`` of the group, and ``lessons`` (mean
         over seeds). ``gains`` and ``peer_gains`` are over the control, ``versus`` is ``chosen``
-        minus each other arm. The strongest and the weakest peer are those at the start of a seed.
+        minus each other arm, ``pairs`` has a list of ``first``, ``second`` and ``effects``. Every
+        effect has the p-value of ``common.significance.sign_flip_test``, uncorrected. The strongest
+        and the weakest peer are those at the start of a seed.
 
     Raises:
         ValueError: No result; an arm, seed or peer that is missing, twice or not finite.
     """
     table = _by_arm_and_seed(results, names)
     arms = list(table) if arms is None else list(arms)
-    for arm in [control, *arms]:
+    for arm in [control, *arms, *(arm for pair in pairs for arm in pair)]:
         if arm not in table or arm not in arms:
             raise ValueError(f"no results of arm {arm!r}; there are: {', '.join(table)}")
     table = {arm: table[arm] for arm in arms}
@@ -140,7 +147,61 @@ def summarise(
             arm: _effects(peers[arm], peers[control], names, sign, level) for arm in others
         },
         "versus": {arm: _effects(group[chosen], group[arm], targets, sign, level) for arm in rest},
+        "pairs": [
+            {
+                "first": first,
+                "second": second,
+                "effects": _effects(group[first], group[second], targets, sign, level)
+                | _effects(peers[first], peers[second], names, sign, level),
+            }
+            for first, second in pairs
+        ],
     }
+
+
+def corrected(summary: Mapping[str, Any], together: bool = False) -> dict[str, Any]:
+    """Correct a summary's effects for their number, and call shown only what then still is.
+
+    The families: all arms against the control, and all ``pairs``; each for every target (a peer,
+    the mean, the ensemble) by itself, or for all targets together.
+
+    Args:
+        summary: From ``summarise``.
+        together: One family over all targets.
+
+    Returns:
+        The summary; effects have ``p_holm``, and ``shown`` means that it is at most 1 minus the
+        level, and that enough seeds tell. ``families`` lists each family's ``name``, ``size``, and
+        the ``least_seeds`` with which an effect of it can be shown at all.
+    """
+    found = copy.deepcopy(dict(summary))
+    alpha = 1 - summary["level"]
+    gains = [{**effects, **found["peer_gains"][arm]} for arm, effects in found["gains"].items()]
+    found["families"] = []
+    for name, rows in (
+        (f"arms against {summary['control']}", gains),
+        ("direct comparisons", [row["effects"] for row in found["pairs"]]),
+    ):
+        targets = list(dict.fromkeys(what for row in rows for what in row))
+        for group in [targets] if together else [[what] for what in targets]:
+            members = [row[what] for row in rows for what in group if row.get(what) is not None]
+            for effect, p in zip(members, holm([e["p"] for e in members]), strict=True):
+                effect["p_holm"] = p
+                enough = effect["count"] >= ENOUGH_SEEDS and effect["varies"]
+                effect["shown"] = p <= alpha and enough
+            if members:
+                told = f"{name}, {'all targets' if together else group[0]}"
+                least = _least_seeds(len(members), alpha)
+                found["families"].append({"name": told, "size": len(members), "least_seeds": least})
+    return found
+
+
+def _least_seeds(size: int, alpha: float) -> int:
+    """Return how many seeds can show an effect in a family of that size."""
+    count = ENOUGH_SEEDS
+    while size * smallest_p(count) > alpha:
+        count += 1
+    return count
 
 
 def _by_arm_and_seed(results: Sequence[Result], names: Sequence[str]) -> Table:
@@ -224,7 +285,7 @@ def _effect(
     ]
     if not differences:
         return None
-    interval = paired_interval(differences, level)
+    interval, test = paired_interval(differences, level), sign_flip_test(differences)
     # seeds that all give the same difference are one run seen several times
     varies = max(differences) - min(differences) > 1e-9 * max(1.0, abs(interval.mean))
     return {
@@ -233,6 +294,8 @@ def _effect(
         "high": _known(interval.high),
         "count": interval.count,
         "varies": varies,
+        "p": test.p,
+        "p_error": test.error,
         "shown": interval.excludes_zero and interval.count >= ENOUGH_SEEDS and varies,
     }
 
@@ -251,7 +314,7 @@ def _describe_arm(
             for when in group
         },
         "peers": {name: _describe_peer(list(rows.values()), name) for name in names},
-        "lessons": _mean_lessons([row.get("lessons") or () for row in rows.values()]),
+        "lessons": mean_rows([row.get("lessons") or () for row in rows.values()]),
     }
 
 
@@ -276,7 +339,7 @@ def _mean(values: Sequence[Any]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _mean_lessons(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float | None]]:
+def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float | None]]:
     """Average rows of the same epoch over the seeds, number by number."""
     unit = unit_of([row for run in runs for row in run])
     epochs: dict[int, list[Mapping[str, Any]]] = {}
