@@ -20,6 +20,7 @@ from common import distributed
 from common.distributed import World
 from common.guard import FLIPS
 from common.peers import PeerGroup
+from common.transfer import confidence
 
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -33,12 +34,16 @@ class Scores:
         correct5: Among the five best [N, n], bool.
         loss: Cross entropy [N, n].
         ensemble: Whether the mean of the peers' probabilities is right [n], bool.
+        confidence: Largest probability [N, n].
+        target: The true classes [n].
     """
 
     correct: Tensor
     correct5: Tensor
     loss: Tensor
     ensemble: Tensor
+    confidence: Tensor
+    target: Tensor
 
     def metrics(self, names: Sequence[str], baseline: Tensor | None) -> dict[str, float]:
         """Name the numbers: percentages, and flips against a baseline's ``correct``."""
@@ -149,7 +154,7 @@ class PeerEvaluator:
                 summed[k] += together
         right = [p.argmax(dim=1) == y for p, y in zip(summed, labels, strict=True)]
         table = torch.stack([torch.cat(rows, dim=1).cpu() for rows in parts])
-        return self._gather(table, torch.cat(right).cpu())
+        return self._gather(table, torch.stack([torch.cat(right), torch.cat(labels)]).cpu())
 
     @torch.inference_mode()
     def forward(
@@ -182,28 +187,27 @@ class PeerEvaluator:
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             return module(images).float()
 
-    def _gather(self, table: Tensor, ensemble: Tensor) -> Scores:
+    def _gather(self, table: Tensor, together: Tensor) -> Scores:
         """Put the shards' samples back in the data's order, and the seats' peers in theirs."""
         rows = distributed.gather_over_team(list(table), self.world)
-        parts = distributed.gather_objects((torch.stack(rows), ensemble), self.world.replicas)
+        parts = distributed.gather_objects((torch.stack(rows), together), self.world.replicas)
         table = parts[0][0]
-        count = sum(part[1].shape[0] for part in parts)
+        count = sum(part[1].shape[1] for part in parts)
         whole = table.new_empty(*table.shape[:2], count)
-        together = ensemble.new_empty(count)
+        shared = together.new_empty(2, count)
         interleaved = all(
-            part[1].shape[0] == len(range(rank, count, len(parts)))
+            part[1].shape[1] == len(range(rank, count, len(parts)))
             for rank, part in enumerate(parts)
         )
         start = 0
-        for rank, (rows, right) in enumerate(parts):
+        for rank, (rows, own) in enumerate(parts):
             mine = (
-                slice(rank, None, len(parts))
-                if interleaved
-                else slice(start, start + right.shape[0])
+                slice(rank, None, len(parts)) if interleaved else slice(start, start + own.shape[1])
             )
-            whole[:, :, mine], together[mine] = rows, right
-            start += right.shape[0]
-        return Scores(whole[:, 0] > 0, whole[:, 1] > 0, whole[:, 2], together)
+            whole[:, :, mine], shared[:, mine] = rows, own
+            start += own.shape[1]
+        right, target = shared[0] > 0, shared[1]
+        return Scores(whole[:, 0] > 0, whole[:, 1] > 0, whole[:, 2], right, whole[:, 3], target)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the baseline, for flips after a resume."""
@@ -215,7 +219,7 @@ class PeerEvaluator:
 
 
 def _judge(logits: Tensor, target: Tensor) -> Tensor:
-    """Return top-1 right, top-5 right and cross entropy, [3, B] float32."""
+    """Return top-1 right, top-5 right, cross entropy and confidence, [4, B] float32."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == target.unsqueeze(1)
     loss = F.cross_entropy(logits, target, reduction="none")
-    return torch.stack([best[:, 0].float(), best.any(dim=1).float(), loss])
+    return torch.stack([best[:, 0].float(), best.any(dim=1).float(), loss, confidence(logits)])

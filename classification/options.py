@@ -176,6 +176,14 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--dataset", default="", metavar="NAME", help="torch/, hfds/, hfids/, wds/, tfds/ or ''")
     add("--train-split", default="train")
     add("--val-split", default="validation")
+    add(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="evaluate on a stratified share of the training split, which is not trained on, "
+        "instead of the validation split; drawn by --seed",
+    )
     add("--train-num-samples", type=int)
     add("--val-num-samples", type=int)
     add("--dataset-download", **flag)
@@ -355,7 +363,7 @@ def parse(
         SystemExit: As argparse does, for flags.
     """
     parser = build_parser(script, extend)
-    options = parse_over_file(parser, arguments, _read_yaml)
+    options = parse_over_file(parser, arguments, read_yaml)
     unlabelled = getattr(options, "unlabelled", None)  # scout.py can do without labels
     options.data = options.data or options.data_dir or unlabelled
     _check_ranges(options)
@@ -379,7 +387,12 @@ def _models_meant(asked: str | Mapping[str, Any]) -> list[str | Mapping[str, Any
     return [{**asked, "model": name} for name in models_meant(str(asked["model"]))]
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file into plain containers.
+
+    Raises:
+        OptionError: Not plain YAML, or an option of timm's that is not taken here.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -492,6 +505,8 @@ def _check_ranges(options: argparse.Namespace) -> None:
         raise OptionError(
             "no data: give the dataset's folder, for instance `train.py /data/imagenet`"
         )
+    if not 0 <= options.held_out < 1:
+        raise OptionError(f"--held-out is {options.held_out}; expected 0 or more, below 1")
     if not 0 <= options.smoothing < 1:
         raise OptionError(f"--smoothing is {options.smoothing}; expected 0 or more, below 1")
     if mixes(options) and options.batch_size % 2:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator
+from classification.held_out import split_held_out
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import GUARD_DROPS, PeerSpec, parse
 from classification.peer import build_modules, build_peers
@@ -76,10 +77,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     world = seat_world(start(options), options, len(specs))
     random_seed(options.seed, 0)
     modules, views = build_modules(specs, options)
-    train_set = open_dataset(options, True, views[0].size[0])
-    check_classes(train_set, modules[0].num_classes)
-    held_out = open_dataset(options, False, views[0].size[0])
-    check_same_classes(train_set, held_out)
+    train_set, held_out = open_both(options, views[0].size[0], modules[0].num_classes)
     metadata = {
         spec.name: outputs.metadata(spec, module, view)
         for spec, module, view in zip(specs, modules, views, strict=True)
@@ -135,6 +133,23 @@ def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[s
         spec.options.pretrained = False
         specs[i] = spec.without_checkpoint()
     return state
+
+
+def open_both(
+    options: argparse.Namespace, channels: int, num_classes: int
+) -> tuple[Dataset, Dataset]:
+    """Open what is trained on, and what is evaluated on: the validation split, or a held-out part.
+
+    Raises:
+        OptionError: Data that is missing, of other classes, or that cannot be split.
+    """
+    train_set = open_dataset(options, True, channels)
+    check_classes(train_set, num_classes)
+    if options.held_out:
+        return split_held_out(train_set, options.held_out, options.seed)
+    held_out = open_dataset(options, False, channels)
+    check_same_classes(train_set, held_out)
+    return train_set, held_out
 
 
 def check_classes(dataset: Any, num_classes: int) -> None:
