@@ -64,6 +64,7 @@ setup(
         "tqdm>=4.60,<5",
     ],
     extras_require={
+        "cluster": ["submitit>=1.5,<2"],
         "classification": CLASSIFICATION,
         "segmentation": SEGMENTATION,
         "saliency": SALIENCY,

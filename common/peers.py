@@ -332,7 +332,7 @@ def share_statistics(peers: PeerGroup, world: World, average: bool = True) -> No
                     buffer.copy_(sum_over_ranks(mine, world.replicas))
 
 
-RESERVED_NAMES = ("ensemble", "oracle", "mean", "transfer")
+RESERVED_NAMES = ("ensemble", "oracle", "mean", "transfer", "strongest", "weakest")
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ COMMON_MAY = {
     "tqdm",
     "mlxtend",
     "sklearn",
+    "submitit",
 }
 HOSTS = {
     "classification": {"detectron2", "mask2former", "cv2"},

@@ -89,15 +89,15 @@ def write_comparison(
     )
     body = [
         section("In short", *_comparison_words(summary), *paragraphs(notes)),
-        section("What was compared", _arms_table(summary, descriptions), *_examples(data_examples)),
+        section("What was compared", arms_table(summary, descriptions), *_examples(data_examples)),
         section("Gains over the control", _gains_table(summary), figure_grid(forest(summary))),
         *_versus_section(summary),
         section(
             "Before and after",
-            _peers_table(summary),
+            peers_table(summary),
             figure_grid([before_after_figure(summary), *flips_figure(summary)]),
         ),
-        *_comparison_teaching(summary),
+        *comparison_teaching(summary),
         *picture_section(pictures),
         section("Settings", settings_table(settings)),
     ]
@@ -248,7 +248,8 @@ def _comparison_words(summary: Mapping[str, Any]) -> list[Html]:
     return [tag("p", lead, class_="lead"), *caution, bullets(sentences)]
 
 
-def _arms_table(summary: Mapping[str, Any], descriptions: Mapping[str, str]) -> Html:
+def arms_table(summary: Mapping[str, Any], descriptions: Mapping[str, str]) -> Html:
+    """Say what each arm does."""
     rows = [
         [
             f"{arm} (control)" if arm == summary["control"] else arm,
@@ -312,7 +313,8 @@ def _versus_section(summary: Mapping[str, Any]) -> list[Html]:
     return [section(f"{chosen} against the other arms", data_table(caption, head, rows))]
 
 
-def _peers_table(summary: Mapping[str, Any]) -> Html:
+def peers_table(summary: Mapping[str, Any]) -> Html:
+    """Show every peer of every arm before and after."""
     flips = has_flips(summary)
     rows: list[list[object]] = []
     for arm, values in summary["arms"].items():
@@ -344,7 +346,8 @@ def _peer_row(
     return [arm, who, *spreads, interval_text(gain, summary), *flips]
 
 
-def _comparison_teaching(summary: Mapping[str, Any]) -> list[Html]:
+def comparison_teaching(summary: Mapping[str, Any]) -> list[Html]:
+    """Show who taught whom in every arm; nothing where nobody did."""
     names = summary["names"]
     lessons = {arm: values["lessons"] for arm, values in summary["arms"].items()}
     lessons = {arm: rows for arm, rows in lessons.items() if anybody_taught(names, rows)}

@@ -23,7 +23,7 @@ def forest(summary: Mapping[str, Any]) -> list[Html]:
         return []
 
     def paint(figure: Figure) -> None:
-        panels = _panels(figure, len(targets), sharex=True, sharey=True)
+        panels = panels_of(figure, len(targets), sharex=True, sharey=True)
         for axes, what in zip(panels, targets, strict=False):
             axes.axvline(0, color="#8a919a", linewidth=1, linestyle="--")
             for y, arm in enumerate(arms):
@@ -59,7 +59,7 @@ def before_after_figure(summary: Mapping[str, Any]) -> Html:
     names, arms = summary["names"], list(summary["arms"])
 
     def paint(figure: Figure) -> None:
-        panels = _panels(figure, len(names), sharey=True)
+        panels = panels_of(figure, len(names), sharey=True)
         for axes, name in zip(panels, names, strict=False):
             for y, arm in enumerate(arms):
                 _slope(axes, y, summary["arms"][arm]["peers"][name])
@@ -99,7 +99,7 @@ def flips_figure(summary: Mapping[str, Any]) -> list[Html]:
         return []
 
     def paint(figure: Figure) -> None:
-        panels = _panels(figure, len(names), sharex=True, sharey=True)
+        panels = panels_of(figure, len(names), sharex=True, sharey=True)
         for axes, name in zip(panels, names, strict=False):
             for what, sign, color in (("fixed", 1, COLORS[2]), ("broken", -1, COLORS[1])):
                 counts = [sign * (peers[arm][name][what] or 0) for arm in arms]
@@ -123,7 +123,7 @@ def flips_figure(summary: Mapping[str, Any]) -> list[Html]:
     return [figure_tag(draw(paint, 0.5 + rows * (0.6 + 0.26 * len(arms))), alt, caption)]
 
 
-def _panels(figure: Figure, count: int, sharex: bool = False, sharey: bool = False) -> list[Axes]:
+def panels_of(figure: Figure, count: int, sharex: bool = False, sharey: bool = False) -> list[Axes]:
     """Lay panels out in two columns and hide what is left over."""
     columns = min(count, 2)
     grid = figure.subplots(

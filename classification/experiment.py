@@ -1,0 +1,179 @@
+"""Experiments on classifiers: arms over seeds, chosen on held-out data, told with tests.
+
+python classification/experiment.py classification/configs/experiments/digits.yaml --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import random_seed
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from classification import outputs
+from classification.data import View, classes_of, open_dataset
+from classification.evaluation import PeerEvaluator, Scores
+from classification.options import PeerSpec, parse, read_yaml
+from classification.peer import build_modules
+from classification.train import FAULTS, check_classes, check_same_classes, open_both, run
+from classification.train import start as begin
+from common import experiment
+from common.checkpoint import atomic_write, read_file, save_weights
+from common.distributed import World
+from common.experiment import Measured, Trained
+from common.significance import expected_calibration_error
+
+# what a start's file tells by itself
+TOLD_BY_FILE = (
+    "checkpoint pretrained kwargs model_kwargs num_classes gp img_size input_size in_chans mean "
+    "std interpolation crop_pct bn_eps head_init_scale head_init_bias"
+).split()
+
+
+class Classification:
+    """How ``common.experiment`` runs ``train.py``."""
+
+    module = "classification.experiment"
+    metric = "top1"
+    lower_is_better = False
+    suffix = ".safetensors"
+
+    def read(self, path: Path) -> Any:
+        """Read a YAML file; see ``common.experiment.Task``."""
+        return read_yaml(path)
+
+    def check(self, options: Mapping[str, Any]) -> list[str]:
+        """Refuse options that cannot be used; return the peers' names."""
+        return [spec.name for spec in _parsed(options)[1]]
+
+    def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
+        """Write each peer's weights as they are before training; measure them."""
+        asked, specs = _parsed(options)
+        world = begin(asked)
+        random_seed(asked.seed, 0)
+        modules, views = build_modules(specs, asked)
+        for spec, module, view in zip(specs, modules, views, strict=True):
+            about = outputs.metadata(spec, module, view)
+            save_weights(files[spec.name], module.state_dict(), about)
+        channels, count = views[0].size[0], modules[0].num_classes
+        train_set, held_out = open_both(asked, channels, count)
+        test = _test_set(asked, channels, count)
+        check_same_classes(train_set, test)
+        names, classes = [spec.name for spec in specs], _class_names(test, count)
+        found = {}
+        for what, dataset in (("held_out", held_out), ("test", test)):
+            scores = _scores(asked, modules, views, dataset, world)
+            found[what] = measured(scores, names, None, classes)
+        for name, right in zip(names, scores.correct, strict=True):
+            atomic_write(_right(files[name]), lambda to, x=right: torch.save({"right": x}, to))
+        return found
+
+    def started(self, peer: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
+        """Return a peer's entry that starts from a file of ``start``, its options kept."""
+        kept = {key: x for key, x in peer.items() if key.replace("-", "_") not in TOLD_BY_FILE}
+        return {**kept, "model": str(file), "name": name}
+
+    def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
+        """Train, or go on with the run of that folder."""
+        where = ["--output", str(folder.parent), "--experiment", folder.name]
+        arguments = [*_arguments(options, folder / "options.yaml"), *where, "--resume", "auto"]
+        progress = run(arguments, bars=False)
+        chosen = {name: (best.epoch, best.value) for name, best in progress.best.items()}
+        return Trained(progress.history, progress.lessons, chosen, progress.updates)
+
+    def measure(
+        self, options: Mapping[str, Any], files: Mapping[str, Path], start: Mapping[str, Path]
+    ) -> Measured:
+        """Measure exported weights on the test set."""
+        plain = {key: x for key, x in options.items() if key not in ("peers", "rule")}
+        peers = [{"model": str(file), "name": name} for name, file in files.items()]
+        asked, specs = _parsed({**plain, "rule": "none", "peers": peers})
+        modules, views = build_modules(specs, asked)
+        count = modules[0].num_classes
+        test = _test_set(asked, views[0].size[0], count)
+        scores = _scores(asked, modules, views, test, begin(asked))
+        before = torch.stack([read_file(_right(start[name]))["right"] for name in files])
+        return measured(scores, list(files), before, _class_names(test, count))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; bad input ends in one line, not in a traceback."""
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    return experiment.main(Classification(), FAULTS, arguments)
+
+
+def _parsed(options: Mapping[str, Any]) -> tuple[argparse.Namespace, list[PeerSpec]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return parse(_arguments(options, Path(folder) / "options.yaml"))
+
+
+def _arguments(options: Mapping[str, Any], file: Path) -> list[str]:
+    text = yaml.safe_dump(dict(options), sort_keys=False)
+    atomic_write(file, lambda to: to.write_text(text, encoding="utf-8"))
+    return ["-c", str(file)]
+
+
+def _test_set(options: argparse.Namespace, channels: int, num_classes: int) -> Dataset:
+    test = open_dataset(options, False, channels)
+    check_classes(test, num_classes)
+    return test
+
+
+def _scores(
+    options: argparse.Namespace,
+    modules: Sequence[nn.Module],
+    views: Sequence[View],
+    dataset: Dataset,
+    world: World,
+) -> Scores:
+    amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
+    for module in modules:
+        module.to(world.device)
+    return PeerEvaluator(dataset, views, options, world, amp_dtype).score(modules)
+
+
+def measured(
+    scores: Scores, names: Sequence[str], before: Tensor | None, classes: Sequence[str]
+) -> Measured:
+    """Turn scores into what the report wants: metrics, flips, calibration, every class.
+
+    Args:
+        scores: Of all peers on one set of data.
+        names: The peers', in order.
+        before: Which samples were right at the start [N, n]; None: no flips.
+        classes: Names of the classes, by number.
+    """
+    found = Measured(scores.metrics(names, before))
+    present = scores.target.unique().tolist()
+    for i, name in enumerate(names):
+        found.metrics[f"{name}/ece"] = expected_calibration_error(
+            scores.confidence[i].double().numpy(), scores.correct[i].numpy()
+        )
+        found.classes[name] = {
+            classes[k]: 100 * scores.correct[i][scores.target == k].double().mean().item()
+            for k in present
+        }
+    return found
+
+
+def _class_names(dataset: Dataset, count: int) -> list[str]:
+    numbered = {number: str(name) for name, number in (classes_of(dataset) or {}).items()}
+    return [numbered.get(k, str(k)) for k in range(count)]
+
+
+def _right(start: Path) -> Path:
+    """Say where a start's right answers lie, beside its weights."""
+    return start.with_suffix(".right.pt")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Experiments: arms over seeds from the same starts, chosen on held-out data, told with tests."""
+
+from common.experiment.command import main
+from common.experiment.plan import Experiment, read_experiment
+from common.experiment.task import Measured, Task, Trained
+
+__all__ = ["Experiment", "Measured", "Task", "Trained", "main", "read_experiment"]

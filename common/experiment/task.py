@@ -1,0 +1,83 @@
+"""What a task says so that experiments run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass
+class Measured:
+    """What is measured on one set of data.
+
+    Attributes:
+        metrics: ``PEER/METRIC`` and, where there is one, ``ensemble/METRIC``. Metrics with a
+            meaning of their own in the report: ``fixed``, ``broken`` (against the start), ``ece``.
+        classes: For each peer the metric of every class, by the class's name.
+    """
+
+    metrics: dict[str, float]
+    classes: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain containers."""
+        return asdict(self)
+
+
+@dataclass
+class Trained:
+    """Where a training run ended.
+
+    Attributes:
+        history: Evaluations on the held-out part; the first is the start.
+        lessons: Rows of the ledger.
+        chosen: For each peer the epoch of its best weights, and their held-out value.
+        updates: Optimizer steps made.
+    """
+
+    history: Sequence[Mapping[str, float]]
+    lessons: Sequence[Mapping[str, float]]
+    chosen: Mapping[str, tuple[int, float]]
+    updates: int
+
+
+class Task(Protocol):
+    """Classification, say. Options are those of its training script, by their YAML names.
+
+    Attributes:
+        module: What ``python -m`` runs the experiment script by.
+        metric: The one that counts.
+        lower_is_better: Of it.
+        suffix: Of exported weights.
+    """
+
+    module: str
+    metric: str
+    lower_is_better: bool
+    suffix: str
+
+    def read(self, path: Path) -> Any:
+        """Read a YAML file into plain containers."""
+
+    def check(self, options: Mapping[str, Any]) -> list[str]:
+        """Refuse options that cannot be used; return the peers' names."""
+
+    def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
+        """Write each peer's weights as they are before training; measure them.
+
+        Returns:
+            ``held_out`` and ``test``.
+        """
+
+    def started(self, peer: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
+        """Return a peer's entry that starts from a file of ``start``, its options kept."""
+
+    def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
+        """Train, or go on with the run of that folder; leave ``PEER/best`` and ``PEER/last``."""
+
+    def measure(
+        self, options: Mapping[str, Any], files: Mapping[str, Path], start: Mapping[str, Path]
+    ) -> Measured:
+        """Measure exported weights on the test set; ``start`` has the starts', for flips."""

@@ -1,0 +1,154 @@
+"""The held-out part of real images, and an experiment on them from its YAML to its report."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from classification.data import classes_of, open_dataset
+from classification.experiment import Classification, main, measured
+from classification.held_out import Part, labels_of, split_held_out
+from classification.train import run
+from common.checkpoint import read_weights
+from common.experiment import read_experiment
+from common.experiment.work import labels_of as jobs_of
+from common.experiment.work import work
+from common.options import OptionError
+from tests.classification.test_data import options_of
+from tests.classification.test_train import arguments_of, assert_equal_weights, weights_of
+
+CONFIGS = Path(__file__).parents[2] / "classification/configs/experiments"
+
+
+@pytest.fixture(scope="module")
+def train_set(digits):
+    return open_dataset(options_of(digits), True, 3)
+
+
+def test_the_held_out_part_is_stratified_and_drawn_by_the_seed_alone(train_set):
+    rest, part = split_held_out(train_set, 0.2, 3)
+    assert np.bincount(labels_of(train_set)[part.indices]).tolist() == [8] * 10
+    assert sorted([*rest.indices, *part.indices]) == list(range(400))
+    again, other = (split_held_out(train_set, 0.2, seed)[1].indices for seed in (3, 4))
+    assert np.array_equal(part.indices, again) and not np.array_equal(part.indices, other)
+    assert classes_of(part) == classes_of(train_set)
+    assert part[5][1] == train_set[part.indices[5]][1]
+
+
+def test_parts_have_transforms_of_their_own(train_set):
+    rest, part = split_held_out(train_set, 0.2, 3)
+    rest.transform, part.transform = (lambda image: "train"), (lambda image: "held out")
+    assert (rest[0][0], part[0][0]) == ("train", "held out")
+    assert train_set.transform is None
+
+
+def test_a_class_must_be_left_and_labels_must_be_told(train_set):
+    few = Part(train_set, range(400))
+    few.targets, few.reader = [0, 0, 1], None
+    with pytest.raises(OptionError, match="class 1 has 1 training images"):
+        split_held_out(few, 0.3, 0)
+    with pytest.raises(OptionError, match="Part does not tell them"):
+        labels_of(Part(torch.utils.data.TensorDataset(torch.zeros(3)), [0]))
+
+
+def test_training_never_sees_the_held_out_part_or_the_test_set(digits, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(digits / "train", data / "train")  # there is no validation folder at all
+    progress = run(arguments_of(data, tmp_path, "--held-out", "0.2", epochs=1), bars=False)
+    shutil.copytree(data / "train", tmp_path / "split" / "train")
+    rest, part = split_held_out(open_dataset(options_of(data), True, 3), 0.2, 42)
+    for i in part.indices:
+        path = Path(rest.reader.filename(int(i), absolute=True))
+        moved = tmp_path / "split/validation" / path.parent.name / path.name
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "split/train" / path.parent.name / path.name).rename(moved)
+    by_hand = run(arguments_of(tmp_path / "split", tmp_path / "other", epochs=1), bars=False)
+    assert progress.history == by_hand.history
+    assert_equal_weights(weights_of(tmp_path, "a"), weights_of(tmp_path / "other", "a"))
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1", "nan"])
+def test_the_share_is_checked(digits, tmp_path, share):
+    with pytest.raises(OptionError, match="--held-out"):
+        run(arguments_of(digits, tmp_path, f"--held-out={share}"))
+
+
+def small(digits, folder, **more):
+    kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = {"model": "vit_tiny_patch16_224", "img_size": 32, "kwargs": kwargs, "pretrained": False}
+    content = {
+        "output": str(folder / "out"),
+        "seeds": [3],
+        "held_out": 0.2,
+        "peers": [{**model, "name": "a"}, {**model, "name": "b", "img_size": 24, "lr": 2e-3}],
+        "train": {
+            **{"data": str(digits), "num_classes": 10, "opt": "adamw", "lr": 1e-3, "epochs": 2},
+            **{"warmup_epochs": 0, "batch_size": 40, "workers": 0, "scale": [0.8, 1], "hflip": 0},
+            "device": "cpu",
+        },
+        "controls": ["solo", "none", "one_way"],
+        "arms": {"hot": {"temperature": 2}},
+        **more,
+    }
+    path = folder / "exp.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_an_experiment_from_its_yaml_to_its_report(digits, tmp_path):
+    path = small(digits, tmp_path)
+    task = Classification()
+    experiment = read_experiment(task.read(path), path)
+    rows = {label: work(experiment, task, label) for label in jobs_of(experiment)}
+    start = rows["start:3"]
+    for arm in ("none", "one_way", "hot"):
+        run_folder = tmp_path / "out/seed-3" / arm / "run"
+        first = rows[f"{arm}:3"]["history"][0]
+        assert first["a/top1"] == pytest.approx(start["held_out"]["metrics"]["a/top1"])
+        told = yaml.safe_load((run_folder / "args.yaml").read_text())
+        assert told["rule"] == {"none": "none", "hot": "best"}.get(arm, told["rule"])
+        assert told["peers"][1]["lr"] == 2e-3 and told["peers"][1]["name"] == "b"
+    strongest = max("ab", key=lambda name: start["held_out"]["metrics"][f"{name}/top1"])
+    told = yaml.safe_load((tmp_path / "out/seed-3/one_way/run/args.yaml").read_text())
+    assert told["rule"] == f"one_way:{strongest}"
+    last = rows["hot:3"]["last"]
+    flips = last["metrics"]["a/fixed"] - last["metrics"]["a/broken"]
+    gain = last["metrics"]["a/top1"] - start["test"]["metrics"]["a/top1"]
+    assert flips / 200 * 100 == pytest.approx(gain)
+    assert np.mean(list(last["classes"]["a"].values())) == pytest.approx(last["metrics"]["a/top1"])
+    # alone at its own size, b sees other pixels than beside a; their starts are the same
+    files = [tmp_path / f"out/seed-3/{x}/best.safetensors" for x in ("solo/a/a", "none/run/a")]
+    assert all(read_weights(file) for file in files)
+    assert main([str(path), "--report"]) == 0
+    assert "Calibration" in (tmp_path / "out/report.html").read_text()
+    analysis = json.loads((tmp_path / "out/analysis.json").read_text())
+    assert analysis["calibration"]["arms"]["hot"]["peers"]["a"]["after"]["mean"] > 0
+
+
+def test_measured_by_hand():
+    from classification.evaluation import Scores
+
+    right = torch.tensor([[True, False, True, True]])
+    confidence = torch.tensor([[0.9, 0.9, 0.6, 0.6]])
+    target = torch.tensor([0, 0, 2, 2])
+    scores = Scores(right, right, torch.zeros(1, 4), right[0], confidence, target)
+    found = measured(scores, ["a"], torch.tensor([[False, True, True, True]]), ["x", "y", "z"])
+    assert found.classes == {"a": {"x": 50.0, "z": 100.0}}
+    assert found.metrics["a/fixed"] == found.metrics["a/broken"] == 1
+    assert found.metrics["a/ece"] == pytest.approx(100 * (0.8 + 0.8) / 4)
+
+
+def test_what_ships_is_understood():
+    for path in CONFIGS.glob("*.yaml"):
+        experiment = read_experiment(Classification().read(path), path)
+        assert len(experiment.seeds) >= 5 and "none" in experiment.arms
+
+
+def test_faults_end_in_one_line(digits, tmp_path, caplog):
+    assert main([str(small(digits, tmp_path, arms={"x": {"temprature": 1}}))]) == 1
+    assert "arm 'x'" in caplog.text and "temperature" in caplog.text
+    assert main([str(tmp_path / "no.yaml")]) == 1
