@@ -29,4 +29,5 @@ def _entry(rank, size, port, function, arguments):
 def launch(function, size, *arguments):
     """Call ``function(world, *arguments)`` in ``size`` processes; raise where one fails."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(_entry, (size, store.port, function, arguments), nprocs=size)
+    arguments = (size, store.port, function, arguments)
+    mp.start_processes(_entry, arguments, nprocs=size, start_method="fork")  # imports no more
