@@ -36,6 +36,12 @@ def add_transfer_options(group: Any) -> None:
     )
     add("--margin", type=float, default=None, help="teach only where the score gap exceeds this")
     add(
+        "--gap-power",
+        type=float,
+        default=0.0,
+        help="weigh each lesson by (1 - exp(-score gap))^power; 0: all alike",
+    )
+    add(
         "--engine",
         default="joint",
         choices=tuple(ENGINES),
@@ -104,6 +110,7 @@ def transfer_of(
             options.transfer_weight,
             options.detach_teacher,
             margin=options.margin,
+            gap_power=options.gap_power,
             warmup_steps=options.transfer_warmup_steps,
             names=names,
             frozen=frozen,

@@ -20,6 +20,7 @@ def assign_roles(
     *,
     names: Sequence[str] | None = None,
     margin: float | None = None,
+    gap_power: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Weigh who teaches whom, for every sample.
@@ -32,6 +33,9 @@ def assign_roles(
         names: The peers' names, in order; ``"0"``, ``"1"``, ... where not given.
         margin: Teach only where the teacher's score exceeds the student's by more than this, in
             the unit of the score (>= 0). None: the rule alone decides.
+        gap_power: Multiply each weight by (1 - exp(-gap))^power (>= 0), where the gap is the
+            teacher's score minus the student's: it grows with the gap from 0 to at most 1, and is 0
+            where the student does better. 0: the rule alone decides.
         generator: Source of the draws of ``random``, on the score's device.
 
     Returns:
@@ -40,11 +44,14 @@ def assign_roles(
 
     Raises:
         ValueError: Unknown rule or name, fewer than two peers for a rule that transfers, or a
-            negative margin.
+            negative margin or power.
         NonFiniteError: A score that is not finite (names the peer and the sample).
 
     Source: Jain et al., TMLR 2025 (``best``); Zhang et al., CVPR 2018 (``mutual``); Hinton et al.,
     2015 (``one_way``). Unlike the published two-model script, a tie at the top teaches nobody.
+    Teachers are weighed by their per-sample loss as in Zhang et al., ICASSP 2022 (confidence-aware
+    multi-teacher distillation), but against each student's own: with minus the cross entropy as
+    score, 1 - exp(-gap) is by what share the student's probability of the true class falls short.
     """
     score = score.detach()
     peers = score.shape[0]
@@ -54,16 +61,25 @@ def assign_roles(
         raise ValueError(f"{len(names)} names for {peers} peers: {', '.join(names)}")
     if margin is not None and not margin >= 0:
         raise ValueError(f"margin is {margin}; expected 0 or more")
+    if not gap_power >= 0:
+        raise ValueError(f"gap_power is {gap_power}; expected 0 or more")
     if score.device.type == "cpu":
         _check_finite(score, names)
     gap = score.unsqueeze(1) - score.unsqueeze(0)
     allowed = gap > margin if margin is not None else torch.ones_like(gap, dtype=torch.bool)
     allowed &= _off_diagonal(score)
     if rule.startswith(ONE_WAY):
-        return _one_way(score, allowed, names.index(rule.removeprefix(ONE_WAY)))
-    if rule == "random":
-        return _random(score, allowed, generator)
-    return _RULES[rule](score, gap, allowed)
+        roles = _one_way(score, allowed, names.index(rule.removeprefix(ONE_WAY)))
+    elif rule == "random":
+        roles = _random(score, allowed, generator)
+    else:
+        roles = _RULES[rule](score, gap, allowed)
+    return roles * shortfall(gap) ** gap_power if gap_power else roles
+
+
+def shortfall(gap: Tensor) -> Tensor:
+    """Return 1 - exp(-gap), in [0, 1): how far a student falls short; 0 where it does not."""
+    return -torch.expm1(-gap.clamp(min=0))
 
 
 def check_rule(rule: str, names: Sequence[str]) -> None:

@@ -81,7 +81,7 @@ class KnowledgeTransfer:
         temperature: T, > 0.
         weight: Of the transfer against the task losses, >= 0.
         detach_teacher: Treat the teacher's distribution as a constant.
-        margin: See ``common.roles.assign_roles``.
+        margin, gap_power: See ``common.roles.assign_roles``.
         warmup_steps: The weight grows linearly from 0 and is full after this many steps.
         names: The peers' names, for ``one_way:NAME``, ``frozen`` and errors.
         frozen: Names of the peers that learn nothing.
@@ -105,6 +105,7 @@ class KnowledgeTransfer:
         detach_teacher: bool = True,
         *,
         margin: float | None = None,
+        gap_power: float = 0.0,
         warmup_steps: int = 0,
         names: Sequence[str] | None = None,
         frozen: Sequence[str] = (),
@@ -118,6 +119,8 @@ class KnowledgeTransfer:
             raise ValueError(f"warmup_steps is {warmup_steps}; expected 0 or more")
         if margin is not None and not margin >= 0:
             raise ValueError(f"margin is {margin}; expected 0 or more")
+        if not gap_power >= 0:
+            raise ValueError(f"gap_power is {gap_power}; expected 0 or more")
         if names is not None:
             check_rule(rule, names)
         unknown = [name for name in frozen if name not in (names or ())]
@@ -128,6 +131,7 @@ class KnowledgeTransfer:
         self.weight = weight
         self.detach_teacher = detach_teacher
         self.margin = margin
+        self.gap_power = gap_power
         self.warmup_steps = warmup_steps
         self.names = list(names) if names is not None else None
         self.frozen = [list(names or ()).index(name) for name in frozen]
@@ -155,6 +159,7 @@ class KnowledgeTransfer:
             self.rule,
             names=self.names,
             margin=self.margin,
+            gap_power=self.gap_power,
             generator=self._generator_on(score.device),
         )
         for i in (*self.frozen, *self.untaught):

@@ -1,5 +1,7 @@
 """Roles by hand-computed value, and what they refuse."""
 
+import math
+
 import pytest
 import torch
 
@@ -72,6 +74,36 @@ def test_margin_renormalises_better():
     assert taught(assign_roles(SCORE, "better", margin=1.5), 0) == {(0, 2): 1}
 
 
+def test_the_gap_weighs_by_hand():
+    roles = assign_roles(SCORE, "best", gap_power=1)
+    one, two = 1 - math.exp(-1), 1 - math.exp(-2)
+    assert taught(roles, 0) == {(0, 1): round(one, 4), (0, 2): round(two, 4)}
+    squared = assign_roles(SCORE, "best", gap_power=2)
+    assert squared[0, 2, 0].item() == pytest.approx(two**2)
+    # where everyone teaches, only who does better still does
+    mutual = assign_roles(SCORE, "mutual", gap_power=1)
+    expected = {(0, 1): one / 2, (0, 2): two / 2, (1, 2): one / 2}
+    assert taught(mutual, 0) == {pair: round(x, 4) for pair, x in expected.items()}
+
+
+@pytest.mark.parametrize("rule", [*RULES, "one_way:0"])
+@pytest.mark.parametrize("peers", [2, 3, 4])
+def test_the_gaps_weight_is_bounded_grows_and_is_a_share_of_probability(rule, peers):
+    score = -torch.rand(peers, 50, generator=torch.Generator().manual_seed(1)).double() * 5
+    plain, weighed = (
+        assign_roles(score, rule, gap_power=power, generator=torch.Generator().manual_seed(0))
+        for power in (0, 1)
+    )
+    p = score.exp()  # of the true class, where the score is minus the cross entropy
+    for t in range(peers):
+        for s in range(peers):
+            share = (1 - p[s] / p[t]).clamp(min=0)
+            torch.testing.assert_close(weighed[t, s], plain[t, s] * share)
+    assert ((weighed <= plain) & (weighed >= 0)).all()
+    far = assign_roles(score * 1e4, rule, gap_power=3)
+    assert torch.isfinite(far).all() and far.max() <= 1
+
+
 @pytest.mark.parametrize("rule", [*RULES, "one_way:0"])
 def test_every_rule_on_maps_has_a_zero_diagonal_and_no_gradient(rule):
     score = torch.randn(3, 2, 4, 5, requires_grad=True)
@@ -99,5 +131,7 @@ def test_wrong_arguments_are_named():
         assign_roles(SCORE, "worst")
     with pytest.raises(ValueError, match="margin is -1"):
         assign_roles(SCORE, "best", margin=-1)
+    with pytest.raises(ValueError, match="gap_power is -1"):
+        assign_roles(SCORE, "best", gap_power=-1)
     with pytest.raises(ValueError, match="2 names for 3 peers"):
         assign_roles(SCORE, "best", names=["a", "b"])

@@ -97,6 +97,27 @@ def test_equals_naive_loop(peers, rule, temperature, detach):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("peers", [2, 3, 4])
+def test_weights_from_the_gap_equal_a_naive_loop(peers):
+    labels = torch.arange(7) % 5
+    ours, theirs = random_logits(peers, 7, 5), random_logits(peers, 7, 5)
+    result = KnowledgeTransfer("better_sum", weight=0.7, gap_power=1.5)(classify(ours, labels))
+    result.total.backward()
+    losses = [F.cross_entropy(z, labels, reduction="none") for z in theirs]
+    total = sum(loss.mean() for loss in losses)
+    p = [(-loss).exp().detach() for loss in losses]
+    for t in range(peers):
+        for s in range(peers):
+            share = (1 - p[s] / p[t]).clamp(min=0) ** 1.5
+            teacher = torch.log_softmax(theirs[t], dim=1).detach()
+            kl = (teacher.exp() * (teacher - torch.log_softmax(theirs[s], dim=1))).sum(dim=1)
+            total = total + 0.7 * (share * kl).mean()
+    total.backward()
+    torch.testing.assert_close(result.total, total, rtol=1e-12, atol=1e-12)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("granularity", ["sample", "position"])
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "through"])
 def test_maps_with_a_mask_equal_a_loop_over_pixels(granularity, detach):
