@@ -10,17 +10,38 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def alternate(
-    runs: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 2
-) -> dict[str, float]:
-    """Time functions in turns, so that a busy machine hurts all alike; return median seconds."""
+def turns(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Time functions in turns, so that a busy machine hurts all alike; return every turn's seconds.
+
+    Args:
+        runs: By name.
+        repeats: Turns that count.
+        warm_up: Turns before them.
+        clock: ``time.process_time`` counts what this process computes, not what it waits for.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warm_up + repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
+    return times
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Return the median seconds of functions that are timed in turns; see ``turns``."""
+    times = turns(runs, repeats, warm_up, clock)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

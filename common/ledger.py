@@ -120,37 +120,38 @@ class Ledger:
     @torch.no_grad()
     def add(self, result: TransferResult) -> None:
         """Count one batch, without waiting for the device."""
-        taught = (result.roles > 0).to(self._interval.dtype)
+        dtype = self._interval.dtype
+        taught = (result.roles > 0).to(dtype)
         gap = result.score.unsqueeze(1) - result.score.unsqueeze(0)
         batch = taught.shape[2]
-        share = _share_of_sample(result).to(taught.dtype)
+        share = _share_of_sample(result).to(dtype)
+        weight = taught * share
+        somebody = taught.amax(dim=1)
 
         def pairs(x: Tensor) -> Tensor:
-            return (taught * x * share).flatten(2).sum(dim=2).flatten()
+            return x.flatten(2).sum(dim=2).flatten()
 
-        ones = torch.ones((), dtype=taught.dtype, device=taught.device)
         if result.correct is None:
             self._tells = False
-            right = torch.zeros_like(taught)
-            student = right
+            right = student = weight.new_zeros(len(self.names) ** 2)
         else:
-            correct = result.correct.to(taught.dtype)
-            right = correct.unsqueeze(1) * (1 - correct.unsqueeze(0))
-            student = correct.unsqueeze(0)
-        somebody = taught.amax(dim=1)
+            correct = result.correct.to(dtype)
+            student = weight * correct.unsqueeze(0)
+            right = pairs((weight - student) * correct.unsqueeze(1))
+            student = pairs(student)
         row = [
-            pairs(ones),
-            pairs(gap),
-            pairs(result.kl),
-            pairs(right),
-            pairs(student),
+            pairs(weight),
+            pairs(weight * gap),
+            pairs(weight * result.kl),
+            right,
+            student,
             (somebody * share).flatten(1).sum(dim=1),
             batch * result.task_loss,
             batch * result.transfer_loss,
-            (~torch.isfinite(result.task_loss)).to(taught.dtype),
-            ones.new_full((1,), batch),
+            ~torch.isfinite(result.task_loss),
+            weight.new_full((1,), batch),
             (somebody.amax(dim=0) * share).sum().unsqueeze(0),
-            ones.unsqueeze(0),
+            weight.new_ones(1),
         ]
         self._interval += torch.cat([x.to(self._interval.dtype) for x in row])
 

@@ -66,8 +66,9 @@ def assign_roles(
     if score.device.type == "cpu":
         _check_finite(score, names)
     gap = score.unsqueeze(1) - score.unsqueeze(0)
-    allowed = gap > margin if margin is not None else torch.ones_like(gap, dtype=torch.bool)
-    allowed &= _off_diagonal(score)
+    allowed = _off_diagonal(score).expand_as(gap)
+    if margin is not None:
+        allowed = allowed & (gap > margin)
     if rule.startswith(ONE_WAY):
         roles = _one_way(score, allowed, names.index(rule.removeprefix(ONE_WAY)))
     elif rule == "random":
@@ -121,7 +122,7 @@ def _none(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _best(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
-    beats_all = ((gap > 0) | ~_off_diagonal(score)).all(dim=1, keepdim=True)
+    beats_all = (gap > 0).sum(dim=1, keepdim=True) == len(score) - 1  # all but itself
     return (beats_all & allowed).to(score.dtype)
 
 
@@ -135,7 +136,7 @@ def _better(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _mutual(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
-    return allowed.expand_as(gap).to(score.dtype) / (score.shape[0] - 1)
+    return allowed.to(score.dtype) / (score.shape[0] - 1)
 
 
 def _one_way(score: Tensor, allowed: Tensor, teacher: int) -> Tensor:

@@ -295,7 +295,7 @@ class _PairwiseKL(torch.autograd.Function):
 
 
 class _PairwiseKLAtPositions(torch.autograd.Function):
-    """The same for logits [B, C, S], a stretch of one sample's positions at a time."""
+    """The same for logits [B, C, S], a few samples or a stretch of one's positions at a time."""
 
     @staticmethod
     def forward(ctx: Any, temperature: float, detach_teacher: bool, *logits: Tensor) -> Tensor:
@@ -306,14 +306,14 @@ class _PairwiseKLAtPositions(torch.autograd.Function):
             here = []
             for z, to in zip(logits, log_p, strict=True):
                 x = z[b, :, at].to(dtype)
-                x = torch.log_softmax(x if temperature == 1.0 else x / temperature, dim=0)
+                x = torch.log_softmax(x if temperature == 1.0 else x / temperature, dim=1)
                 to[b, :, at] = x
                 here.append(x)
             p = [x.exp() for x in here]
             for t, s in itertools.combinations(range(peers), 2):
                 ratio = here[t] - here[s]
-                kl[t, s, b, at] = torch.linalg.vecdot(p[t], ratio, dim=0)
-                kl[s, t, b, at] = -torch.linalg.vecdot(p[s], ratio, dim=0)
+                kl[t, s, b, at] = torch.linalg.vecdot(p[t], ratio, dim=1)
+                kl[s, t, b, at] = -torch.linalg.vecdot(p[s], ratio, dim=1)
         ctx.save_for_backward(*log_p, kl if not detach_teacher else None)
         ctx.temperature = temperature
         ctx.dtypes = [z.dtype for z in logits]
@@ -327,7 +327,7 @@ class _PairwiseKLAtPositions(torch.autograd.Function):
         needed = [i for i in range(len(log_p)) if ctx.needs_input_grad[i + 2]]
         grads = {i: torch.empty_like(log_p[i], dtype=ctx.dtypes[i]) for i in needed}
         for b, at in _stretches(log_p[0]):
-            weight = grad[:, :, b, at]  # the diagonal does not count
+            weight = grad[:, :, b, at].unsqueeze(3)  # the diagonal does not count
             here = [x[b, :, at] for x in log_p]
             p = [x.exp() for x in here]
             for i in needed:
@@ -337,19 +337,23 @@ class _PairwiseKLAtPositions(torch.autograd.Function):
                     g.addcmul_(p[t], weight[t, i], value=-1)
                 if kl is not None:
                     for s in others:
-                        surprise = here[i] - here[s] - kl[i, s, b, at]
+                        surprise = here[i] - here[s] - kl[i, s, b, at].unsqueeze(1)
                         g.addcmul_(p[i] * weight[i, s], surprise)
                 grads[i][b, :, at] = g
         return None, None, *(grads.get(i) for i in range(len(log_p)))
 
 
-def _stretches(x: Tensor) -> Iterator[tuple[int, slice]]:
-    """Cut [B, C, S] into samples, and on the CPU into what stays in its cache."""
-    length = x.shape[2]
-    step = max(1, _STRETCH // x.shape[1]) if x.device.type == "cpu" else max(1, length)
-    for b in range(x.shape[0]):
+def _stretches(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut [B, C, S] into a few samples, or a stretch of one's positions: what a CPU's cache holds.
+
+    Elsewhere no sample is cut.
+    """
+    samples, classes, length = x.shape
+    step = max(1, _STRETCH // classes) if x.device.type == "cpu" else max(1, length)
+    together = max(1, _STRETCH // max(1, classes * length))
+    for b in range(0, samples, together):
         for start in range(0, length, step):
-            yield b, slice(start, min(start + step, length))
+            yield slice(b, min(b + together, samples)), slice(start, min(start + step, length))
 
 
 def _minus_off_diagonal(weight: Tensor) -> Tensor:
