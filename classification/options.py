@@ -509,5 +509,10 @@ def _check_ranges(options: argparse.Namespace) -> None:
         raise OptionError(f"--held-out is {options.held_out}; expected 0 or more, below 1")
     if not 0 <= options.smoothing < 1:
         raise OptionError(f"--smoothing is {options.smoothing}; expected 0 or more, below 1")
+    if mixes(options) and options.transfer_classes != "all":
+        raise OptionError(
+            "--transfer-classes non-target needs one true class an image; leave mixup and cutmix "
+            "out"
+        )
     if mixes(options) and options.batch_size % 2:
         raise OptionError(f"mixup needs an even --batch-size, got {options.batch_size}")

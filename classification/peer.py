@@ -86,6 +86,7 @@ def classify(logits: Tensor, target: Tensor, loss: SampleLoss, score: str) -> Pe
             score=-per_sample.detach() if score == "loss" else confidence(detached),
             logits=logits,
             correct=detached.argmax(dim=1) == hard(target),
+            target=target if target.dim() == 1 else None,
         )
 
 

@@ -145,6 +145,10 @@ def open_both(
     """
     train_set = open_dataset(options, True, channels)
     check_classes(train_set, num_classes)
+    if options.transfer_classes != "all" and num_classes < 3:
+        raise OptionError(
+            f"--transfer-classes non-target needs 3 classes or more; the peers tell {num_classes}"
+        )
     if options.held_out:
         return split_held_out(train_set, options.held_out, options.seed)
     held_out = open_dataset(options, False, channels)

@@ -201,7 +201,8 @@ def _random_output(peer: PeerCost, samples: int) -> PeerOutput:
     made: dict[str, Tensor] = {}
     for name, (shape, dtype) in peer.shapes.items():
         size = (samples, *shape[1:])
-        made[name] = torch.ones(size, dtype=dtype) if dtype == torch.bool else torch.rand(size)
+        counts = dtype == torch.bool or not dtype.is_floating_point
+        made[name] = torch.ones(size, dtype=dtype) if counts else torch.rand(size)
     made["logits"].requires_grad_(not peer.frozen)
     return PeerOutput(task_loss=torch.zeros((), requires_grad=not peer.frozen), **made)
 

@@ -268,7 +268,8 @@ class PeerParallelEngine(JointEngine):
         """Return the outputs of all peers; the own one keeps its graph."""
         if len(self.peers) == 1:
             return [own]
-        tensors = {name: x for name, x in vars(own).items() if x is not None}
+        # the target is the same in all of the team, and need not travel
+        tensors = {name: x for name, x in vars(own).items() if x is not None and name != "target"}
         layouts = self._layouts_of({name: _Part(x.shape, x.dtype) for name, x in tensors.items()})
         dtype = functools.reduce(
             torch.promote_types, (part.dtype for parts in layouts for part in parts.values())
@@ -281,7 +282,10 @@ class PeerParallelEngine(JointEngine):
         )
         rows = flat.new_empty(len(layouts), len(flat))
         dist.all_gather_into_tensor(rows.view(-1), flat, group=self.team)
-        outputs = [_unpacked(row, parts) for row, parts in zip(rows, layouts, strict=True)]
+        outputs = [
+            replace(_unpacked(row, parts), target=own.target)
+            for row, parts in zip(rows, layouts, strict=True)
+        ]
         outputs[self.seat] = own
         return outputs
 

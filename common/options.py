@@ -13,7 +13,7 @@ from common.engine import ENGINES
 from common.guard import POLICIES, Bounds
 from common.peers import check_names
 from common.roles import RULES
-from common.transfer import SCORES, KnowledgeTransfer
+from common.transfer import CLASSES, SCORES, KnowledgeTransfer
 
 
 class OptionError(ValueError):
@@ -40,6 +40,12 @@ def add_transfer_options(group: Any) -> None:
         type=float,
         default=0.0,
         help="weigh each lesson by (1 - exp(-score gap))^power; 0: all alike",
+    )
+    add(
+        "--transfer-classes",
+        default="all",
+        choices=CLASSES,
+        help="non-target: transfer only how the wrong classes compare (needs hard targets)",
     )
     add(
         "--engine",
@@ -111,6 +117,7 @@ def transfer_of(
             options.detach_teacher,
             margin=options.margin,
             gap_power=options.gap_power,
+            classes=options.transfer_classes,
             warmup_steps=options.transfer_warmup_steps,
             names=names,
             frozen=frozen,

@@ -14,6 +14,7 @@ from torch import Tensor
 from common.roles import assign_roles, check_rule
 
 SCORES = ("loss", "confidence")
+CLASSES = ("all", "non-target")
 _STRETCH = 2**17  # numbers of one peer, half a megabyte
 
 
@@ -29,6 +30,8 @@ class PeerOutput:
         mask: Which positions count [B, S*], bool; None: all. Padding and ignored pixels are False.
             A position takes part in the transfer where every peer's mask is True.
         correct: Whether its prediction is right, bool, in the shape of the score; for the ledger.
+        target: The true class [B, S*], int; the same for all peers. Only a transfer over the
+            non-target classes needs it.
     """
 
     task_loss: Tensor
@@ -36,6 +39,7 @@ class PeerOutput:
     logits: Tensor
     mask: Tensor | None = None
     correct: Tensor | None = None
+    target: Tensor | None = None
 
 
 @dataclass
@@ -82,6 +86,8 @@ class KnowledgeTransfer:
         weight: Of the transfer against the task losses, >= 0.
         detach_teacher: Treat the teacher's distribution as a constant.
         margin, gap_power: See ``common.roles.assign_roles``.
+        classes: ``all``, or ``non-target``: the KL is between distributions over all but the true
+            class, so that it does not pull at the probability that the task loss is about.
         warmup_steps: The weight grows linearly from 0 and is full after this many steps.
         names: The peers' names, for ``one_way:NAME``, ``frozen`` and errors.
         frozen: Names of the peers that learn nothing.
@@ -95,6 +101,7 @@ class KnowledgeTransfer:
         ValueError: An argument out of its range; the message names it.
 
     Source: Jain, Karthik, Gandhi, "Simplifying Knowledge Transfer in Pretrained Models", TMLR 2025.
+    ``non-target``: NCKD of Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, alone.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class KnowledgeTransfer:
         *,
         margin: float | None = None,
         gap_power: float = 0.0,
+        classes: str = "all",
         warmup_steps: int = 0,
         names: Sequence[str] | None = None,
         frozen: Sequence[str] = (),
@@ -121,6 +129,8 @@ class KnowledgeTransfer:
             raise ValueError(f"margin is {margin}; expected 0 or more")
         if not gap_power >= 0:
             raise ValueError(f"gap_power is {gap_power}; expected 0 or more")
+        if classes not in CLASSES:
+            raise ValueError(f"classes is {classes!r}; choose from {', '.join(CLASSES)}")
         if names is not None:
             check_rule(rule, names)
         unknown = [name for name in frozen if name not in (names or ())]
@@ -132,6 +142,7 @@ class KnowledgeTransfer:
         self.detach_teacher = detach_teacher
         self.margin = margin
         self.gap_power = gap_power
+        self.classes = classes
         self.warmup_steps = warmup_steps
         self.names = list(names) if names is not None else None
         self.frozen = [list(names or ()).index(name) for name in frozen]
@@ -170,9 +181,7 @@ class KnowledgeTransfer:
             kl = torch.zeros_like(roles)
             per_student = torch.zeros(len(outputs), device=score.device, dtype=score.dtype)
         else:
-            kl = pairwise_kl(
-                [output.logits for output in outputs], self.temperature, self.detach_teacher
-            )
+            kl = pairwise_kl(self._compared(outputs), self.temperature, self.detach_teacher)
             per_student = _reduce(kl, roles, mask)
             total = total + self.weight_at(step) * per_student.sum()
             kl = _at_roles(kl.detach(), roles, mask)
@@ -188,6 +197,19 @@ class KnowledgeTransfer:
             correct=_stack_correct(outputs),
             mask=mask if at_positions else None,
         )
+
+    def _compared(self, outputs: Sequence[PeerOutput]) -> list[Tensor]:
+        """Return the logits that the KL is between."""
+        logits = [output.logits for output in outputs]
+        if self.classes == "all":
+            return logits
+        target = outputs[0].target
+        if target is None:
+            raise ValueError(
+                "the transfer over the non-target classes needs one true class a sample, and these "
+                "peers give none (soft targets, as of mixup, or no classes); take classes 'all'"
+            )
+        return [without_target(z, target) for z in logits]
 
     def weight_at(self, step: int | None) -> float:
         """Return the weight of the transfer after ``step`` optimizer steps."""
@@ -227,6 +249,28 @@ def confidence(logits: Tensor) -> Tensor:
     """
     logits = _wide(logits.detach())
     return (logits.amax(dim=1) - logits.logsumexp(dim=1)).exp()
+
+
+def without_target(logits: Tensor, target: Tensor) -> Tensor:
+    """Leave out each position's true class; the last class takes its place.
+
+    Args:
+        logits: [B, C, S*], C of 3 or more.
+        target: [B, S*] int; values outside of the classes (ignored positions) count as class 0.
+
+    Returns:
+        [B, C - 1, S*], the other classes' logits; gradient reaches them alone.
+
+    Raises:
+        ValueError: Fewer than 3 classes: what is left of 2 is the same for all peers.
+    """
+    classes = logits.shape[1]
+    if classes < 3:
+        raise ValueError(
+            f"{classes} classes; a transfer over the non-target classes needs 3 or more"
+        )
+    index = torch.where((target >= 0) & (target < classes), target, 0).unsqueeze(1)
+    return logits.scatter(1, index, logits[:, -1:])[:, :-1]
 
 
 def pairwise_kl(

@@ -314,6 +314,8 @@ def _read_yaml(path: Path) -> Any:
 
 def _check(options: argparse.Namespace) -> None:
     check_data_options(options)
+    if options.transfer_classes != "all":
+        raise OptionError("--transfer-classes non-target: a map's pixels have no true class")
     check_least(
         options,
         {

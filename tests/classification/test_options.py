@@ -179,3 +179,11 @@ def test_an_export_with_a_broken_description_is_named(tmp_path, wrong):
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata=told)
     with pytest.raises(OptionError, match=r"x\.safetensors: its description cannot be read"):
         parse(["/data", "--peer", f"{tmp_path}/x.safetensors", *TWO])
+
+
+@pytest.mark.parametrize("more", [["--mixup", "0.2"], ["--cutmix", "1"]])
+def test_the_non_target_transfer_wants_hard_targets(more):
+    asked = ["/data", "--peer", "a", "--peer", "b", "--transfer-classes", "non-target"]
+    assert parse(asked)[0].transfer_classes == "non-target"
+    with pytest.raises(OptionError, match="leave mixup and cutmix"):
+        parse([*asked, *more])

@@ -27,7 +27,10 @@ def steps(world, folder, count, rule, detach, frozen, accumulate):
     peers = seated_group(world, make_peers(count, frozen=frozen))
     for peer in peers.here:
         peer.distribute(world)
-    transfer = KnowledgeTransfer(rule, 2.0, 0.7, detach, names=peers.names, frozen=peers.frozen)
+    transfer = KnowledgeTransfer(
+        rule, 2.0, 0.7, detach, names=peers.names, frozen=peers.frozen,
+        classes="all" if detach else "non-target",
+    )  # fmt: skip
     name = "peer-parallel" if world.seats > 1 else "joint"
     engine = build_engine(name, peers, transfer, world)
     told = []

@@ -49,12 +49,12 @@ def normed_peers(count, frozen=()):
     return group
 
 
-def both(peers, rule="best", detach=True, **rest):
-    engines = []
+def both(peers, rule="best", detach=True, transfer=None, **rest):
+    engines, more = [], transfer or {}
     for kind in (JointEngine, TwoPassEngine):
         group = copy.deepcopy(peers)
         transfer = KnowledgeTransfer(
-            rule, detach_teacher=detach, names=group.names, frozen=group.frozen
+            rule, detach_teacher=detach, names=group.names, frozen=group.frozen, **more
         )
         engines.append(kind(group, transfer, CPU, **rest))
     return engines
@@ -91,6 +91,17 @@ def test_the_teachers_gradient_too():
         for engine in (joint, two):
             engine.step(make_batch(12, seed=step), step=step)
     assert_same(joint, two)
+
+
+def test_the_non_target_transfer_too():
+    joint, two = both(make_peers(3), "better", transfer={"classes": "non-target"})
+    for step in range(3):
+        for engine in (joint, two):
+            engine.step(make_batch(12, seed=step), step=step)
+    assert_same(joint, two)
+    plain = both(make_peers(3), "better")[0]
+    plain.step(make_batch(12), step=0)
+    assert not torch.equal(plain.peers[0].module[0].weight, joint.peers[0].module[0].weight)
 
 
 def test_frozen_peers_and_accumulation():

@@ -19,7 +19,9 @@ class ToyPeer(Peer):
         x, y = batch
         logits = self.model(x).float()
         loss = F.cross_entropy(logits, y, reduction="none")
-        return PeerOutput(loss.mean(), -loss.detach(), logits, correct=logits.argmax(1) == y)
+        return PeerOutput(
+            loss.mean(), -loss.detach(), logits, correct=logits.argmax(1) == y, target=y
+        )
 
 
 class Halving:
