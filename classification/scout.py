@@ -33,12 +33,13 @@ from classification.scouting import (
     cached_logits,
     choose_samples,
     inspect,
+    without_repeats,
 )
 from classification.train import FAULTS, start
 from common.checkpoint import atomic_write
 from common.distributed import World
 from common.logit_cache import CachedLogits
-from common.options import OptionError, actions_of
+from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
 from common.planner import read_size, shown_bytes
 from common.realised import compare, realised_gains
@@ -123,10 +124,11 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
         return check_predictions(given, bars)
     options, specs = parse(given, "scout", add_scout_options)
     sizes = team_sizes(options.team_size)
+    check_least(options, {"samples": 2, "top": 1, "most_teams": 1, "models_at_once": 1})
     world = _start_alone(options)
     folder = _make_folder(options)
     watch = progress_bars(bars)
-    candidates = find_candidates(specs, options, watch)
+    candidates = without_repeats(find_candidates(specs, options, watch))
     student = student_of(options.student, candidates)
     logits, found = ask(candidates, options, world, watch)
     judge = judge_of(found, options)

@@ -102,6 +102,23 @@ def inspect(
     return found
 
 
+def without_repeats(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Leave out models that were asked for twice, for instance by name and by a wildcard.
+
+    Raises:
+        OptionError: Fewer than two are left.
+    """
+    found: dict[str, Candidate] = {}
+    for candidate in candidates:
+        key = repr((candidate.weights, sorted(candidate.told.items())))
+        first = found.setdefault(key, candidate)
+        if first is not candidate:
+            _logger.info("%s is %s; scouted once", candidate.spec.name, first.spec.name)
+    if len(found) < 2:
+        raise OptionError("all models are the same one; a team needs two")
+    return list(found.values())
+
+
 def _most_common(values: Sequence[int]) -> int:
     return max(values, key=lambda value: (list(values).count(value), value), default=0)
 

@@ -37,7 +37,7 @@ class TeamView:
 
 def _taught(view: TeamView, worth: Tensor) -> Tensor:
     """Average over samples what every student is taught [k(s)]: sum_t roles * worth."""
-    return (view.roles * worth).sum(dim=0).double().mean(dim=1)
+    return (view.roles * worth).sum(dim=0).mean(dim=1, dtype=torch.float64)
 
 
 def _gap(values: Tensor) -> Tensor:

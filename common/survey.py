@@ -310,7 +310,7 @@ def _ece(confident: Tensor, right: Tensor | None, apart: slice | Tensor) -> floa
 
 
 def _mean(values: Tensor) -> float:
-    return float(values.double().mean())
+    return float(values.mean(dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def describe_pairs(found: Survey) -> PairTables:
         oracle = own.expand(models, models) + flips
     return PairTables(
         agreement=same.double() / count,
-        kl=found.kl.double().mean(dim=2),
+        kl=found.kl.mean(dim=2, dtype=torch.float64),
         flips=flips,
         oracle=oracle,
         ensemble=found.pair_accuracy,

@@ -259,13 +259,13 @@ def _scatter(outcome: Mapping[str, Any]) -> Html:
     x = [50 * (accuracy[i] + accuracy[j]) for i, j in pairs]
     y = [100 * (oracle[i][j] - max(accuracy[i], accuracy[j])) for i, j in pairs]
     at = {frozenset((names[i], names[j])): k for k, (i, j) in enumerate(pairs)}
-    best = [k for k, t in enumerate(outcome["teams"]) if len(t["members"]) == 2][:_SHOWN]
+    best = [team["members"] for team in outcome["teams"] if len(team["members"]) == 2][:_SHOWN]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot(x, y, "o", color=COLORS[0], alpha=0.45, markersize=4)
-        for k in best:
-            where = at[frozenset(outcome["teams"][k]["members"])]
+        for k, members in enumerate(best):
+            where = at[frozenset(members)]
             axes.plot(x[where], y[where], "o", color=COLORS[1], markersize=5)
             axes.annotate(
                 str(k + 1), (x[where], y[where]), xytext=(4, 3), textcoords="offset points"
@@ -274,8 +274,8 @@ def _scatter(outcome: Mapping[str, Any]) -> Html:
         axes.set_ylabel("oracle over its stronger model (points)")
 
     caption = (
-        "Every pair of models: right is stronger, up is more complementary. Numbers are those of "
-        "the best pairs in the table."
+        "Every pair of models: right is stronger, up is more complementary. Numbered: the best "
+        "pairs, in the order of the ranking."
     )
     alt = f"Accuracy against complementarity of {len(pairs)} pairs"
     return figure_tag(draw(paint, 3.2), alt, caption)

@@ -163,8 +163,10 @@ def test_images_are_read_once_per_geometry_and_never_again(
     assert len(counted) == 200
 
 
-def test_ranking_for_one(scouting, no_report):
-    found = scout([*scouting, "--for", "c", "--team-size", "2", "3"], bars=False)
+def test_ranking_for_one(scouting, trained, no_report):
+    again = ["--model", f"{trained}/a/last.safetensors"]  # the wildcard means it too
+    found = scout([*scouting, *again, "--for", "c", "--team-size", "2", "3"], bars=False)
+    assert found["names"] == ["a", "b", "c", "d"]
     assert len(found["teams"]) == 3 + 3 and all("c" in team["members"] for team in found["teams"])
     assert found["teams"][0]["value"] == found["teams"][0]["predicted"]["flips"]["c"]
 
@@ -241,6 +243,7 @@ def test_what_cannot_be_scouted_is_named_and_never_dropped_in_silence(
         (["--for", "nobody"], "--for nobody: 0 models"),
         (["--for", "vit_tiny_patch16_224"], "3 models are called so"),
         (["--num-classes", "7"], "knows 10 classes, not the 7"),
+        (["--team-size", "2..3", "--most-teams", "0"], "--most-teams is 0"),
         (["--rule", "one_way:nobody"], "no peer is named"),
         (["--unlabelled", "/nowhere"], "no such data folder"),
         (["--predictor", "confidence-gap", "--model", "no_such_*"], "stands for no file"),
