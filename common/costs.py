@@ -8,6 +8,7 @@ scaled.
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,13 @@ class Activations:
 
     saved: int
     peak: int
+
+    def scaled(self, share: float, gradients: int = 0) -> Activations:
+        """Return what another batch takes; its gradients, of as many bytes, stay as large."""
+        fixed = min(self.peak, gradients)
+        return Activations(
+            math.ceil(self.saved * share), fixed + math.ceil((self.peak - fixed) * share)
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,6 @@ def measure_peer(
             on a CPU.
     """
     few = min(few, batch)
-    learning = [p for p in peer.module.parameters() if p.requires_grad and not peer.frozen]
     state, update = (0, 0) if peer.optimizer is None else _optimizer_bytes(peer.optimizer)
     measured = _measure(peer, draw, batch, few, device, dtype)
     cost = PeerCost(
@@ -127,7 +134,7 @@ def measure_peer(
         frozen=peer.frozen,
         parameters=sum(p.numel() for p in peer.module.parameters()),
         weights=bytes_of(peer.module),
-        gradients=bytes_of(learning),
+        gradients=_gradients(peer),
         optimizer=state,
         update=update,
         average=0 if peer.average is None else bytes_of(peer.average.module, device),
@@ -193,8 +200,7 @@ def measure_transfer(
     kept: list[Any] = []
     saved = saved_bytes(lambda: kept.append(transfer(outputs)), known)
     kept.clear()
-    scale = batch / samples
-    return Activations(int(scale * saved), int(scale * peak_bytes(both, known)))
+    return Activations(saved, peak_bytes(both, known)).scaled(batch / samples)
 
 
 def _random_output(peer: PeerCost, samples: int) -> PeerOutput:
@@ -205,6 +211,10 @@ def _random_output(peer: PeerCost, samples: int) -> PeerOutput:
         made[name] = torch.ones(size, dtype=dtype) if counts else torch.rand(size)
     made["logits"].requires_grad_(not peer.frozen)
     return PeerOutput(task_loss=torch.zeros((), requires_grad=not peer.frozen), **made)
+
+
+def _gradients(peer: Peer) -> int:
+    return bytes_of([p for p in peer.module.parameters() if p.requires_grad and not peer.frozen])
 
 
 @dataclass(frozen=True)
@@ -225,13 +235,13 @@ def _measure(
         except _NOT_FAKE as error:  # of a fault in the model the real step below tells
             told = str(error).strip().splitlines() or [type(error).__name__]
             _logger.info(
-                "%s: measured on %d samples and scaled to %d: its forward cannot be made on fake "
-                "tensors (%s)",
+                "%s: measured by a real step on %d of %d samples: its forward cannot be made on "
+                "fake tensors (%s)",
                 *(peer.name, few, batch, told[0][:120]),
             )
         found = _count(peer, draw(few, device), device, dtype, few)
     scale = batch / few
-    step = Activations(int(found.step.saved * scale), int(found.step.peak * scale))
+    step = found.step.scaled(scale, _gradients(peer))
     shapes = {
         name: (torch.Size([batch, *shape[1:]]), dtype)
         for name, (shape, dtype) in found.shapes.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -15,15 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors that containers, dataclasses and plain objects hold, at any depth."""
+    """Yield the tensors that containers and objects hold, at any depth."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, nn.Module):
         yield from value.parameters()
         yield from value.buffers()
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
     elif isinstance(value, (list, tuple, set, frozenset)):
         for inner in value:
             yield from tensors_in(inner)

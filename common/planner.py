@@ -180,28 +180,20 @@ def with_batch(team: TeamCost, batch: int, accumulate: int) -> TeamCost:
     share = batch / team.batch
 
     def smaller(peer: PeerCost) -> PeerCost:
-        fixed = min(peer.step.peak, peer.gradients)
-        step = Activations(
-            math.ceil(peer.step.saved * share),
-            fixed + math.ceil((peer.step.peak - fixed) * share),
-        )
         return replace(
             peer,
-            step=step,
+            step=peer.step.scaled(share, peer.gradients),
             output=math.ceil(peer.output * share),
             forward=None if peer.forward is None else peer.forward * share,
             train=None if peer.train is None else peer.train * share,
         )
 
-    transfer = Activations(
-        math.ceil(team.transfer.saved * share), math.ceil(team.transfer.peak * share)
-    )
     return replace(
         team,
         peers=[smaller(peer) for peer in team.peers],
         batch=batch,
         inputs=math.ceil(team.inputs * share),
-        transfer=transfer,
+        transfer=team.transfer.scaled(share),
         accumulate=accumulate,
     )
 
@@ -214,13 +206,16 @@ class Flags:
         engine: With a place for its name.
         checkpointing: Of all peers; empty: not offered.
         batch: With places for the batch and the batches accumulated.
-        launch: What the command begins with, with a place for the processes; empty: not offered.
+        launch: What the command begins with, with a place for the processes; empty: the engine
+            peer-parallel is not offered.
+        processes: By how many the batch of the command line is divided.
     """
 
     engine: str = "--engine {}"
     checkpointing: str = "--grad-checkpointing"
     batch: str = "-b {} --grad-accum-steps {}"
     launch: str = "torchrun --nproc-per-node={}"
+    processes: int = 1
 
 
 def advise(team: TeamCost, memory: int | None, flags: Flags) -> list[str]:
@@ -298,9 +293,7 @@ def _by_smaller_batches(team: TeamCost, memory: int, flags: Flags) -> str:
         batch, accumulate = team.batch // parts, team.accumulate * parts
         for cost in list(engine_costs(with_batch(team, batch, accumulate)).values())[:2]:
             if cost.fits(memory):
-                given = (
-                    f"{flags.engine.format(cost.engine)} {flags.batch.format(batch, accumulate)}"
-                )
+                given = flags.batch.format(batch * flags.processes, accumulate)
                 return (
                     f"With batches of {batch}, {accumulate} an optimizer step, {cost.engine} needs "
                     f"{shown_bytes(cost.peak)}. Add: {flags.engine.format(cost.engine)} {given}"
@@ -340,8 +333,13 @@ def peer_rows(team: TeamCost) -> list[dict[str, str]]:
     ]
 
 
-def engine_rows(team: TeamCost, memory: int | None) -> list[dict[str, str]]:
-    """Return the table of engines."""
+def engine_rows(
+    team: TeamCost, memory: int | None, flags: Flags | None = None
+) -> list[dict[str, str]]:
+    """Return the table of the engines that a task offers."""
+    costs = engine_costs(team)
+    if flags is not None and not flags.launch:
+        costs.pop("peer-parallel", None)
     return [
         {
             "engine": cost.engine,
@@ -353,7 +351,7 @@ def engine_rows(team: TeamCost, memory: int | None) -> list[dict[str, str]]:
             "step": _shown_seconds(cost.seconds),
             "samples/s": "-" if cost.seconds is None else f"{team.batch / cost.seconds:.3g}",
         }
-        for cost in engine_costs(team).values()
+        for cost in costs.values()
     ]
 
 

@@ -25,6 +25,7 @@ from common.options import (
     truth,
 )
 from common.peers import check_names
+from common.planner import add_plan_options
 from saliency.check import DEPTHS
 from saliency.clips import VIEWS, ClipView
 from saliency.layouts import LAYOUTS
@@ -58,7 +59,7 @@ FREE_TO_CHANGE = frozenset(
     (
         "resume output experiment workers log_interval log_wandb wandb_project checkpoint_hist "
         "recovery_interval config epochs device data_root packed check_depth val_batch_size "
-        "in_place check_data engine"
+        "in_place check_data plan gpu_mem engine"
     ).split()
 )
 
@@ -188,6 +189,7 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     add("--checkpoint-hist", type=int, default=3)
     add("--log-wandb", **_FLAG)
     add("--wandb-project")
+    add_plan_options(parser)
     return parser
 
 
@@ -349,7 +351,7 @@ def check_data_options(options: argparse.Namespace) -> None:
     Raises:
         OptionError: Names the option.
     """
-    if not options.data_root:
+    if not options.data_root and not getattr(options, "plan", False):
         raise OptionError("no data: give the folder of the data set as --data-root")
     check_least(options, {"workers": 0, "val_stride": 1, "val_batch_size": 1, "blur": 0})
     if options.blur and options.blur % 2 == 0:

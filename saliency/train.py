@@ -64,6 +64,7 @@ from saliency.options import (
 from saliency.packed import PackedFrames, pack_frames
 from saliency.peer import SaliencyPeer, build_modules, build_peers, describe, warn_of_random_weights
 from saliency.pictures import teaching_pictures
+from saliency.plan import tell_plan
 
 _logger = logging.getLogger("train")
 
@@ -91,7 +92,7 @@ def run(
         bars: Show progress bars where the output is a terminal.
 
     Returns:
-        The trainer at the run's end; None with ``--check-data``.
+        The trainer at the run's end; None with ``--check-data`` and ``--plan``.
 
     Raises:
         OptionError, ModelError, DataError, CheckpointError: Bad input, before any training.
@@ -99,6 +100,9 @@ def run(
     """
     options, specs = parse(dataset, script, arguments)
     world = start_world(options.device)
+    if options.plan:
+        tell_plan(options, specs, world)
+        return None
     if options.sync_bn and world.device.type != "cuda":
         raise OptionError("--sync-bn needs GPUs; leave it out on a CPU")
     state = _resumed_state(options, specs)
@@ -314,7 +318,7 @@ def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[s
 
 def _write_arguments(folder: Path, options: argparse.Namespace, keep_dataset: bool) -> None:
     """Keep the arguments as a YAML file that ``--config`` takes."""
-    hidden = ["config", "resume", "in_place", "kwargs", "check_data"]
+    hidden = ["config", "resume", "in_place", "kwargs", "check_data", "plan", "gpu_mem"]
     hidden += [] if keep_dataset else ["dataset"]
     content = {name: value for name, value in plain(options).items() if name not in hidden}
     (folder / "args.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -20,6 +20,8 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from common.checkpoint import CheckpointError
+from common.outputs import start_logging
+from common.planner import add_plan_options
 from common.report import write_run_report
 from common.termination import EXIT_STATUS, Preempted
 from common.trainer import write_csv
@@ -30,6 +32,7 @@ from segmentation.errors import FAULTS, ConfigError
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
 from segmentation.pictures import teaching_pictures
+from segmentation.plan import tell_plan
 from segmentation.trainer import (
     METRIC,
     TransferTrainer,
@@ -62,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let YAML files run the Python they hold; only for files you trust",
     )
+    add_plan_options(built)
     return built
 
 
@@ -70,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         run = load_run(options.config_file, options.opts or [], options.allow_unsafe_config)
+        if options.plan:
+            return plan(run, options)
         check_machine(options, run)
         check_classes({peer.name: peer.cfg for peer in run.peers})
         check_folder(run, options)
@@ -84,6 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Preempted as end:
         _logger.warning("%s", end)
         return EXIT_STATUS
+    return 0
+
+
+def plan(run: RunConfig, options: argparse.Namespace) -> int:
+    """Tell what the run would need, in this one process."""
+    processes = options.num_gpus * options.num_machines
+    check_machine(argparse.Namespace(**{**vars(options), "num_gpus": 1}), run)
+    start_logging()
+    tell_plan(run, processes, options.gpu_mem)
     return 0
 
 

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
 from detectron2.engine import TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
 
 from common import distributed
 from common.distributed import World
@@ -219,22 +221,7 @@ class TransferTrainer(TrainerBase):
 
     def _build_peer(self, config: PeerConfig) -> SegmentorPeer:
         module, cfg = build_with_weights(config)
-        learning: dict[str, Any] = {"frozen": True}
-        if not config.frozen:
-            with told_of(f"peer {config.name!r}"):
-                learning = {
-                    "optimizer": solver.build_optimizer(cfg, module),
-                    "clip": solver.build_clip(cfg, module),
-                }
-        transfer = self.run.transfer
-        peer = SegmentorPeer(
-            config.name,
-            module,
-            cfg,
-            granularity=transfer.GRANULARITY,
-            score=transfer.SCORE,
-            **learning,
-        )
+        peer = build_peer(config, module, self.run.transfer)
         if peer.optimizer is not None:
             with told_of(f"peer {config.name!r}"):
                 peer.scheduler = solver.build_lr_scheduler(cfg, peer.optimizer)
@@ -347,6 +334,31 @@ class TransferTrainer(TrainerBase):
         for peer in self.peers:
             peer.load_own_buffers(mine["buffers"].get(peer.name, {}))
         load_rng_state(mine["rng"], self.world.device)
+
+
+def build_peer(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> SegmentorPeer:
+    """Give a segmentor its optimizer and clipping.
+
+    Args:
+        config: Of the peer.
+        module: Built from it.
+        transfer: The TRANSFER node.
+    """
+    learning: dict[str, Any] = {"frozen": True}
+    if not config.frozen:
+        with told_of(f"peer {config.name!r}"):
+            learning = {
+                "optimizer": solver.build_optimizer(config.cfg, module),
+                "clip": solver.build_clip(config.cfg, module),
+            }
+    return SegmentorPeer(
+        config.name,
+        module,
+        config.cfg,
+        granularity=transfer.GRANULARITY,
+        score=transfer.SCORE,
+        **learning,
+    )
 
 
 @contextmanager

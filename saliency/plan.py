@@ -1,0 +1,119 @@
+"""What a run would need, told before it is made: ``train_*.py ... --plan``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from common.costs import measure_peer, measure_transfer
+from common.distributed import World
+from common.memory import bytes_of
+from common.options import OptionError, transfer_of
+from common.outputs import log_plan
+from common.peers import PeerGroup, RemotePeer
+from common.planner import Flags, TeamCost
+from saliency.clips import ClipView
+from saliency.data import ClipBatch
+from saliency.options import PeerSpec
+from saliency.peer import build_modules, build_peers
+
+FLAGS = Flags(launch="")
+
+
+def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: World) -> None:
+    """Log what each peer and each engine needs, and which engine to take.
+
+    Nothing is downloaded and no data is read: a model needs the same whatever its weights are.
+
+    Args:
+        options: The run's.
+        specs: Of its peers.
+        world: Of this process; only the main one tells.
+
+    Raises:
+        OptionError, ModelError: As the run itself would.
+    """
+    dtype = getattr(torch, options.amp_dtype) if options.amp else None
+    team = measure_team(options, [spec.without_weights() for spec in specs], world, dtype)
+    log_plan(team, options.gpu_mem, FLAGS, world, dtype)
+
+
+def measure_team(
+    options: argparse.Namespace,
+    specs: Sequence[PeerSpec],
+    world: World,
+    dtype: torch.dtype | None,
+) -> TeamCost:
+    """Measure peers for the run's batches; one at a time is on the device.
+
+    Args:
+        options: The run's.
+        specs: Of the peers.
+        world: Of this process.
+        dtype: What forwards are autocast to.
+
+    Raises:
+        OptionError, ModelError: As the run itself would.
+    """
+    modules, views = build_modules(specs)
+    batch, alone = options.batch_size, World(0, 1, 0, world.device)
+
+    def draw(samples: int, device: torch.device) -> ClipBatch:
+        return random_batch(views, options, samples, device)
+
+    costs = []
+    for spec, module, view in zip(specs, modules, views, strict=True):
+        (peer,) = build_peers([spec], [module], [view], options, alone, updates=1)
+        costs.append(measure_peer(peer, draw, batch, world.device, dtype))
+        del peer
+        module.to("cpu")  # room for the next
+    try:
+        names = PeerGroup([RemotePeer(spec.name, spec.frozen) for spec in specs]).names
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    transfer = transfer_of(options, names, [spec.name for spec in specs if spec.frozen])
+    return TeamCost(
+        costs,
+        batch,
+        bytes_of(draw(batch, torch.device("meta"))),
+        measure_transfer(transfer, costs, batch),
+        options.grad_accum_steps,
+        reduced=world.size > 1,
+    )
+
+
+def random_batch(
+    views: Sequence[ClipView], options: argparse.Namespace, samples: int, device: torch.device
+) -> ClipBatch:
+    """Return a batch of noise, with the clips of all views made, as they are while peers learn.
+
+    Args:
+        views: Of all peers.
+        options: The run's: size of the maps, and whether the loss needs fixations.
+        samples: How many.
+        device: Of the batch.
+    """
+    length = {size: 0 for size in (view.size for view in views)}
+    for view in views:
+        length[view.size] = max(length[view.size], view.frames)
+    size = tuple(options.map_size or max(length, key=lambda size: size[0] * size[1]))
+    looked = torch.ones(samples, *size, device=device) if options.nss else None
+    batch = ClipBatch(
+        frames={
+            size: torch.randint(256, (samples * frames, *size, 3), dtype=torch.uint8, device=device)
+            for size, frames in length.items()
+        },
+        rows={
+            view: torch.arange(samples * view.frames, device=device).view(samples, -1)
+            for view in views
+        },
+        maps=torch.rand(samples, *size, device=device),
+        fixations=looked,
+        video=torch.zeros(samples, dtype=torch.long),
+        target=torch.zeros(samples, dtype=torch.long),
+    )
+    for view in views:
+        batch.clips(view)
+    return batch
