@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,6 +182,10 @@ class EpochSampler(Sampler[Draw]):
     def __len__(self) -> int:
         return len(self.order) - self.start
 
+    def indices(self, start: int, stop: int) -> list[int]:
+        """Return the images of this rank's samples ``start`` to ``stop`` of the running epoch."""
+        return [int(index) for index in itertools.islice(self.order, start, stop)]
+
 
 class SeededDataset(Dataset):
     """Augments every sample from a seed of its own.
@@ -296,6 +302,13 @@ def classes_of(dataset: Dataset) -> dict[str, int] | None:
     )
 
 
+def name_of(dataset: Dataset, index: int) -> str:
+    """Return the file of an image, or its number where the dataset has no file names."""
+    if hasattr(getattr(dataset, "reader", None), "samples"):  # of folders and tars
+        return str(dataset.filename(index, absolute=True))
+    return f"image {index}"
+
+
 class TrainLoader:
     """Training batches of the common view, on the device.
 
@@ -327,6 +340,7 @@ class TrainLoader:
         self.streaming = isinstance(dataset, IterableDataset)
         self.world = world
         self.epoch, self.start = 0, 0
+        self._given = 0
         dataset.transform = _train_transform(view, options)
         self.dataset = dataset
         if self.streaming:
@@ -397,11 +411,24 @@ class TrainLoader:
         for k, (images, target) in enumerate(self._prefetch):
             if k < skip:
                 continue
+            self._given = self.start + k - skip
             if self._erase is not None or self.mixup is not None:
-                images, target = self._mixed(images, target, self.start + k - skip)
+                images, target = self._mixed(images, target, self._given)
             yield images, target
-            if self.start + k - skip + 1 >= self.batches:
+            if self._given + 1 >= self.batches:
                 return
+
+    def names_of(self, batch: Any) -> Callable[[], list[str]]:
+        """Return what tells the samples of the batch that was given last, in this epoch."""
+        return functools.partial(self._names, self._given)
+
+    def _names(self, batch: int) -> list[str]:
+        start = batch * self.batch_size
+        places = range(start, start + self.batch_size)
+        if self.streaming:
+            return [f"sample {k} of the stream of process {self.world.shard}" for k in places]
+        indices = self.sampler.indices(start, places.stop)
+        return [name_of(self.dataset, index) for index in indices]
 
     def _mixed(self, images: Tensor, target: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Erase and mix; what is drawn depends on the batch alone, not on what peers drew."""

@@ -17,6 +17,7 @@ from common.checkpoint import read_metadata
 from common.options import (
     OptionError,
     actions_of,
+    add_fault_options,
     add_guard_options,
     add_transfer_options,
     bounds_of,
@@ -315,6 +316,7 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--model-ema-warmup", **flag, help="*")
 
     group = parser.add_argument_group("run")
+    add_fault_options(group)
     add = group.add_argument
     add("--resume", default="", metavar="PATH", help="a run file, a folder with some, or auto")
     add("--no-resume-opt", **flag)
@@ -499,6 +501,7 @@ def _check_ranges(options: argparse.Namespace) -> None:
         "start_epoch": 0,
         "validation_batch_size": 1,
         "train_batches_per_epoch": 1,
+        "max_skips_in_a_row": 0,
     }
     check_least(options, at_least)
     if not options.data and not options.plan:

@@ -233,6 +233,8 @@ def _trainer(
             metric=options.eval_metric,
             lower_is_better=options.eval_metric == "loss",
             guard=bounds_of(options, GUARD_DROPS),
+            on_nonfinite=options.on_nonfinite,
+            max_skips=options.max_skips_in_a_row,
         ),
         folder=folder,
         world=world,
@@ -244,6 +246,7 @@ def _trainer(
         after_epoch=lambda: _share_statistics(group, options.dist_bn, world),
         on_baseline=lambda metrics: _compare_with_published(specs, metrics),
         watch=lambda batches: watch(batches, "training"),
+        names_of=loader.names_of,
     )
 
 

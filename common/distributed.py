@@ -178,6 +178,18 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return x
 
 
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Take the largest of all ranks, element by element, in place."""
+    if active():
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def is_first() -> bool:
+    """Whether this is the first of the ranks, or the only one."""
+    return not active() or dist.get_rank() == 0
+
+
 def sum_over_team(x: Tensor, world: World) -> Tensor:
     """Sum a tensor over the processes that hold the other peers, in place."""
     return x if world.seats == 1 else sum_over_ranks(x, world.team)

@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 
 from common import distributed
 from common.distributed import World
+from common.finite import FiniteCheck, Names
 from common.memory import buffers_kept
 from common.peers import Peer, PeerGroup
 from common.seeding import Draws
@@ -25,9 +26,16 @@ class Engine(Protocol):
     """What a trainer needs of an engine; all engines give the same gradients."""
 
     scaler: GradScaler
+    finite: FiniteCheck
 
     def step(
-        self, batch: Any, *, step: int, share: float = 1.0, update: bool = True
+        self,
+        batch: Any,
+        *,
+        step: int,
+        share: float = 1.0,
+        update: bool = True,
+        names: Names | None = None,
     ) -> TransferResult:
         """Learn from one batch; see ``JointEngine.step``."""
 
@@ -44,6 +52,9 @@ class JointEngine:
         amp_dtype: Autocast the peers' forwards to it; None: full precision. float16 scales the
             loss with one GradScaler for all peers; each peer's step is skipped by itself where its
             gradients overflow.
+
+    Attributes:
+        finite: What becomes of losses and gradients that are not finite; stops, unless it is set.
     """
 
     def __init__(
@@ -58,33 +69,54 @@ class JointEngine:
         self.device = device
         self.amp_dtype = amp_dtype
         self.scaler = GradScaler(device.type, enabled=amp_dtype == torch.float16)
+        self.finite = FiniteCheck(peers)
 
     def step(
-        self, batch: Any, *, step: int, share: float = 1.0, update: bool = True
+        self,
+        batch: Any,
+        *,
+        step: int,
+        share: float = 1.0,
+        update: bool = True,
+        names: Names | None = None,
     ) -> TransferResult:
-        """Learn from one batch. Nothing here waits for the device.
+        """Learn from one batch. Nothing here waits for the device, but for a check that skips.
 
         Args:
             batch: Whatever the peers' ``forward`` takes, on the device.
             step: Optimizer steps made so far.
             share: This batch's share of the optimizer step (1 / batches accumulated).
             update: Make the optimizer step; False: only accumulate gradients.
+            names: Tells the batch's samples.
 
         Returns:
             The objective's parts, without graph.
+
+        Raises:
+            NonFiniteError: As the check finds it.
         """
+        self.finite.begin(step)
         with ExitStack() as stack:
             if not update:
                 for peer in self.peers:
                     stack.enter_context(peer.no_sync())
-            result = self.transfer([self._forward(peer, batch) for peer in self.peers], step)
+            outputs = [self._forward(peer, batch) for peer in self.peers]
+            result = self.transfer(outputs, step, check_finite=False)
+            self.finite.note(result, names)
             total = result.total * share if share != 1.0 else result.total
             self.scaler.scale(total).backward()
         if update:
-            for peer in self.peers:
-                peer.update(self.scaler, step)
-            self.scaler.update()
+            self._update(self.peers, step)
         return replace(result, total=result.total.detach())
+
+    def _update(self, peers: Sequence[Peer], step: int) -> None:
+        for peer in peers:
+            self.finite.note_gradients(peer)
+        if self.finite.passes(self.scaler):
+            for peer in peers:
+                peer.update(self.scaler, step)
+            if any(not peer.frozen for peer in peers):
+                self.scaler.update()
 
     def _forward(self, peer: Peer, batch: Any, graph: bool = True) -> PeerOutput:
         with torch.set_grad_enabled(graph and not peer.frozen), self._autocast():
@@ -105,7 +137,8 @@ class TwoPassEngine(JointEngine):
 
     The second forward draws what the first drew (dropout, drop path), and what the first did to
     buffers (running statistics of batch norm) is undone. The largest peer's forward is made once
-    and its graph kept, so the cost is that of N - 1 further forwards.
+    and its graph kept, so the cost is that of N - 1 further forwards. A check that skips holds all
+    peers' gradients until it is known that no step is to be skipped.
 
     Args:
         peers, transfer, device, amp_dtype: See ``JointEngine``.
@@ -122,11 +155,19 @@ class TwoPassEngine(JointEngine):
         self._kept = _largest(peers)
 
     def step(
-        self, batch: Any, *, step: int, share: float = 1.0, update: bool = True
+        self,
+        batch: Any,
+        *,
+        step: int,
+        share: float = 1.0,
+        update: bool = True,
+        names: Names | None = None,
     ) -> TransferResult:
         """Learn from one batch; see ``JointEngine.step``."""
         if self.peers[self._kept].frozen:  # since the last step
             self._kept = _largest(self.peers)
+        self.finite.begin(step)
+        at_the_end = self.finite.policy == "skip"
         draws: dict[int, Draws] = {}
         outputs: list[PeerOutput] = []
         for i, peer in enumerate(self.peers):
@@ -140,6 +181,7 @@ class TwoPassEngine(JointEngine):
                 with buffers_kept(peer.module), peer.alone():
                     outputs.append(self._forward(peer, batch, graph=False))
         result, gradients = self._transfer(outputs, step)
+        self.finite.note(result, names)
         for i in [self._kept, *draws]:
             peer = self.peers[i]
             with nullcontext() if update else peer.no_sync():
@@ -148,9 +190,12 @@ class TwoPassEngine(JointEngine):
                         outputs[i] = self._forward(peer, batch)
                 self._backward(outputs[i], gradients[i], share)
             outputs[i] = _without_graph(outputs[i])
-            if update:
+            if update and not at_the_end:
+                self.finite.note_gradients(peer)
                 peer.update(self.scaler, step)
-        if update:
+        if update and at_the_end:
+            self._update(self.peers, step)
+        elif update and self.finite.passes(self.scaler):
             self.scaler.update()
         return replace(result, total=result.total.detach())
 
@@ -161,7 +206,7 @@ class TwoPassEngine(JointEngine):
         leaves = [_without_graph(output) for output in outputs]
         for leaf, peer in zip(leaves, self.peers, strict=True):
             leaf.logits.requires_grad_(not peer.frozen)
-        result = self.transfer(leaves, step)
+        result = self.transfer(leaves, step, check_finite=False)
         gradients: list[Tensor | None] = [None] * len(leaves)
         if result.total.requires_grad:
             learning = [i for i, peer in enumerate(self.peers) if not peer.frozen]
@@ -251,17 +296,25 @@ class PeerParallelEngine(JointEngine):
         self._layouts: dict[tuple[tuple[str, _Part], ...], list[_Parts]] = {}
 
     def step(
-        self, batch: Any, *, step: int, share: float = 1.0, update: bool = True
+        self,
+        batch: Any,
+        *,
+        step: int,
+        share: float = 1.0,
+        update: bool = True,
+        names: Names | None = None,
     ) -> TransferResult:
         """Learn from one batch, which is the same in all of the team; see ``JointEngine.step``."""
+        self.finite.begin(step)
         with nullcontext() if update else self.own.no_sync():
-            result = self.transfer(self._exchange(self._forward(self.own, batch)), step)
+            outputs = self._exchange(self._forward(self.own, batch))
+            result = self.transfer(outputs, step, check_finite=False)
+            self.finite.note(result, names)
             if not self.own.frozen:
                 total = result.total * share if share != 1.0 else result.total
                 self.scaler.scale(total).backward()
-        if update and not self.own.frozen:
-            self.own.update(self.scaler, step)
-            self.scaler.update()
+        if update:
+            self._update([self.own], step)
         return replace(result, total=result.total.detach())
 
     def _exchange(self, own: PeerOutput) -> list[PeerOutput]:

@@ -55,7 +55,7 @@ class Lessons:
         entropy: Of ``teaches``, normalised to 1 for equal shares; 0 where one peer always teaches.
         task_loss: Each peer's mean.
         transfer_loss: Each student's mean, before the weight.
-        not_finite: Batches in which a peer's task loss was not finite.
+        not_finite: Batches in which a peer's task loss was not finite; nothing else of them counts.
         pairs: Every ordered pair.
     """
 
@@ -119,7 +119,10 @@ class Ledger:
 
     @torch.no_grad()
     def add(self, result: TransferResult) -> None:
-        """Count one batch, without waiting for the device."""
+        """Count one batch, without waiting for the device.
+
+        Of one whose losses or scores are not finite, only that is counted.
+        """
         dtype = self._interval.dtype
         taught = (result.roles > 0).to(dtype)
         gap = result.score.unsqueeze(1) - result.score.unsqueeze(0)
@@ -148,12 +151,18 @@ class Ledger:
             (somebody * share).flatten(1).sum(dim=1),
             batch * result.task_loss,
             batch * result.transfer_loss,
-            ~torch.isfinite(result.task_loss),
+            weight.new_zeros(len(self.names)),
             weight.new_full((1,), batch),
             (somebody.amax(dim=0) * share).sum().unsqueeze(0),
             weight.new_ones(1),
         ]
-        self._interval += torch.cat([x.to(self._interval.dtype) for x in row])
+        counts = torch.cat([x.to(self._interval.dtype) for x in row])
+        bad = ~torch.isfinite(result.task_loss)
+        lost = bad.any() | ~torch.isfinite(result.score).all()
+        counts = torch.where(lost, torch.zeros_like(counts), counts)
+        size = len(self.names)
+        counts[-len(_ALL) - size : -len(_ALL)] = bad.to(counts.dtype)
+        self._interval += counts
 
     def read(self) -> Lessons:
         """Sum the interval over all ranks, fold it into the epoch, start a new interval."""

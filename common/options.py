@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.engine import ENGINES
+from common.finite import MOST_SKIPS, ON_NONFINITE
 from common.guard import POLICIES, Bounds
 from common.peers import check_names
 from common.roles import RULES
@@ -98,6 +99,25 @@ def bounds_of(options: argparse.Namespace, drops: Mapping[str, float]) -> Bounds
         )
     except ValueError as error:
         raise OptionError(str(error)) from error
+
+
+def add_fault_options(group: Any) -> None:
+    """Add what becomes of losses that are not finite; see ``common.finite.FiniteCheck``."""
+    add = group.add_argument
+    add(
+        "--on-nonfinite",
+        default="stop",
+        choices=ON_NONFINITE,
+        help="a loss or gradient that is not finite: stop the run, or skip the optimizer step of "
+        "all peers (an accelerator then waits once a step)",
+    )
+    add(
+        "--max-skips-in-a-row",
+        type=int,
+        default=MOST_SKIPS,
+        metavar="N",
+        help="optimizer steps that may be skipped in a row before the run stops",
+    )
 
 
 def transfer_of(

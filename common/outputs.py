@@ -329,6 +329,7 @@ def finish(
         settings=settings,
         lower_is_better=trainer.plan.lower_is_better,
         events=trainer.guard.events,
+        notes=trainer.notes(),
         pictures=pictures,
     )
     start = progress.history[0]
@@ -344,5 +345,7 @@ def finish(
             best.value - before,
             best.epoch,
         )
+    for note in trainer.notes():
+        _logger.warning("%s", note)
     _logger.info("report: %s", report)
     return report

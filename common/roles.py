@@ -22,13 +22,12 @@ def assign_roles(
     margin: float | None = None,
     gap_power: float = 0.0,
     generator: torch.Generator | None = None,
+    check_finite: bool = True,
 ) -> Tensor:
     """Weigh who teaches whom, for every sample.
 
     Args:
-        score: How well each peer does [N, B, (S*)]; higher is better; finite. The check for finite
-            values is made on the CPU only, where it costs no synchronisation; on an accelerator the
-            caller counts them (``common.ledger``).
+        score: How well each peer does [N, B, (S*)]; higher is better; finite.
         rule: One of ``RULES``, or ``one_way:NAME`` with a name from ``names``.
         names: The peers' names, in order; ``"0"``, ``"1"``, ... where not given.
         margin: Teach only where the teacher's score exceeds the student's by more than this, in
@@ -37,6 +36,9 @@ def assign_roles(
             teacher's score minus the student's: it grows with the gap from 0 to at most 1, and is 0
             where the student does better. 0: the rule alone decides.
         generator: Source of the draws of ``random``, on the score's device.
+        check_finite: Refuse scores that are not finite, on the CPU, where that costs no
+            synchronisation. False: the caller looks at them (``common.finite``); a peer whose score
+            is NaN beats nobody.
 
     Returns:
         Weight with which peer t teaches peer s, [N(t), N(s), B, (S*)], in the score's dtype, zero
@@ -63,7 +65,7 @@ def assign_roles(
         raise ValueError(f"margin is {margin}; expected 0 or more")
     if not gap_power >= 0:
         raise ValueError(f"gap_power is {gap_power}; expected 0 or more")
-    if score.device.type == "cpu":
+    if check_finite and score.device.type == "cpu":
         _check_finite(score, names)
     gap = score.unsqueeze(1) - score.unsqueeze(0)
     allowed = _off_diagonal(score).expand_as(gap)

@@ -21,8 +21,8 @@ from common.checkpoint import CheckpointError, atomic_write, save_run, save_weig
 from common.clock import LoopClock, Pace
 from common.distributed import World
 from common.engine import Engine
+from common.finite import MOST_SKIPS, FiniteCheck, Names, refuse_broken_weights
 from common.guard import Bounds, Guard
-from common.guards import refuse_broken_weights, refuse_non_finite
 from common.ledger import Ledger, Lessons
 from common.peers import PeerGroup
 from common.termination import Preempted, Termination
@@ -74,6 +74,8 @@ class Plan:
         lower_is_better: Of that metric.
         export_suffix: Of the per-peer files.
         guard: What a peer may lose against its start, and what is done then.
+        on_nonfinite: What becomes of losses that are not finite: ``common.finite.FiniteCheck``.
+        max_skips: Optimizer steps that may be skipped in a row.
     """
 
     epochs: int
@@ -86,6 +88,8 @@ class Plan:
     lower_is_better: bool = False
     export_suffix: str = ".safetensors"
     guard: Bounds = field(default_factory=Bounds)
+    on_nonfinite: str = "stop"
+    max_skips: int = MOST_SKIPS
 
 
 @dataclass
@@ -135,6 +139,7 @@ class Trainer:
         after_epoch: Called after each epoch's steps, for instance to average BatchNorm buffers.
         on_baseline: Called with the metrics of the start, before any training.
         watch: Wraps the loader's iterator, for instance in a progress bar.
+        names_of: Given the batch that the loader gave last, returns what tells its samples.
     """
 
     def __init__(
@@ -154,6 +159,7 @@ class Trainer:
         after_epoch: Callable[[], None] = lambda: None,
         on_baseline: Callable[[Mapping[str, float]], None] = lambda metrics: None,
         watch: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+        names_of: Callable[[Any], Names | None] = lambda batch: None,
     ) -> None:
         self.peers = peers
         self.engine = engine
@@ -169,6 +175,8 @@ class Trainer:
         self.after_epoch = after_epoch
         self.on_baseline = on_baseline
         self.watch = watch
+        self.names_of = names_of
+        self.finite = engine.finite = FiniteCheck(peers, plan.on_nonfinite, plan.max_skips)
         self.ledger = Ledger(peers.names, world.device, world.replicas)
         self.guard = Guard(peers, transfer, plan.guard, plan.metric, plan.lower_is_better)
         self.progress = Progress()
@@ -209,7 +217,11 @@ class Trainer:
             in_group = accumulate if done <= last_whole else batches - last_whole
             update = done % accumulate == 0 or done == batches
             result = self.engine.step(
-                data, step=self.progress.updates, share=1 / in_group, update=update
+                data,
+                step=self.progress.updates,
+                share=1 / in_group,
+                update=update,
+                names=self.names_of(data),
             )
             self.ledger.add(result)
             clock.saw(result.score.shape[1])
@@ -241,12 +253,12 @@ class Trainer:
             )
 
     def _log(self, lessons: Lessons, pace: Pace) -> None:
-        refuse_non_finite(lessons, self.engine.scaler, self.progress.updates)
+        self.finite.check(self.engine.scaler)
         rates = {f"{peer.name}/lr": peer.lr for peer in self.peers.here}
         rates = distributed.merge_over_seats(rates, self.world)
         if not self.world.is_main:
             return
-        scalars = lessons.scalars() | rates
+        scalars = lessons.scalars() | rates | self.finite.scalars()
         rate = pace.samples_per_second * self.world.shards
         scalars["transfer/weight"] = self.transfer.weight_at(self.progress.updates)
         scalars |= {"samples_per_second": rate, "data_share": pace.data_share}
@@ -268,11 +280,11 @@ class Trainer:
         self._write(scalars)
 
     def _finish_epoch(self) -> None:
+        self.finite.check(self.engine.scaler)
         lessons = self.ledger.read_epoch()
-        refuse_non_finite(lessons, self.engine.scaler, self.progress.updates)
         self.after_epoch()
         epoch = self.progress.epoch + 1
-        self.progress.lessons.append({"epoch": epoch, **lessons.scalars()})
+        self.progress.lessons.append({"epoch": epoch, **lessons.scalars(), **self.finite.scalars()})
         if self.world.is_main:
             name = lessons.collapsed()
             if name and self.transfer.rule in ("best", "better", "better_sum"):
@@ -345,6 +357,10 @@ class Trainer:
                     self.metadata.get(peer.name),
                 )
 
+    def notes(self) -> list[str]:
+        """Say what was left out on the way; nothing where all went well."""
+        return [note for note in (self.finite.summary(),) if note]
+
     def _write(self, scalars: Mapping[str, float]) -> None:
         for writer in self.writers:
             writer(scalars, self.progress.updates)
@@ -355,6 +371,7 @@ class Trainer:
         Raises:
             NonFiniteError: A peer's weights are not finite; nothing is written.
         """
+        self.finite.check(self.engine.scaler)
         refuse_broken_weights(self.peers, self.progress.updates)
         ranks = distributed.gather_objects(
             {
@@ -380,6 +397,7 @@ class Trainer:
                 "guard": self.guard.state_dict(),
                 "ranks": ranks,
                 "seats": self.world.seats,
+                "finite": self.finite.state_dict(),
                 "progress": {
                     "epoch": progress.epoch,
                     "batch": progress.batch,
@@ -429,6 +447,8 @@ class Trainer:
             state["peers"],
             {name: self._best_file(self.folder, name) for name in self.progress.best},
         )
+        if "finite" in state:
+            self.finite.load_state_dict(state["finite"])
         self.evaluator.load_state_dict(state["evaluator"])
         self._position_schedules()
         if optimizer:

@@ -150,16 +150,19 @@ class KnowledgeTransfer:
         self.seed = seed
         self._generator: torch.Generator | None = None
 
-    def __call__(self, outputs: Sequence[PeerOutput], step: int | None = None) -> TransferResult:
+    def __call__(
+        self, outputs: Sequence[PeerOutput], step: int | None = None, check_finite: bool = True
+    ) -> TransferResult:
         """Build the objective of one batch.
 
         Args:
             outputs: One a peer, of the same batch: equal shapes of score and of logits.
             step: Optimizer steps made so far, for the warm-up of the weight; None: after it.
+            check_finite: See ``common.roles.assign_roles``.
 
         Raises:
             ValueError: Shapes that differ (names the peers).
-            NonFiniteError: A score that is not finite, on the CPU.
+            NonFiniteError: A score that is not finite, on the CPU, where that is looked for.
         """
         _check_shapes(outputs, self.names)
         task_losses = [output.task_loss for output in outputs]
@@ -172,6 +175,7 @@ class KnowledgeTransfer:
             margin=self.margin,
             gap_power=self.gap_power,
             generator=self._generator_on(score.device),
+            check_finite=check_finite,
         )
         for i in (*self.frozen, *self.untaught):
             roles[:, i] = 0

@@ -399,6 +399,7 @@ class TrainLoader:
             reader=FrameReader(packed),
         )
         self.seed = seed
+        self.videos = videos.videos
         self.device = world.device
         self.order = EpochOrder(dataset, world, seed)
         self.batch_size = batch_size
@@ -424,6 +425,11 @@ class TrainLoader:
     def __iter__(self) -> Iterator[ClipBatch]:
         for batch in _told(self._loader):
             yield batch.to(self.device, non_blocking=True)
+
+    def names_of(self, batch: ClipBatch) -> Callable[[], list[str]]:
+        """Return what tells a batch's samples: the file of each target frame."""
+        videos, targets = self.videos, batch.targets
+        return lambda: [videos[v].path(videos[v].frames[frame]) for v, frame in targets]
 
 
 class EvalLoader:

@@ -13,6 +13,7 @@ import yaml
 from common.options import (
     OptionError,
     actions_of,
+    add_fault_options,
     add_guard_options,
     add_transfer_options,
     bounds_of,
@@ -59,7 +60,7 @@ FREE_TO_CHANGE = frozenset(
     (
         "resume output experiment workers log_interval log_wandb wandb_project checkpoint_hist "
         "recovery_interval config epochs device data_root packed check_depth val_batch_size "
-        "in_place check_data plan gpu_mem engine"
+        "in_place check_data plan gpu_mem engine on_nonfinite max_skips_in_a_row"
     ).split()
 )
 
@@ -177,7 +178,9 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     add("--ema-decay", type=float, default=0.999, help="*")
     add("--sync-bn", **_FLAG)
     add_machine_options(parser)
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add_fault_options(group)
+    add = group.add_argument
     add("--resume", default="", metavar="PATH", help="a run file, a folder with some, or auto")
     add("--no-resume-opt", **_FLAG, help="resume weights and position, with fresh optimizers")
     add("--output", default="", metavar="DIR")
@@ -332,6 +335,7 @@ def _check(options: argparse.Namespace) -> None:
             "log_interval": 1,
             "recovery_interval": 0,
             "checkpoint_hist": 1,
+            "max_skips_in_a_row": 0,
         },
     )
     if options.map_size and min(options.map_size) < 1:

@@ -286,12 +286,15 @@ def _trainer(
             lower_is_better=options.eval_metric in LOWER_IS_BETTER,
             guard=bounds_of(options, GUARD_DROPS),
             export_suffix=".pth",  # a bare state dict, as the published checkpoints are
+            on_nonfinite=options.on_nonfinite,
+            max_skips=options.max_skips_in_a_row,
         ),
         folder=folder_of(options, group.names, world),
         world=world,
         config=plain(options),
         after_epoch=lambda: average_buffers(group, world),
         watch=lambda batches: watch(batches, "training"),
+        names_of=loader.names_of,
     )
 
 

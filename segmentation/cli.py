@@ -156,6 +156,8 @@ def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
         _report_tta(run, trainer.evaluate(tta=True))
     if comm.is_main_process() and trainer.history:
         path = write_report(run, trainer)
+        for note in trainer.notes():
+            _logger.warning("%s", note)
         _logger.info("report: %s", path)
     return trainer
 
@@ -247,6 +249,7 @@ def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:
         metric=METRIC,
         settings=settings(run),
         events=trainer.guard.events,
+        notes=trainer.notes(),
         pictures=[teaching_pictures(list(trainer.peers), run.cfg.DATASETS.TEST[0])],
     )
 

@@ -18,6 +18,7 @@ from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.projects.point_rend import add_pointrend_config
 
 from common.engine import ENGINES
+from common.finite import MOST_SKIPS, ON_NONFINITE
 from common.guard import POLICIES
 from common.peers import check_names
 from common.roles import check_rule
@@ -134,6 +135,8 @@ def transfer_defaults() -> CfgNode:
     node.GUARD = "warn"  # of a peer that gets worse than at its start; or "off", "rollback"
     node.GUARD_METRIC_DROP = 1.0  # by how much mIoU must be lower, in points
     node.GUARD_PATIENCE = 2  # in so many evaluations in a row
+    node.ON_NONFINITE = "stop"  # or "skip" the iteration; common.finite
+    node.MAX_SKIPS_IN_A_ROW = MOST_SKIPS
     node.KEEP = 3  # resumable checkpoints that stay on disk; 0: all
     node.PEERS = []
     return node
@@ -316,15 +319,15 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
         "AMP_DTYPE": tuple(AMP_DTYPES),
         "ENGINE": tuple(ENGINES),
         "GUARD": POLICIES,
+        "ON_NONFINITE": ON_NONFINITE,
     }
     for key, allowed in named.items():
         if node[key] not in allowed:
             raise ConfigError(
                 f"{file}: TRANSFER.{key} is {node[key]!r}; choose from {', '.join(allowed)}"
             )
-    least = {"WEIGHT": 0, "MARGIN": 0, "WARMUP_ITERS": 0, "KEEP": 0, "ACCUMULATE": 1}
-    least["GUARD_PATIENCE"] = 1
-    for key, value in least.items():
+    least = dict.fromkeys(("WEIGHT", "MARGIN", "WARMUP_ITERS", "KEEP", "MAX_SKIPS_IN_A_ROW"), 0)
+    for key, value in {**least, "ACCUMULATE": 1, "GUARD_PATIENCE": 1}.items():
         if not node[key] >= value:
             raise ConfigError(f"{file}: TRANSFER.{key} is {node[key]}; expected {value} or more")
     for key in ("TEMPERATURE", "GUARD_METRIC_DROP"):

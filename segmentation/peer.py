@@ -132,7 +132,7 @@ class SegmentorPeer(Peer):
         self._ends = False
         module.get_submodule(where).register_forward_hook(self._catch)
         self._losses: dict[str, Tensor] = {}
-        self._batches = 0
+        self._batches: Tensor | int = 0
 
     def forward(self, batch: Batch) -> PeerOutput:
         """Run the host's own training forward once; gradient reaches task_loss and logits."""
@@ -184,8 +184,11 @@ class SegmentorPeer(Peer):
             p.sub_(p.amax(dim=0, keepdim=True)).exp_()
         return p.div_(p.sum(dim=0, keepdim=True).clamp_min(_tiny(p)))
 
-    def take_losses(self) -> tuple[dict[str, Tensor], int]:
-        """Return the sum of each of the host's losses and its batches, and begin anew."""
+    def take_losses(self) -> tuple[dict[str, Tensor], Tensor | int]:
+        """Return the sum of each of the host's losses and its batches, and begin anew.
+
+        Batches of which a loss is not finite do not count.
+        """
         taken = self._losses, self._batches
         self._losses, self._batches = {}, 0
         return taken
@@ -235,10 +238,12 @@ class SegmentorPeer(Peer):
         }
 
     def _count(self, losses: dict[str, Tensor]) -> None:
-        for name, loss in losses.items():
-            loss = loss.detach()
+        found = {name: loss.detach() for name, loss in losses.items()}
+        finite = torch.stack(list(found.values())).isfinite().all()
+        for name, loss in found.items():
+            loss = torch.where(finite, loss, torch.zeros_like(loss))
             self._losses[name] = self._losses[name] + loss if name in self._losses else loss
-        self._batches += 1
+        self._batches = self._batches + finite
 
 
 def read_losses(peers: Sequence[SegmentorPeer]) -> dict[str, float]:
@@ -250,7 +255,7 @@ def read_losses(peers: Sequence[SegmentorPeer]) -> dict[str, float]:
         ``PEER/LOSS``; a frozen peer has none.
     """
     sums: dict[str, Tensor] = {}
-    counts: list[int] = []
+    counts: list[Tensor | int] = []
     for peer in peers:
         losses, batches = peer.take_losses()
         sums |= {f"{peer.name}/{name}": x.float() for name, x in losses.items()}
@@ -258,9 +263,9 @@ def read_losses(peers: Sequence[SegmentorPeer]) -> dict[str, float]:
     if not sums:
         return {}
     values = torch.stack(list(sums.values()))
-    both = sum_over_ranks(torch.stack([values, values.new_tensor(counts)]))
-    totals, taken = both.tolist()
-    return {name: x / n for name, x, n in zip(sums, totals, taken, strict=True)}
+    told = torch.stack([torch.as_tensor(count, device=values.device) for count in counts])
+    totals, taken = sum_over_ranks(torch.stack([values, told.to(values.dtype)])).tolist()
+    return {name: x / max(n, 1) for name, x, n in zip(sums, totals, taken, strict=True)}
 
 
 def find_prediction(module: nn.Module, name: str) -> tuple[str, bool]:

@@ -21,8 +21,8 @@ from torch import nn
 from common import distributed
 from common.distributed import World
 from common.engine import ENGINES
+from common.finite import FiniteCheck, refuse_broken_weights
 from common.guard import Bounds, Guard
-from common.guards import refuse_broken_weights, refuse_non_finite
 from common.ledger import Ledger
 from common.peers import PeerGroup
 from common.termination import Preempted, Termination
@@ -86,6 +86,9 @@ class TransferTrainer(TrainerBase):
         self.engine = ENGINES[run.transfer.ENGINE](
             self.peers, self.transfer, self.world.device, amp
         )
+        node = run.transfer
+        self.finite = FiniteCheck(self.peers, node.ON_NONFINITE, node.MAX_SKIPS_IN_A_ROW)
+        self.engine.finite = self.finite
         self.ledger = Ledger(self.peers.names, self.world.device)
         self.guard = build_guard(run, self.peers, self.transfer)
         self.max_iter = run.cfg.SOLVER.MAX_ITER
@@ -129,6 +132,7 @@ class TransferTrainer(TrainerBase):
         the optimizer itself clips, float16's GradScaler asks whether a step is to be skipped;
         Mask2Former tells the device the sizes of its maps, asks whether they are finite, and
         matches queries with masks on the CPU (and its masks come from memory that is not pinned).
+        With TRANSFER.ON_NONFINITE skip, it is asked whether to skip.
         """
         if not self.somebody_learns:
             return
@@ -138,7 +142,14 @@ class TransferTrainer(TrainerBase):
             samples = next(self._data)
             waited += time.perf_counter() - begun
             batch = make_batch(samples, self.world.device, self.ignore)
-            result = self.engine.step(batch, step=self.iter, share=1 / count, update=i == count - 1)
+            files = [str(sample["file_name"]) for sample in samples]
+            result = self.engine.step(
+                batch,
+                step=self.iter,
+                share=1 / count,
+                update=i == count - 1,
+                names=lambda files=files: files,
+            )
             self.ledger.add(result)
         self.storage.put_scalar("data_time", waited)
         done = self.iter + 1
@@ -174,6 +185,7 @@ class TransferTrainer(TrainerBase):
             NonFiniteError: A peer's weights are not finite; nothing is written.
         """
         done = min(self.iter + 1, self.max_iter)
+        self.finite.check(self.engine.scaler)
         refuse_broken_weights(self.peers, done)
         share_buffers(self.peers)
         ranks = distributed.gather_objects(
@@ -192,6 +204,7 @@ class TransferTrainer(TrainerBase):
                 "ranks": ranks,
                 "scaler": self.engine.scaler.state_dict(),
                 "guard": self.guard.state_dict(),
+                "finite": self.finite.state_dict(),
                 "best": self.best,
                 "history": self.history,
                 "lessons": self.lessons,
@@ -199,6 +212,10 @@ class TransferTrainer(TrainerBase):
             keep = self.run.transfer.KEEP
             checkpoints.save(self.folder, self.peers, state, keep, final, self.guard.kept)
         distributed.barrier()
+
+    def notes(self) -> list[str]:
+        """Say what was left out on the way; nothing where all went well."""
+        return [note for note in (self.finite.summary(),) if note]
 
     def _finish(self) -> None:
         """Give a run that was killed at its very end the files that it lacks."""
@@ -271,9 +288,9 @@ class TransferTrainer(TrainerBase):
         )
 
     def _log(self, done: int) -> None:
+        self.finite.check(self.engine.scaler)
         lessons = self.ledger.read()
-        refuse_non_finite(lessons, self.engine.scaler, done)
-        scalars = read_losses(self.peers) | lessons.scalars()
+        scalars = read_losses(self.peers) | lessons.scalars() | self.finite.scalars()
         scalars["transfer/weight"] = self.transfer.weight_at(done)
         self.storage.put_scalars(**scalars)
 
@@ -285,7 +302,9 @@ class TransferTrainer(TrainerBase):
     def _evaluate_at(self, iteration: int) -> dict[str, float]:
         """Evaluate, keep each peer's best, and tell the writers all but the classes' own values."""
         if iteration:
-            self.lessons.append({"iteration": iteration, **self.ledger.read_epoch().scalars()})
+            self.finite.check(self.engine.scaler)
+            lessons = self.ledger.read_epoch().scalars() | self.finite.scalars()
+            self.lessons.append({"iteration": iteration, **lessons})
         metrics = self.evaluate()
         start = self.history[0] if self.history else metrics
         self._note(iteration, {**metrics, **self.guard.look(iteration, metrics, start)})
@@ -319,6 +338,8 @@ class TransferTrainer(TrainerBase):
         self.history, self.lessons = list(record["history"]), list(record["lessons"])
         self.best = {name: list(best) for name, best in record["best"].items()}
         self.engine.scaler.load_state_dict(record["scaler"])
+        if "finite" in record:
+            self.finite.load_state_dict(record["finite"])
         self._data = self._open_stream(self.start_iter)
         _logger.info("resumed after iteration %d", self.start_iter)
         if len(record["ranks"]) != self.world.size:

@@ -6,6 +6,7 @@ import random
 import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,20 @@ def same(a, b):
     return len(a) == len(b) and all(
         torch.equal(x, y) and torch.equal(s, t) for (x, s), (y, t) in zip(a, b, strict=True)
     )
+
+
+@pytest.mark.parametrize("more", [(), ("--aug-repeats", "2")])
+def test_a_batch_tells_its_files(digits, more):
+    loader = loader_of(digits, "-b", "20", *more, world=World(1, 2, 1, CPU))
+    for start in (0, 1):
+        loader.set_epoch(1, start)
+        told = set()
+        for _, target in loader:
+            names = loader.names_of(None)()
+            assert [int(Path(name).parent.name) for name in names] == target.tolist()
+            assert all(Path(name).is_file() for name in names)
+            told |= set(names)
+        assert len(told) > 15
 
 
 def test_a_view_normalises_as_the_peer_itself_would():

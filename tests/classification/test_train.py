@@ -16,6 +16,7 @@ import timm
 import torch
 import yaml
 
+from classification.data import TrainLoader
 from classification.options import parse
 from classification.train import main, run
 from classification.validate import validate
@@ -288,8 +289,50 @@ def test_all_ranks_choose_one_folder(tmp_path):
 def test_a_diverging_run_ends_in_one_line(digits, tmp_path, caplog):
     asked = arguments_of(digits, tmp_path, "--opt", "sgd", "--lr", "1e30", epochs=3)
     assert main(asked) == 1
-    assert "the score of peer 'a' is not finite" in caplog.text and "lower its lr" in caplog.text
+    told = (
+        r"the loss of a.* was not finite at optimizer step \d+, in .*train/\d/\d+\.png.*; look at"
+    )
+    assert re.search(told, caplog.text) and "lower that peer's lr" in caplog.text
     assert not list_runs(tmp_path / "run")
+
+
+@pytest.fixture
+def nan_in_batch_3(monkeypatch):
+    """Break one image of the fourth batch of every epoch; return where its file is told."""
+    told, batches = [], TrainLoader.__iter__
+
+    def broken(loader):
+        for k, (images, target) in enumerate(batches(loader), loader.start):
+            if k == 3:
+                images[7, 0, 0, 0] = float("nan")
+                told.append(loader.names_of(None)()[7])
+            yield images, target
+
+    monkeypatch.setattr(TrainLoader, "__iter__", broken)
+    return told
+
+
+def test_a_nan_in_an_image_stops_and_its_file_is_told(digits, tmp_path, caplog, nan_in_batch_3):
+    assert main(arguments_of(digits, tmp_path, "--engine", "two-pass")) == 1
+    assert f"loss of a, b was not finite at optimizer step 4, in {nan_in_batch_3[0]}" in caplog.text
+    assert not list_runs(tmp_path / "run") and "Traceback" not in caplog.text
+
+
+def test_or_is_skipped_counted_and_told(digits, tmp_path, caplog, nan_in_batch_3):
+    skip = "--on-nonfinite skip --max-skips-in-a-row 1 --recovery-interval 1 --model-ema".split()
+    whole = run(arguments_of(digits, tmp_path / "whole", *skip, epochs=2), bars=False)
+    assert nan_in_batch_3[1] in caplog.text and whole.lessons[-1]["a/skipped"] == 2
+    assert "2 optimizer steps were skipped by all peers" in caplog.text
+    folder = tmp_path / "whole" / "run"
+    assert "2 optimizer steps were skipped" in (folder / "report.html").read_text()
+    assert "b/skipped" in (folder / "scalars.csv").read_text()
+    middle = folder / "run-00001-00000003.pt"
+    again = arguments_of(digits, tmp_path / "again", *skip, "--resume", str(middle))
+    assert run(again, bars=False) == whole
+    for name in ("a", "b"):
+        assert_equal_weights(
+            weights_of(tmp_path / "whole", name), weights_of(tmp_path / "again", name)
+        )
 
 
 def test_class_counts_that_differ_name_both(digits, tmp_path):

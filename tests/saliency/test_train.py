@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 from common.checkpoint import load_run, read_weights
 from common.guard import STOPPED, UNTAUGHT
+from saliency.data import TrainLoader
 from saliency.evaluate import evaluate
 from saliency.evaluate import main as evaluate_main
 from saliency.models import create_model, published_state_dict
@@ -263,7 +265,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, caplog):
     peers = (f"{TOY}:Deep,opt=sgd,lr=1e30", f"{TOY}:Flat")
     rest = ("--log-interval", "1")
     assert main("dhf1k", "train", arguments(data, tmp_path, *rest, peers=peers)) == 1
-    assert "Deep" in caplog.text and "not finite" in caplog.text
+    assert re.search(r"of Deep.* not finite at optimizer step .*/images/\d+\.png", caplog.text)
+
+
+@pytest.fixture
+def nan_in_batch_1(monkeypatch):
+    """Break the second map of the second batch of every epoch; return where its frame is told."""
+    told, batches = [], TrainLoader.__iter__
+
+    def broken(loader):
+        for k, batch in enumerate(batches(loader), loader.order.start // loader.batch_size):
+            if k == 1:
+                batch.maps[1, 0, 0] = float("nan")
+                told.append(loader.names_of(batch)()[1])
+            yield batch
+
+    monkeypatch.setattr(TrainLoader, "__iter__", broken)
+    return told
+
+
+def test_a_nan_in_a_map_stops_and_its_frame_is_told(data, tmp_path, caplog, nan_in_batch_1):
+    assert main("dhf1k", "train", arguments(data, tmp_path)) == 1
+    told = f"Deep, Flat was not finite at optimizer step 2, in {nan_in_batch_1[0]};"
+    assert told in caplog.text and Path(nan_in_batch_1[0]).is_file()
+    assert not list(tmp_path.rglob("run-*.pt"))
+
+
+def test_or_is_skipped_by_all_peers(data, tmp_path, caplog, nan_in_batch_1):
+    more = ("--on-nonfinite", "skip", "--max-skips-in-a-row", "1", "--log-interval", "1")
+    trainer = run("dhf1k", "train", arguments(data, tmp_path, *more), bars=False)
+    epochs = trainer.progress.epoch
+    assert trainer.progress.lessons[-1]["Flat/skipped"] == epochs == len(nan_in_batch_1)
+    assert f"{epochs} optimizer steps were skipped by all peers" in caplog.text
 
 
 def test_check_data_lists_what_is_wrong_and_builds_nothing(tmp_path, caplog):

@@ -1,6 +1,7 @@
 """What goes wrong while a run is on its way ends in one line that names it."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 from segmentation.cli import main
 from segmentation.config import load_run
 from segmentation.errors import DataError
+from segmentation.peer import make_batch
 from segmentation.trainer import TransferTrainer
 from tests.segmentation.runs import write_run
 
@@ -61,8 +63,72 @@ def test_an_empty_test_set_is_named(tmp_path, own_datasets, capfd):
 def test_weights_that_are_not_finite_are_named(tmp_path, datasets, capfd):
     options = ["SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER", 3]
     line = fails(write_run(tmp_path), *ONE_STEP[2:], *options, capfd=capfd)
-    assert "fpn" in line and "not finite" in line and "lower its lr" in line
+    assert "loss of fpn" in line and "not finite at optimizer step" in line
+    assert f"{datasets}/scenes/train/images/" in line and "lower that peer's lr" in line
     assert not (tmp_path / "out" / "run.pt").exists()
+
+
+@pytest.fixture
+def nan_in_iteration_2(monkeypatch):
+    """Break the second image of the second iteration; return where its file is told."""
+    seen = SimpleNamespace(batches=[], file="")
+
+    def broken(samples, *rest):
+        batch = make_batch(samples, *rest)
+        seen.batches.append(samples)
+        if len(seen.batches) == 2:
+            batch.samples[1]["image"] = batch.samples[1]["image"].float() * float("nan")
+            seen.file = samples[1]["file_name"]
+        return batch
+
+    monkeypatch.setattr("segmentation.trainer.make_batch", broken)
+    return seen
+
+
+GN = [
+    *("MODEL.RESNETS.NORM", "GN", "MODEL.SEM_SEG_HEAD.NORM", "GN"),  # no statistics of the batch
+    *("PEER.deeplab.MODEL.SEM_SEG_HEAD.ASPP_DROPOUT", "0.0"),
+    *("PEER.deeplab.MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS", "[32]"),
+]
+
+
+def test_a_nan_in_an_image_stops_and_its_file_is_told(
+    tmp_path, datasets, capfd, nan_in_iteration_2
+):
+    options = [*ONE_STEP[2:], *GN, "SOLVER.MAX_ITER", "3"]
+    line = fails(write_run(tmp_path), *options, capfd=capfd)
+    told = f"fpn, deeplab was not finite at optimizer step 2, in {nan_in_iteration_2.file};"
+    assert told in line and not list((tmp_path / "out").rglob("model_0*.pth"))
+
+
+@pytest.mark.parametrize("engine", ["joint", "two-pass"])
+def test_or_is_skipped_and_the_resumed_run_is_the_same(
+    tmp_path, datasets, capfd, nan_in_iteration_2, engine
+):
+    options = ["TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "4"]
+    run = write_run(tmp_path, ON_NONFINITE="skip", MAX_SKIPS_IN_A_ROW=1, ENGINE=engine, KEEP=0)
+    assert main(["--config-file", str(run), *options]) == 0
+    told = capfd.readouterr()
+    assert nan_in_iteration_2.file in told.out and "1 optimizer steps were skipped" in told.out
+    assert "1 optimizer steps were skipped" in (tmp_path / "out" / "report.html").read_text()
+    states = [torch.load(p, weights_only=True) for p in weights_of(tmp_path / "out", "fpn")]
+    for one, two in ((states[0], states[1]), (states[1], states[2])):
+        same = [torch.equal(x, two["model"][k]) for k, x in one["model"].items()]
+        assert all(same) == (one is states[0])
+    record = torch.load(tmp_path / "out" / "run.pt", weights_only=True)
+    assert record["finite"]["total"] == 1 and record["lessons"][-1]["fpn/skipped"] == 1
+    nan_in_iteration_2.batches.clear()
+    again = [*options, "OUTPUT_DIR", str(tmp_path / "again"), "SOLVER.MAX_ITER"]
+    assert main(["--config-file", str(run), *again, "2"]) == 0
+    assert main(["--config-file", str(run), "--resume", *again, "4"]) == 0
+    resumed = torch.load(tmp_path / "again" / "run.pt", weights_only=True)
+    assert resumed["finite"] == record["finite"]
+    last = torch.load(weights_of(tmp_path / "again", "fpn")[-1], weights_only=True)["model"]
+    assert all(torch.equal(x, last[key]) for key, x in states[-1]["model"].items())
+
+
+def weights_of(folder, name):
+    return sorted((folder / name).glob("model_0*.pth"))
 
 
 def test_a_run_that_failed_in_its_last_iteration_is_not_evaluated(tmp_path, datasets, monkeypatch):
