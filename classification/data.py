@@ -22,7 +22,17 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
+from classification.images import BrokenImageError, name_of, read_image
 from classification.options import mixes
+from common.broken import (
+    BadSample,
+    BadSamples,
+    Counted,
+    Replaced,
+    other_index,
+    read_or_replace,
+    sound,
+)
 from common.distributed import World
 from common.options import OptionError
 from common.seeding import drawn_for, generators_kept, seed_generators
@@ -175,16 +185,15 @@ class EpochSampler(Sampler[Draw]):
         self.order.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Draw]:
-        for k, index in enumerate(self.order):
-            if k >= self.start:
-                yield Draw(int(index), k * self.world.shards + self.world.shard, self.epoch)
+        yield from self.draws(self.start, None)
 
     def __len__(self) -> int:
         return len(self.order) - self.start
 
-    def indices(self, start: int, stop: int) -> list[int]:
-        """Return the images of this rank's samples ``start`` to ``stop`` of the running epoch."""
-        return [int(index) for index in itertools.islice(self.order, start, stop)]
+    def draws(self, start: int, stop: int | None) -> Iterator[Draw]:
+        """Yield this rank's samples ``start`` to ``stop`` of the running epoch."""
+        for k, index in enumerate(itertools.islice(self.order, start, stop), start):
+            yield Draw(int(index), k * self.world.shards + self.world.shard, self.epoch)
 
 
 class SeededDataset(Dataset):
@@ -193,14 +202,18 @@ class SeededDataset(Dataset):
     So a sample looks the same whatever the number of workers and ranks, and wherever a run was
     interrupted. The process's own generators are left as they were.
 
+    In the place of a broken image comes another one, chosen by epoch and position alone.
+
     Args:
         dataset: Map-style.
         seed: Of the run.
+        most: Broken images that the run may do without.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset, seed: int, most: int = 0) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.most = most
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -214,33 +227,28 @@ class SeededDataset(Dataset):
             return [self._sample(draw) for draw in draws]
 
     def _sample(self, draw: Draw) -> Any:
+        return read_or_replace(
+            functools.partial(self._read, draw),
+            draw.index,
+            functools.partial(self.other, draw),
+            (BrokenImageError,),
+            self.most,
+        )
+
+    def _read(self, draw: Draw, index: int) -> Any:
         seed_generators(self.seed, draw.epoch, draw.position)
-        return read_sample(self.dataset, draw.index)
+        return read_image(self.dataset, index)
+
+    def other(self, draw: Draw, attempt: int) -> int:
+        """Return the image that is tried in a draw's place after so many others."""
+        numbers = self.seed, draw.epoch, draw.position, attempt
+        return other_index(len(self.dataset), *numbers)
 
 
-class ImageError(OptionError):
-    """An image that cannot be used: one line that names it, where a worker met it too.
-
-    Args:
-        told: The line; torch puts a worker's traceback before it.
-    """
-
-    def __init__(self, told: str) -> None:
-        super().__init__(told.rsplit(f"{ImageError.__name__}: ", 1)[-1].strip())
-
-
-def read_sample(dataset: Dataset, index: int) -> Any:
-    """Read one sample; timm itself passes over files that are broken.
-
-    Raises:
-        ImageError: A file that would unpack to far more pixels than a photograph has.
-    """
-    try:
-        return dataset[index]
-    except Image.DecompressionBombError as error:
-        known = hasattr(dataset, "filename")
-        name = dataset.filename(index, absolute=True) if known else f"sample {index}"
-        raise ImageError(f"{name}: {error}; remove the file, or scale it down") from error
+def collate(samples: Sequence[Any]) -> tuple[Any, list[BadSample]]:
+    """Join samples, and tell which files were passed over; None: one could not be replaced."""
+    found, bad = sound(samples)
+    return fast_collate(found) if len(found) == len(samples) else None, bad
 
 
 def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> Dataset:
@@ -302,13 +310,6 @@ def classes_of(dataset: Dataset) -> dict[str, int] | None:
     )
 
 
-def name_of(dataset: Dataset, index: int) -> str:
-    """Return the file of an image, or its number where the dataset has no file names."""
-    if hasattr(getattr(dataset, "reader", None), "samples"):  # of folders and tars
-        return str(dataset.filename(index, absolute=True))
-    return f"image {index}"
-
-
 class TrainLoader:
     """Training batches of the common view, on the device.
 
@@ -322,9 +323,10 @@ class TrainLoader:
         options: The run's.
         world: Where this process stands.
         num_classes: For mixup's soft targets.
+        bad: Counts broken images; None: by itself, and none is allowed.
 
     Raises:
-        OptionError: Fewer samples than a batch.
+        OptionError: Fewer samples than a batch, or broken ones allowed of a stream.
     """
 
     def __init__(
@@ -334,8 +336,10 @@ class TrainLoader:
         options: argparse.Namespace,
         world: World,
         num_classes: int,
+        bad: BadSamples | None = None,
     ) -> None:
         self.options = options
+        self.bad = bad or BadSamples()
         self.batch_size = options.batch_size
         self.streaming = isinstance(dataset, IterableDataset)
         self.world = world
@@ -350,12 +354,15 @@ class TrainLoader:
                     "by process, and peers would see different samples; take --engine two-pass, "
                     "or data that is read by index"
                 )
+            _refuse_bad_of_stream(options)
             dataset.set_loader_cfg(num_workers=options.workers)
             sampler, source = None, dataset
             samples = len(dataset) // world.shards
         else:
             sampler = EpochSampler(_order(dataset, options, world), world)
-            source, samples = SeededDataset(dataset, options.seed), len(sampler)
+            source = SeededDataset(dataset, options.seed, self.bad.most)
+            samples = len(sampler)
+        self.source = source
         self.batches = samples // self.batch_size
         if options.train_batches_per_epoch:
             self.batches = min(self.batches, options.train_batches_per_epoch)
@@ -371,14 +378,18 @@ class TrainLoader:
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=options.workers,
-            collate_fn=fast_collate,
+            collate_fn=collate,
             pin_memory=options.pin_mem,
             drop_last=True,
             persistent_workers=options.workers > 0,
             generator=self._generator,
         )
         self._prefetch = PrefetchLoader(
-            loader, mean=view.mean, std=view.std, channels=view.size[0], device=world.device
+            Counted(loader, self.bad),
+            mean=view.mean,
+            std=view.std,
+            channels=view.size[0],
+            device=world.device,
         )
         self._erase = (
             RandomErasing(
@@ -427,8 +438,15 @@ class TrainLoader:
         places = range(start, start + self.batch_size)
         if self.streaming:
             return [f"sample {k} of the stream of process {self.world.shard}" for k in places]
-        indices = self.sampler.indices(start, places.stop)
-        return [name_of(self.dataset, index) for index in indices]
+        return [self._name(draw) for draw in self.sampler.draws(start, places.stop)]
+
+    def _name(self, draw: Draw) -> str:
+        """Return the file of a draw, or of what took its place."""
+        name, attempt = name_of(self.dataset, draw.index), 0
+        while name in self.bad.found:
+            attempt += 1
+            name = name_of(self.dataset, self.source.other(draw, attempt))
+        return name
 
     def _mixed(self, images: Tensor, target: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Erase and mix; what is drawn depends on the batch alone, not on what peers drew."""
@@ -439,6 +457,15 @@ class TrainLoader:
             if self.mixup is not None:
                 images, target = self.mixup(images, target)
         return images, target
+
+
+def _refuse_bad_of_stream(options: argparse.Namespace) -> None:
+    if options.max_bad_samples:
+        raise OptionError(
+            f"--max-bad-samples {options.max_bad_samples} with --dataset {options.dataset}: a "
+            "stream's own reader passes over what is broken, which cannot be counted here; take "
+            "data that is read by index"
+        )
 
 
 def _order(dataset: Dataset, options: argparse.Namespace, world: World) -> Any:
@@ -498,28 +525,41 @@ def _mixup(options: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 
 class _Shard(Dataset):
-    """Every ``size``-th sample from ``rank`` on: no sample twice, none left out."""
+    """Every ``size``-th sample from ``rank`` on: no sample twice, none left out.
 
-    def __init__(self, dataset: Dataset, rank: int, size: int) -> None:
-        self.dataset, self.rank, self.size = dataset, rank, size
+    In the place of a broken image is a blank one, with the target -1.
+    """
+
+    def __init__(self, dataset: Dataset, rank: int, size: int, blank: Any) -> None:
+        self.dataset, self.rank, self.size, self.blank = dataset, rank, size, blank
 
     def __len__(self) -> int:
         return len(range(self.rank, len(self.dataset), self.size))
 
     def __getitem__(self, index: int) -> Any:
-        return read_sample(self.dataset, self.rank + index * self.size)
+        try:
+            return read_image(self.dataset, self.rank + index * self.size)
+        except BrokenImageError as error:
+            return Replaced((self.blank, -1), [BadSample.of(error)])
 
 
 def eval_loader(
-    dataset: Dataset, view: View, options: argparse.Namespace, world: World
+    dataset: Dataset,
+    view: View,
+    options: argparse.Namespace,
+    world: World,
+    bad: BadSamples | None = None,
 ) -> PrefetchLoader:
     """Load this rank's validation samples in a view, in order, none dropped.
+
+    A broken image, where some are allowed, has the target -1.
 
     Args:
         dataset: A dataset of its own: its transform is set here.
         view: Whose geometry and statistics are used.
         options: The run's.
         world: Where this process stands.
+        bad: Counts broken images; None: by itself, and none is allowed.
     """
     dataset.transform = create_transform(
         view.size,
@@ -532,10 +572,13 @@ def eval_loader(
         use_prefetcher=True,
     )
     if isinstance(dataset, IterableDataset):
+        _refuse_bad_of_stream(options)
         dataset.set_loader_cfg(num_workers=options.workers)
         source = dataset
     else:
-        source = _Shard(dataset, world.shard, world.shards)
+        mode = options.input_img_mode or ("RGB" if view.size[0] == 3 else "L")
+        blank = dataset.transform(Image.new(mode, (view.size[2], view.size[1])))
+        source = _Shard(dataset, world.shard, world.shards, blank)
         if len(source) == 0:
             raise OptionError(
                 f"{options.data}: {len(dataset)} validation images for {world.shards} processes; "
@@ -545,10 +588,14 @@ def eval_loader(
         source,
         batch_size=options.validation_batch_size or options.batch_size,
         num_workers=options.workers,
-        collate_fn=fast_collate,
+        collate_fn=collate,
         pin_memory=options.pin_mem,
         generator=torch.Generator().manual_seed(0),
     )
     return PrefetchLoader(
-        loader, mean=view.mean, std=view.std, channels=view.size[0], device=world.device
+        Counted(loader, bad or BadSamples(), evaluating=True),
+        mean=view.mean,
+        std=view.std,
+        channels=view.size[0],
+        device=world.device,
     )

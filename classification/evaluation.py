@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from classification.data import ToView, View, eval_loader
 from common import distributed
+from common.broken import BadSamples
 from common.distributed import World
 from common.guard import FLIPS
 from common.peers import PeerGroup
@@ -35,7 +36,7 @@ class Scores:
         loss: Cross entropy [N, n].
         ensemble: Whether the mean of the peers' probabilities is right [n], bool.
         confidence: Largest probability [N, n].
-        target: The true classes [n].
+        target: The true classes [n]; -1 where an image could not be read.
     """
 
     correct: Tensor
@@ -45,21 +46,37 @@ class Scores:
     confidence: Tensor
     target: Tensor
 
-    def metrics(self, names: Sequence[str], baseline: Tensor | None) -> dict[str, float]:
-        """Name the numbers: percentages, and flips against a baseline's ``correct``."""
+    @property
+    def valid(self) -> Tensor:
+        """Which samples could be read [n], bool; the others count for no metric."""
+        return self.target >= 0
+
+    def metrics(
+        self, names: Sequence[str], baseline: Tensor | None, was_valid: Tensor | None = None
+    ) -> dict[str, float]:
+        """Name the numbers: percentages, and flips against a baseline.
+
+        Args:
+            names: Of the peers.
+            baseline: Its ``correct``.
+            was_valid: Its ``valid``; None: all.
+        """
         found: dict[str, float] = {}
+        table = (self.correct, self.correct5, self.loss)
+        correct, correct5, loss = (x[:, self.valid].double() for x in table)
+        both = self.valid if was_valid is None else self.valid & was_valid
         for i, name in enumerate(names):
-            found[f"{name}/top1"] = 100 * self.correct[i].double().mean().item()
-            found[f"{name}/top5"] = 100 * self.correct5[i].double().mean().item()
-            found[f"{name}/loss"] = self.loss[i].double().mean().item()
+            found[f"{name}/top1"] = 100 * correct[i].mean().item()
+            found[f"{name}/top5"] = 100 * correct5[i].mean().item()
+            found[f"{name}/loss"] = loss[i].mean().item()
             if baseline is not None:
-                found[f"{name}/fixed"] = int((self.correct[i] & ~baseline[i]).sum())
-                broken = ~self.correct[i] & baseline[i]
+                broken = (~self.correct[i] & baseline[i])[both]
+                found[f"{name}/fixed"] = int((self.correct[i] & ~baseline[i])[both].sum())
                 found[f"{name}/broken"] = int(broken.sum())
                 found[f"{name}/{FLIPS}"] = 100 * broken.double().mean().item()
-        found["mean/top1"] = 100 * self.correct.double().mean().item()
-        found["ensemble/top1"] = 100 * self.ensemble.double().mean().item()
-        found["oracle/top1"] = 100 * self.correct.any(dim=0).double().mean().item()
+        found["mean/top1"] = 100 * correct.mean().item()
+        found["ensemble/top1"] = 100 * self.ensemble[self.valid].double().mean().item()
+        found["oracle/top1"] = 100 * (correct > 0).any(dim=0).double().mean().item()
         return found
 
 
@@ -91,6 +108,7 @@ class PeerEvaluator:
         channels_last: Of each peer.
         dtypes: Of each peer's weights.
         watch: Wraps the batches, for instance in a progress bar.
+        bad: Counts broken images; None: by itself, and none is allowed.
     """
 
     def __init__(
@@ -103,11 +121,14 @@ class PeerEvaluator:
         channels_last: Sequence[bool] | None = None,
         dtypes: Sequence[torch.dtype] | None = None,
         watch: Watch = lambda batches, title: batches,
+        bad: BadSamples | None = None,
     ) -> None:
         self.world = world
+        self.bad = bad or BadSamples()
         self.amp_dtype = amp_dtype
         self.watch = watch
         self.baseline: Tensor | None = None
+        self.was_valid: Tensor | None = None
         self.loaders: list[PrefetchLoader] = []
         self.members: list[list[int]] = []
         self.to_view: list[ToView] = []
@@ -115,7 +136,7 @@ class PeerEvaluator:
         for i, view in enumerate(views):
             where = geometries.setdefault(view.geometry, len(geometries))
             if where == len(self.loaders):
-                self.loaders.append(eval_loader(copy.copy(dataset), view, options, world))
+                self.loaders.append(eval_loader(copy.copy(dataset), view, options, world, self.bad))
                 self.members.append([])
             first = views[self.members[where][0]] if self.members[where] else view
             self.members[where].append(i)
@@ -128,9 +149,9 @@ class PeerEvaluator:
         modules = [peer.best_module for peer in peers.here]
         with brought_to(self.world.device, *modules):
             scores = self.score(modules)
-        metrics = scores.metrics(peers.names, self.baseline)
+        metrics = scores.metrics(peers.names, self.baseline, self.was_valid)
         if self.baseline is None:
-            self.baseline = scores.correct
+            self.baseline, self.was_valid = scores.correct, scores.valid
         return metrics
 
     @torch.inference_mode()
@@ -149,9 +170,11 @@ class PeerEvaluator:
             together = together if len(self.loaders) == 1 else together.cpu()
             if number == 0:
                 summed.append(together)
-                labels.append(target.to(together.device))
+                labels.append(target.to(together.device))  # -1 is nobody's prediction
             else:
                 summed[k] += together
+                broken = target.to(together.device) < 0  # of one peer, then of none
+                labels[k] = labels[k].masked_fill(broken, -1)
         right = [p.argmax(dim=1) == y for p, y in zip(summed, labels, strict=True)]
         table = torch.stack([torch.cat(rows, dim=1).cpu() for rows in parts])
         return self._gather(table, torch.stack([torch.cat(right), torch.cat(labels)]).cpu())
@@ -207,19 +230,21 @@ class PeerEvaluator:
             whole[:, :, mine], shared[:, mine] = rows, own
             start += own.shape[1]
         right, target = shared[0] > 0, shared[1]
+        self.bad.share()
+        self.bad.tell_evaluation(int((target < 0).sum()), count)
         return Scores(whole[:, 0] > 0, whole[:, 1] > 0, whole[:, 2], right, whole[:, 3], target)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the baseline, for flips after a resume."""
-        return {"baseline": self.baseline}
+        return {"baseline": self.baseline, "valid": self.was_valid}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a baseline."""
-        self.baseline = state["baseline"]
+        self.baseline, self.was_valid = state["baseline"], state.get("valid")
 
 
 def _judge(logits: Tensor, target: Tensor) -> Tensor:
     """Return top-1 right, top-5 right, cross entropy and confidence, [4, B] float32."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == target.unsqueeze(1)
-    loss = F.cross_entropy(logits, target, reduction="none")
+    loss = F.cross_entropy(logits, target, reduction="none", ignore_index=-1)
     return torch.stack([best[:, 0].float(), best.any(dim=1).float(), loss, confidence(logits)])

@@ -17,6 +17,7 @@ from common.checkpoint import read_metadata
 from common.options import (
     OptionError,
     actions_of,
+    add_bad_sample_option,
     add_fault_options,
     add_guard_options,
     add_transfer_options,
@@ -193,6 +194,7 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--input-key")
     add("--target-key")
     add("--dataset-trust-remote-code", **flag)
+    add_bad_sample_option(group)
 
     group = parser.add_argument_group("model (* a peer may set its own)")
     add = group.add_argument
@@ -502,6 +504,7 @@ def _check_ranges(options: argparse.Namespace) -> None:
         "validation_batch_size": 1,
         "train_batches_per_epoch": 1,
         "max_skips_in_a_row": 0,
+        "max_bad_samples": 0,
     }
     check_least(options, at_least)
     if not options.data and not options.plan:

@@ -37,7 +37,7 @@ FREE_TO_CHANGE = frozenset(
         "resume no_resume_opt output experiment workers pin_mem log_interval log_wandb "
         "wandb_project wandb_tags checkpoint_hist recovery_interval config epochs device data "
         "data_dir num_classes resolved_num_classes pretrained in_place validation_batch_size "
-        "local_rank engine plan gpu_mem on_nonfinite max_skips_in_a_row"
+        "local_rank engine plan gpu_mem on_nonfinite max_skips_in_a_row max_bad_samples"
     ).split()
 )
 EXPORT_TOLERANCE = 0.05

@@ -22,6 +22,7 @@ from classification.options import GUARD_DROPS, PeerSpec, parse
 from classification.peer import build_modules, build_peers
 from classification.plan import tell_plan
 from common import distributed
+from common.broken import BadSampleError, BadSamples
 from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.engine import build_engine
@@ -43,7 +44,7 @@ from common.trainer import Plan, Progress, Trainer
 
 _logger = logging.getLogger("train")
 
-FAULTS = (OptionError, ModelError, CheckpointError, NonFiniteError)
+FAULTS = (OptionError, ModelError, CheckpointError, NonFiniteError, BadSampleError)
 
 BASELINE_GAP = 0.5
 
@@ -68,6 +69,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     Raises:
         OptionError, ModelError, CheckpointError: Bad input, before any training.
         NonFiniteError: A peer's loss is not finite.
+        BadSampleError: More files are broken than allowed.
     """
     options, specs = parse(arguments)
     if options.plan:
@@ -82,7 +84,8 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         spec.name: outputs.metadata(spec, module, view)
         for spec, module, view in zip(specs, modules, views, strict=True)
     }
-    loader = TrainLoader(train_set, common_view(views), options, world, modules[0].num_classes)
+    classes, bad = modules[0].num_classes, BadSamples(options.max_bad_samples)
+    loader = TrainLoader(train_set, common_view(views), options, world, classes, bad)
     shown = zip(specs, modules, views, strict=True) if world.is_main else ()
     rows = [outputs.describe(*peer) for peer in shown]
     updates = -(-len(loader) // options.grad_accum_steps)
@@ -215,6 +218,7 @@ def _trainer(
         channels_last=[specs[i].options.channels_last for i in here],
         dtypes=[next(peer.module.parameters()).dtype for peer in group.here],
         watch=watch,
+        bad=loader.bad,
     )
     folder = folder_of(options, group.names, world)
     return Trainer(
@@ -247,6 +251,7 @@ def _trainer(
         on_baseline=lambda metrics: _compare_with_published(specs, metrics),
         watch=lambda batches: watch(batches, "training"),
         names_of=loader.names_of,
+        bad=loader.bad,
     )
 
 

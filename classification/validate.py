@@ -18,6 +18,7 @@ from classification.evaluation import PeerEvaluator
 from classification.options import parse
 from classification.peer import build_modules
 from classification.train import FAULTS, check_classes, start
+from common.broken import BadSamples
 from common.outputs import progress_bars, run_command
 
 _logger = logging.getLogger("validate")
@@ -37,6 +38,7 @@ def validate(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     Raises:
         OptionError, ModelError, CheckpointError: Bad input.
+        BadSampleError: More files are broken than allowed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, specs = parse([*given, "--rule", "none"], "validate")
@@ -54,10 +56,11 @@ def validate(arguments: Sequence[str] | None = None) -> dict[str, float]:
         getattr(torch, options.amp_dtype) if options.amp else None,
         dtypes=[next(module.parameters()).dtype for module in modules],
         watch=progress_bars(world.is_main),
+        bad=BadSamples(options.max_bad_samples),
     )
     scores = evaluator.score(modules)
     metrics = scores.metrics([spec.name for spec in specs], None)
-    _logger.info("%d images of %s", scores.ensemble.numel(), options.data)
+    _logger.info("%d images of %s", int(scores.valid.sum()), options.data)
     for spec, view in zip(specs, views, strict=True):
         _logger.info(
             "%s  top-1 %.3f  top-5 %.3f  loss %.4f  (%s)",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +18,9 @@ from common.distributed import gather_objects, is_first
 _logger = logging.getLogger(__name__)
 
 _NAMED = 5  # files of a message; the rest is counted
+_TRIED = 20  # others for a broken sample
 _DEATH = re.compile(r"DataLoader worker \(pid")
+_SENDING = ("multiprocessing.resource_sharer", "torch.multiprocessing.reductions")
 _SIGNALS = {
     "Killed": "most likely by the system, for want of memory",
     "Segmentation fault": "a library that decodes files crashed",
@@ -74,20 +79,23 @@ def read_or_replace(
         others: Chooses the k-th other one, from its position in the run alone; so a resume and
             another number of ranks choose the same.
         faults: What tells a broken file.
-        most: Files that the run may do without; one more than that is tried.
+        most: Files that the run may do without; once more are met, no other is tried.
 
     Returns:
         The sample itself where it is sound, else ``Replaced``.
     """
-    passed_over: list[BadSample] = []
-    for attempt in range(most + 1):
+    passed_over: dict[str, BadSample] = {}
+    for attempt in range(_TRIED + 2 * most if most else 1):
         try:
             sample = read(asked if attempt == 0 else others(attempt))
         except faults as error:
-            passed_over.append(BadSample.of(error))
+            bad = BadSample.of(error)
+            passed_over[bad.name] = bad
         else:
-            return Replaced(sample, passed_over) if passed_over else sample
-    return Replaced(None, passed_over)
+            return Replaced(sample, list(passed_over.values())) if passed_over else sample
+        if len(passed_over) > most:
+            break
+    return Replaced(None, list(passed_over.values()))
 
 
 def other_index(size: int, *numbers: int) -> int:
@@ -96,7 +104,7 @@ def other_index(size: int, *numbers: int) -> int:
 
 
 def sound(samples: Iterable[Any]) -> tuple[list[Any], list[BadSample]]:
-    """Take samples out of their ``Replaced``; those that nothing could replace are left out."""
+    """Take samples out of their ``Replaced``; those that nothing replaces are left out."""
     found: list[Any] = []
     bad: list[BadSample] = []
     for sample in samples:
@@ -199,7 +207,7 @@ class BadSamples:
 
     def _refusal(self) -> str:
         if len(self.found) == 1:
-            return f"{self._listed()}; mend or remove it, or raise {self.option}"
+            return f"{self._listed()}; mend or remove it, or allow broken files ({self.option})"
         return (
             f"{len(self.found)} broken files, {self.most} are allowed ({self.option}): "
             f"{self._listed()}; mend or remove them, or raise {self.option}"
@@ -215,7 +223,8 @@ class Counted:
     """A loader's batches without what came with them, which is counted.
 
     Args:
-        loader: Gives pairs: a batch, and the ``BadSample``s that were met on the way to it.
+        loader: Gives pairs: a batch, and the ``BadSample``s that were met on the way to it. The
+            batch is None where nothing could take the place of one.
         bad: Counts them.
         evaluating: See ``BadSamples.add``.
     """
@@ -232,37 +241,52 @@ class Counted:
         for batch, bad in self.loader:
             if bad:
                 self.bad.add(bad, self.evaluating)
+            if batch is None:
+                raise self.bad.fault(f"{bad[0]}; no sound sample is found to take its place")
             yield batch
 
 
-def is_worker_death(error: BaseException | None) -> bool:
-    """Whether an error is torch's, about a reading process that died.
+_LOST = (ConnectionError, EOFError, FileNotFoundError)  # of the socket to a process that is gone
 
-    torch raises it wherever the main process is when the signal comes, not only in its loader.
+
+def is_worker_death(error: BaseException | None) -> bool:
+    """Whether an error is about a reading process that died.
+
+    torch raises its own wherever the main process is when the signal comes, not only in its loader;
+    and where that was just fetching a batch, its connection breaks first.
     """
+    if isinstance(error, _LOST):
+        places = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+        return any(place.startswith(_SENDING) for place in places)
     return isinstance(error, RuntimeError) and bool(_DEATH.search(str(error)))
 
 
 @contextmanager
 def worker_deaths_told() -> Iterator[None]:
-    """Turn torch's error into one that says the cause and the way out.
+    """Turn what such a death raises into an error that says the cause and the way out.
 
     Raises:
         WorkerDiedError: In its place.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, *_LOST) as error:
         if not is_worker_death(error):
             raise
-        raise WorkerDiedError(_death_told(str(error))) from error
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler would raise again, in the midst of whatever ends the run
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise WorkerDiedError(_death_told(error)) from error
 
 
-def _death_told(message: str) -> str:
-    found = re.search(r"by signal: ([\w ]+\w)", message)
-    signal = found.group(1) if found else ""
-    cause = _SIGNALS.get(signal, "it is not known why")
-    ended = f"was ended by the signal {signal!r}" if signal else "exited unexpectedly"
+def _death_told(error: BaseException) -> str:
+    name, seen = "", error
+    while not name and is_worker_death(seen):
+        found = re.search(r"by signal: ([\w ]+\w)", str(seen))
+        name = found.group(1) if found else ""
+        seen = seen.__cause__ or seen.__context__ or RuntimeError()
+    ended = f"was ended by the signal {name!r}" if name else "exited unexpectedly"
+    cause = _SIGNALS.get(name or "Killed", "it is not known why")
     return (
         f"a process that reads data {ended}, {cause}; start fewer of them (--workers, "
         "DATALOADER.NUM_WORKERS; 0 reads in this process), make batches smaller, or give the "

@@ -157,11 +157,9 @@ class Ledger:
             weight.new_ones(1),
         ]
         counts = torch.cat([x.to(self._interval.dtype) for x in row])
-        bad = ~torch.isfinite(result.task_loss)
-        lost = bad.any() | ~torch.isfinite(result.score).all()
-        counts = torch.where(lost, torch.zeros_like(counts), counts)
-        size = len(self.names)
-        counts[-len(_ALL) - size : -len(_ALL)] = bad.to(counts.dtype)
+        counts = torch.where(counts.isfinite().all(), counts, torch.zeros_like(counts))
+        place = slice(-len(_ALL) - len(self.names), -len(_ALL))
+        counts[place] = (~result.task_loss.isfinite()).to(counts.dtype)
         self._interval += counts
 
     def read(self) -> Lessons:

@@ -120,6 +120,18 @@ def add_fault_options(group: Any) -> None:
     )
 
 
+def add_bad_sample_option(group: Any) -> None:
+    """Add how many broken files a run may do without; see ``common.broken.BadSamples``."""
+    group.add_argument(
+        "--max-bad-samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="broken files that may be replaced by others in training, and left out of evaluation "
+        "for all peers alike; one more stops the run",
+    )
+
+
 def transfer_of(
     options: argparse.Namespace, names: Sequence[str], frozen: Sequence[str] = (), rank: int = 0
 ) -> KnowledgeTransfer:

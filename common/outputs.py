@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common import distributed
+from common.broken import WorkerDiedError, worker_deaths_told
 from common.checkpoint import list_runs, load_run, newest_good_run
 from common.distributed import World
 from common.options import OptionError
@@ -44,9 +45,11 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
         The exit status: 0, 1 on bad input, 75 where SIGTERM ended it and it can be resumed.
     """
     start_logging()
+    told: tuple[type[Exception], ...] = (*faults, WorkerDiedError)
     try:
-        work()
-    except faults as error:
+        with worker_deaths_told():
+            work()
+    except told as error:
         _logger.error("error: %s", error)
         return 1
     except ToldByMain:

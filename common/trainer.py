@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from common import distributed
+from common.broken import BadSamples
 from common.checkpoint import CheckpointError, atomic_write, save_run, save_weights
 from common.clock import LoopClock, Pace
 from common.distributed import World
@@ -140,6 +141,7 @@ class Trainer:
         on_baseline: Called with the metrics of the start, before any training.
         watch: Wraps the loader's iterator, for instance in a progress bar.
         names_of: Given the batch that the loader gave last, returns what tells its samples.
+        bad: Where loader and evaluator count broken files.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class Trainer:
         on_baseline: Callable[[Mapping[str, float]], None] = lambda metrics: None,
         watch: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
         names_of: Callable[[Any], Names | None] = lambda batch: None,
+        bad: BadSamples | None = None,
     ) -> None:
         self.peers = peers
         self.engine = engine
@@ -176,6 +179,7 @@ class Trainer:
         self.on_baseline = on_baseline
         self.watch = watch
         self.names_of = names_of
+        self.bad = bad or BadSamples()
         self.finite = engine.finite = FiniteCheck(peers, plan.on_nonfinite, plan.max_skips)
         self.ledger = Ledger(peers.names, world.device, world.replicas)
         self.guard = Guard(peers, transfer, plan.guard, plan.metric, plan.lower_is_better)
@@ -187,6 +191,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
+            BadSampleError: More files are broken than ``bad`` allows.
             Preempted: SIGTERM came, and a run file was written. It is looked for after every step
                 in a single process, and with several ranks when they log.
         """
@@ -254,6 +259,7 @@ class Trainer:
 
     def _log(self, lessons: Lessons, pace: Pace) -> None:
         self.finite.check(self.engine.scaler)
+        self.bad.share()
         rates = {f"{peer.name}/lr": peer.lr for peer in self.peers.here}
         rates = distributed.merge_over_seats(rates, self.world)
         if not self.world.is_main:
@@ -281,6 +287,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         self.finite.check(self.engine.scaler)
+        self.bad.share()
         lessons = self.ledger.read_epoch()
         self.after_epoch()
         epoch = self.progress.epoch + 1
@@ -359,7 +366,7 @@ class Trainer:
 
     def notes(self) -> list[str]:
         """Say what was left out on the way; nothing where all went well."""
-        return [note for note in (self.finite.summary(),) if note]
+        return [note for note in (self.finite.summary(), self.bad.summary()) if note]
 
     def _write(self, scalars: Mapping[str, float]) -> None:
         for writer in self.writers:
@@ -372,6 +379,7 @@ class Trainer:
             NonFiniteError: A peer's weights are not finite; nothing is written.
         """
         self.finite.check(self.engine.scaler)
+        self.bad.share()
         refuse_broken_weights(self.peers, self.progress.updates)
         ranks = distributed.gather_objects(
             {
@@ -398,6 +406,7 @@ class Trainer:
                 "ranks": ranks,
                 "seats": self.world.seats,
                 "finite": self.finite.state_dict(),
+                "bad": self.bad.state_dict(),
                 "progress": {
                     "epoch": progress.epoch,
                     "batch": progress.batch,
@@ -449,6 +458,8 @@ class Trainer:
         )
         if "finite" in state:
             self.finite.load_state_dict(state["finite"])
+        if "bad" in state:
+            self.bad.load_state_dict(state["bad"])
         self.evaluator.load_state_dict(state["evaluator"])
         self._position_schedules()
         if optimizer:

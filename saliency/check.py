@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from saliency.layouts import Fault, Video, VideoSet, name_some
 _logger = logging.getLogger(__name__)
 
 DEPTHS = ("listing", "headers", "full")
-_FORMAT = 1  # of what is looked at: results of another version do not count
+_FORMAT = 2  # of what is looked at: results of another version do not count
 _SHOWN = 20
 
 
@@ -59,6 +59,7 @@ def check_data(
     cache: str | Path | None = None,
     workers: int = 4,
     progress: bool = True,
+    most_broken: int = 0,
 ) -> Listing:
     """Look at every file; warn of what training can live with, and refuse the rest.
 
@@ -71,6 +72,7 @@ def check_data(
             stay. None: ``~/.cache/peer-transfer``. Where it cannot be written, nothing is kept.
         workers: Threads.
         progress: Show a bar.
+        most_broken: How many files that cannot be read are only warned of.
 
     Returns:
         The warnings, and no fatal fault.
@@ -79,6 +81,9 @@ def check_data(
         DataError: There are fatal faults; shows the first twenty and their number.
     """
     listing = list_faults(datasets, depth=depth, cache=cache, workers=workers, progress=progress)
+    if sum(fault.broken for fault in listing.faults) <= most_broken:
+        mild = [replace(fault, fatal=fault.fatal and not fault.broken) for fault in listing.faults]
+        listing = Listing(tuple(mild))
     if listing.warnings:
         _logger.warning("%s", _told(listing.warnings, "warnings about the data"))
     refuse(listing.faults)
@@ -184,7 +189,7 @@ def _try(read: Callable[[str], Any], path: str, faults: list[Fault]) -> Any:
     try:
         return read(path)
     except DataError as error:
-        faults.append(Fault(path, str(error).removeprefix(f"{path}: ")))
+        faults.append(Fault(path, str(error).removeprefix(f"{path}: "), broken=True))
         return None
 
 
@@ -234,7 +239,7 @@ def _write_result(path: Path, fingerprint: str, depth: str, faults: Sequence[Fau
     known = {
         "fingerprint": fingerprint,
         "depth": depth,
-        "faults": [[fault.path, fault.text, fault.fatal] for fault in faults],
+        "faults": [[fault.path, fault.text, fault.fatal, fault.broken] for fault in faults],
     }
     text = json.dumps(known)
     try:

@@ -14,6 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from common.broken import (
+    BadSample,
+    BadSamples,
+    Counted,
+    Replaced,
+    other_index,
+    read_or_replace,
+    sound,
+)
 from common.distributed import World
 from saliency.check import refuse
 from saliency.clips import ClipView
@@ -369,6 +378,7 @@ class TrainLoader:
         map_size: Height and width of maps and fixations; None: those of the largest view.
         fixations: Also give fixations, for losses that need them.
         packed: Frames packed beforehand.
+        bad: Counts broken files; None: by itself, and none is allowed.
 
     Raises:
         DataError: Fatal faults in the listing, no view, or a number out of its range.
@@ -387,8 +397,10 @@ class TrainLoader:
         map_size: Size | None = None,
         fixations: bool = False,
         packed: PackedFrames | None = None,
+        bad: BadSamples | None = None,
     ) -> None:
         _refuse_below_one(batch_size=batch_size)
+        self.bad = bad or allowed()
         dataset = TrainClips(
             videos,
             views,
@@ -405,14 +417,15 @@ class TrainLoader:
         self.batch_size = batch_size
         self.batches = -(-len(self.order) // batch_size)
         self._generator = torch.Generator()
-        self._loader = DataLoader(
-            _Telling(dataset),
+        loader = DataLoader(
+            _Replacing(dataset, self.bad.most),
             batch_size=batch_size,
             sampler=self.order,
             generator=self._generator,
             persistent_workers=workers > 0,
             **_reading(workers, world, _join),
         )
+        self._batches = Counted(loader, self.bad)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Prepare an epoch, without its first ``start`` batches."""
@@ -423,7 +436,7 @@ class TrainLoader:
         return self.batches
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        for batch in _told(self._loader):
+        for batch in self._batches:
             yield batch.to(self.device, non_blocking=True)
 
     def names_of(self, batch: ClipBatch) -> Callable[[], list[str]]:
@@ -440,6 +453,8 @@ class EvalLoader:
     so does each worker, so that frames read for one target serve the next ones; hence the batches
     of several workers come in turns. With more ranks than batches, some have none.
 
+    A target whose files are broken, where some may be, is left out.
+
     Args:
         videos: Of the validation split.
         views: What the peers see.
@@ -449,6 +464,10 @@ class EvalLoader:
         workers: Processes that read; 0: this one.
         fixations: Also give fixations.
         packed: Frames packed beforehand.
+        bad: Counts broken files; None: by itself, and none is allowed.
+
+    Attributes:
+        left_out: Targets that the last pass left out, on this rank.
 
     Raises:
         DataError: Fatal faults in the listing, no view, or a number out of its range.
@@ -465,15 +484,23 @@ class EvalLoader:
         workers: int = 4,
         fixations: bool = True,
         packed: PackedFrames | None = None,
+        bad: BadSamples | None = None,
     ) -> None:
         _refuse_below_one(batch_size=batch_size, stride=stride)
+        self.bad = bad or allowed()
         reader = FrameReader(packed, keep=_window(views, stride))
         self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
         self.batch_size = batch_size
         self.workers = workers
         self.world = world
         self.device = world.device
+        self.left_out = 0
         self._read(_targets(videos, stride))
+
+    @property
+    def targets(self) -> int:
+        """How many targets all ranks read together."""
+        return len(self._targets)
 
     def choose(self, choose: Callable[[int], Sequence[int]]) -> None:
         """Keep some of the split's target frames.
@@ -491,69 +518,90 @@ class EvalLoader:
         size, rank = self.world.size, self.world.rank
         share = slice(*(len(every) * k // size for k in (rank, rank + 1)))
         self.batches = _in_turns(every[share], self.workers)
-        self._loader = DataLoader(
-            _Telling(self.dataset),
+        loader = DataLoader(
+            _LeavingOut(self.dataset),
             batch_sampler=self.batches,
             generator=torch.Generator().manual_seed(0),
             **_reading(self.workers, self.world, _join_by_size),
         )
+        self._loader = Counted(loader, self.bad, evaluating=True)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        for parts in _told(self._loader):
+        asked = iter(self.batches)
+        self.left_out = 0
+        for parts in self._loader:
+            self.left_out += len(next(asked)) - sum(map(len, parts))
             for batch in parts:
                 yield batch.to(self.device, non_blocking=True)
 
 
-class _Telling(Dataset):
-    """Hands a ``DataError`` over as a sample; torch puts a traceback in what a worker raises.
+def allowed(most: int = 0) -> BadSamples:
+    """Return a count of broken files that raises ``DataError``."""
+    return BadSamples(most, fault=DataError)
+
+
+class _Replacing(Dataset):
+    """In the place of a sample whose files are broken comes another one.
+
+    Which one depends on seed, epoch and the sample alone. What was broken is handed over with it:
+    torch puts a traceback in what a worker raises.
+
+    Args:
+        dataset: Reads the samples.
+        most: Broken files that the run may do without.
+    """
+
+    def __init__(self, dataset: TrainClips, most: int) -> None:
+        self.dataset = dataset
+        self.most = most
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> ClipSample | Replaced:
+        def other(attempt: int) -> Draw:
+            numbers = self.dataset.seed, draw.epoch, draw.index, attempt
+            return draw._replace(index=other_index(len(self), *numbers))
+
+        return read_or_replace(self.dataset.__getitem__, draw, other, (DataError,), self.most)
+
+
+class _LeavingOut(Dataset):
+    """Hands over what is wrong with a target's files in its place.
 
     Args:
         dataset: Reads the samples.
     """
 
-    def __init__(self, dataset: ClipDataset) -> None:
+    def __init__(self, dataset: EvalClips) -> None:
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, asked: Any) -> ClipSample | DataError:
+    def __getitem__(self, target: tuple[int, int]) -> ClipSample | Replaced:
         try:
-            return self.dataset[asked]
+            return self.dataset[target]
         except DataError as error:
-            return error
+            return Replaced(None, [BadSample.of(error)])
 
 
-def _join(samples: Sequence[ClipSample | DataError]) -> ClipBatch | DataError:
-    """Join samples, or hand the first error over."""
-    errors = [sample for sample in samples if isinstance(sample, DataError)]
-    return errors[0] if errors else collate(samples)
+def _join(samples: Sequence[ClipSample | Replaced]) -> tuple[ClipBatch | None, list[BadSample]]:
+    """Join samples, and tell what was passed over; None: one could not be replaced."""
+    found, bad = sound(samples)
+    return collate(found) if len(found) == len(samples) else None, bad
 
 
-def _join_by_size(samples: Sequence[ClipSample | DataError]) -> list[ClipBatch] | DataError:
+def _join_by_size(
+    samples: Sequence[ClipSample | Replaced],
+) -> tuple[list[ClipBatch], list[BadSample]]:
     """Join those samples whose maps and fixations have the same sizes."""
     groups: dict[Any, list[ClipSample]] = {}
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
+    found, bad = sound(samples)
+    for sample in found:
         points = None if sample.fixations is None else sample.fixations.shape
         groups.setdefault((sample.map.shape, points), []).append(sample)
-    return [collate(group) for group in groups.values()]
-
-
-def _told(batches: Iterable[Any]) -> Iterator[Any]:
-    """Give what workers read.
-
-    Raises:
-        DataError: One was handed over; in this process, so that it is one plain line.
-    """
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    return [collate(group) for group in groups.values()], bad
 
 
 def _targets(videos: VideoSet, stride: int) -> list[tuple[int, int]]:

@@ -110,7 +110,12 @@ def evaluate(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[
     shown = bars and sys.stderr.isatty()
     on_main(
         world,
-        lambda: check_data(videos, depth=options.check_depth, progress=shown),
+        lambda: check_data(
+            videos,
+            depth=options.check_depth,
+            progress=shown,
+            most_broken=options.max_bad_samples,
+        ),
         (DataError,),
     )
     if options.check_data:

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.distributed import World
+from common.broken import BadSample, BadSamples
+from common.distributed import World, gather_objects
 from common.peers import PeerGroup
 from saliency.clips import ClipView
-from saliency.data import ClipBatch, EvalLoader
+from saliency.data import ClipBatch, EvalLoader, allowed
+from saliency.errors import DataError
 from saliency.images import read_fixations, scale_fixations
 from saliency.layouts import VideoSet
 from saliency.metrics import METRICS, SaliencyMetrics, Scores, resize_and_blur
@@ -73,10 +75,12 @@ class OtherFixations:
     Args:
         videos: Of the split.
         seed: Of the draws.
+        bad: Counts broken files; a frame with one has no fixations here. None: none is allowed.
     """
 
-    def __init__(self, videos: VideoSet, seed: int = 0) -> None:
+    def __init__(self, videos: VideoSet, seed: int = 0, bad: BadSamples | None = None) -> None:
         self.videos = videos
+        self.bad = bad or allowed()
         self.seed = seed
         self.places = [
             (number, frame)
@@ -107,7 +111,11 @@ class OtherFixations:
         """Return a frame's fixations at a size; of each file only the points are kept."""
         if place not in self._points:
             video = self.videos.videos[place[0]]
-            points = read_fixations(video.path(str(video.fixations[place[1]])))
+            try:
+                points = read_fixations(video.path(str(video.fixations[place[1]])))
+            except DataError as error:
+                self.bad.add([BadSample.of(error)], evaluating=True)
+                points = np.zeros(size, bool)
             self._points[place] = np.flatnonzero(points), points.shape
         points, shape = self._points[place]
         whole = np.zeros(shape, bool)
@@ -162,7 +170,7 @@ class SaliencyEvaluator:
         self.on_maps = on_maps
         self.videos = loader.dataset.videos
         shuffled = "auc_shuffled" in self.names
-        self.others = OtherFixations(self.videos, seed) if shuffled else None
+        self.others = OtherFixations(self.videos, seed, loader.bad) if shuffled else None
         self._told = False
 
     def evaluate(self, peers: PeerGroup) -> dict[str, float]:
@@ -204,6 +212,9 @@ class SaliencyEvaluator:
                     self.on_maps(name, batch.targets, maps)
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
+        self.loader.bad.share()
+        left_out = sum(gather_objects(self.loader.left_out))
+        self.loader.bad.tell_evaluation(left_out, self.loader.targets)
         return {name: self._in_order(metrics.compute()) for name, metrics in running.items()}
 
     def _in_order(self, scores: Scores) -> Scores:

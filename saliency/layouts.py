@@ -29,11 +29,13 @@ class Fault:
         path: Of the file or folder.
         text: What is wrong with it.
         fatal: Whether training must not begin.
+        broken: It is a file that cannot be read, of which a run may do without some.
     """
 
     path: str
     text: str
     fatal: bool = True
+    broken: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}: {self.text}"

@@ -13,6 +13,7 @@ import yaml
 from common.options import (
     OptionError,
     actions_of,
+    add_bad_sample_option,
     add_fault_options,
     add_guard_options,
     add_transfer_options,
@@ -60,7 +61,8 @@ FREE_TO_CHANGE = frozenset(
     (
         "resume output experiment workers log_interval log_wandb wandb_project checkpoint_hist "
         "recovery_interval config epochs device data_root packed check_depth val_batch_size "
-        "in_place check_data plan gpu_mem engine on_nonfinite max_skips_in_a_row"
+        "in_place check_data plan gpu_mem engine on_nonfinite "
+        "max_skips_in_a_row max_bad_samples"
     ).split()
 )
 
@@ -95,13 +97,15 @@ def add_data_options(parser: argparse.ArgumentParser, dataset: str | None) -> No
     Args:
         dataset: The script's data set; None: ``--dataset`` chooses.
     """
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     if dataset is None:
         add("--dataset", choices=tuple(LAYOUTS), default="dhf1k")
     add("--data-root", metavar="DIR", help="of the data set, in its authors' layout")
     add("--check-data", **_FLAG, help="only look at the data, and list what is wrong")
     add("--check-depth", choices=DEPTHS, default="headers", help="how closely to look beforehand")
     add("--packed", metavar="DIR", help="keep frames there at the peers' sizes, for slow disks")
+    add_bad_sample_option(group)
     add("-j", "--workers", type=int, default=4)
     add("--val-stride", type=int, default=32, help="from one target of a video to the next")
     add("--val-batch-size", type=int, default=4, help="targets a batch")
@@ -357,6 +361,12 @@ def check_data_options(options: argparse.Namespace) -> None:
     """
     if not options.data_root and not getattr(options, "plan", False):
         raise OptionError("no data: give the folder of the data set as --data-root")
-    check_least(options, {"workers": 0, "val_stride": 1, "val_batch_size": 1, "blur": 0})
+    least = {"workers": 0, "val_stride": 1, "val_batch_size": 1, "blur": 0, "max_bad_samples": 0}
+    check_least(options, least)
+    if options.packed and options.max_bad_samples:
+        raise OptionError(
+            f"--max-bad-samples {options.max_bad_samples} with --packed: every frame is packed, "
+            "and a broken one cannot be; leave one of the two out"
+        )
     if options.blur and options.blur % 2 == 0:
         raise OptionError(f"--blur is {options.blur}; expected an odd number of pixels, or 0")

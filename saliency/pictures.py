@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from common.report.plots import color_of
 from common.roles import assign_roles
-from saliency.data import ClipBatch, EvalClips, collate
+from saliency.data import ClipBatch, ClipSample, EvalClips, collate
+from saliency.errors import DataError
 from saliency.images import read_frame
 from saliency.layouts import VideoSet
 from saliency.losses import saliency_loss
@@ -34,7 +37,7 @@ def teaching_pictures(
 
     Args:
         peers: Their modes are put back; averaged weights are taken where there are any.
-        videos: Of the first ``count`` videos, the middle frame is shown.
+        videos: Of the first ``count`` videos that can be read, the middle frame is shown.
         count: How many.
         sample_device: Where the peers are.
 
@@ -44,13 +47,12 @@ def teaching_pictures(
     peers = list(peers)
     dataset = EvalClips(videos, [peer.view for peer in peers])
     columns = ["frame", "truth", *(peer.name for peer in peers)]
-    shown = range(min(count, len(videos.videos)))
+    shown = list(itertools.islice(_readable(dataset), count))
     figure = Figure(figsize=(_INCH * len(columns), 0.72 * _INCH * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), len(columns), squeeze=False)
-    for row, number in zip(axes, shown, strict=True):
-        video = videos.videos[number]
-        target = len(video) // 2
-        batch = collate([dataset[number, target]]).to(sample_device)
+    for row, sample in zip(axes, shown, strict=True):
+        video, target = videos.videos[sample.video], sample.target
+        batch = collate([sample]).to(sample_device)
         maps, best = predict(peers, batch)
         frame = read_frame(video.path(video.frames[target]))
         pictures = [frame, *(overlay(frame, m[0].cpu().numpy()) for m in [batch.maps, *maps])]
@@ -73,6 +75,13 @@ def teaching_pictures(
         "teach the others there."
     )
     return file.getvalue(), caption
+
+
+def _readable(dataset: EvalClips) -> Iterator[ClipSample]:
+    """Yield the middle frame of every video; what is broken was told by the evaluation."""
+    for number, video in enumerate(dataset.videos.videos):
+        with contextlib.suppress(DataError):
+            yield dataset[number, len(video) // 2]
 
 
 @torch.no_grad()

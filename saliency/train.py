@@ -21,6 +21,7 @@ import yaml
 from torch import nn
 
 from common import distributed
+from common.broken import BadSamples
 from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.engine import ENGINES
@@ -43,7 +44,7 @@ from common.roles import NonFiniteError
 from common.trainer import Plan, Progress, Trainer, Writer
 from saliency.check import check_data
 from saliency.clips import ClipView
-from saliency.data import EvalLoader, TrainLoader
+from saliency.data import EvalLoader, TrainLoader, allowed
 from saliency.errors import DataError
 from saliency.evaluation import (
     SaliencyEvaluator,
@@ -112,7 +113,8 @@ def run(
     if options.check_data:
         return None
     packed = pack(options, (train_set, held_out), views, world, bars)
-    loader = _train_loader(options, train_set, views, world, packed)
+    bad = allowed(options.max_bad_samples)
+    loader = _train_loader(options, train_set, views, world, packed, bad)
     if world.is_main:
         rows = zip(specs, modules, views, strict=True)
         log_table([describe(*row) for row in rows])
@@ -122,7 +124,7 @@ def run(
     group = _group(build_peers(specs, modules, views, options, world, updates))
     torch.manual_seed(options.seed + world.rank)
     watch = progress_bars(bars and world.is_main)
-    evaluator = build_evaluator(options, held_out, views, world, packed, watch)
+    evaluator = build_evaluator(options, held_out, views, world, packed, watch, bad=bad)
     trainer = _trainer(options, group, loader, evaluator, world, watch)
     if state is not None:
         source = resumed_folder(options)
@@ -151,7 +153,12 @@ def open_splits(options: argparse.Namespace, world: World, bars: bool) -> tuple[
     )
 
     def look() -> None:
-        check_data(splits, depth=options.check_depth, progress=bars and sys.stderr.isatty())
+        check_data(
+            splits,
+            depth=options.check_depth,
+            progress=bars and sys.stderr.isatty(),
+            most_broken=options.max_bad_samples,
+        )
         for split in splits:
             frames = sum(len(video) for video in split.videos)
             _logger.info("%s: %d videos, %d frames", split, len(split.videos), frames)
@@ -180,6 +187,7 @@ def _train_loader(
     views: Sequence[ClipView],
     world: World,
     packed: PackedFrames | None,
+    bad: BadSamples,
 ) -> TrainLoader:
     if options.nss and not has_fixations(videos):
         raise OptionError(
@@ -197,6 +205,7 @@ def _train_loader(
         map_size=tuple(options.map_size) if options.map_size else None,
         fixations=bool(options.nss),
         packed=packed,
+        bad=bad,
     )
 
 
@@ -235,6 +244,7 @@ def build_evaluator(
         workers=options.workers,
         fixations=any(map(needs_fixations, metrics)),
         packed=packed,
+        bad=rest.pop("bad", None) or allowed(options.max_bad_samples),
     )
     return SaliencyEvaluator(
         loader,
@@ -295,6 +305,7 @@ def _trainer(
         after_epoch=lambda: average_buffers(group, world),
         watch=lambda batches: watch(batches, "training"),
         names_of=loader.names_of,
+        bad=loader.bad,
     )
 
 

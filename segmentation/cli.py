@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
+from common.broken import worker_deaths_told
 from common.checkpoint import CheckpointError
 from common.outputs import start_logging
 from common.planner import add_plan_options
@@ -27,7 +28,7 @@ from common.termination import EXIT_STATUS, Preempted
 from common.trainer import write_csv
 from segmentation import checkpoints
 from segmentation.config import RunConfig, load_run
-from segmentation.data import check_classes
+from segmentation.data import allowed, check_classes
 from segmentation.errors import FAULTS, ConfigError
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
@@ -105,10 +106,11 @@ def plan(run: RunConfig, options: argparse.Namespace) -> int:
 def work(run: RunConfig, options: argparse.Namespace) -> None:
     """Train or evaluate in this process."""
     _start(run)
-    if options.eval_only:
-        evaluate_only(run, options.resume)
-    else:
-        train(run, options.resume)
+    with worker_deaths_told():
+        if options.eval_only:
+            evaluate_only(run, options.resume)
+        else:
+            train(run, options.resume)
 
 
 def _launch(run: RunConfig, options: argparse.Namespace) -> int:
@@ -168,12 +170,13 @@ def evaluate_only(run: RunConfig, resume: bool = False) -> dict[str, float]:
         SegmentorPeer(config.name, build_with_weights(config)[0], config.cfg, frozen=True)
         for config in (_at_last_checkpoint(run) if resume else run.peers)
     ]
-    metrics = evaluate_run(run, peers)
+    bad = allowed(run.transfer.MAX_BAD_SAMPLES)
+    metrics = evaluate_run(run, peers, bad=bad)
     if comm.is_main_process():
         log_metrics(metrics, [*run.names, "ensemble"])
         write_csv(run.output_dir / "evaluation.csv", [metrics])
     if run.cfg.TEST.AUG.ENABLED:
-        augmented = evaluate_run(run, peers, tta=True)
+        augmented = evaluate_run(run, peers, tta=True, bad=bad)
         _report_tta(run, augmented)
         metrics |= augmented
     return metrics

@@ -137,6 +137,7 @@ def transfer_defaults() -> CfgNode:
     node.GUARD_PATIENCE = 2  # in so many evaluations in a row
     node.ON_NONFINITE = "stop"  # or "skip" the iteration; common.finite
     node.MAX_SKIPS_IN_A_ROW = MOST_SKIPS
+    node.MAX_BAD_SAMPLES = 0  # broken files that the run may do without; common.broken
     node.KEEP = 3  # resumable checkpoints that stay on disk; 0: all
     node.PEERS = []
     return node
@@ -326,7 +327,9 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
             raise ConfigError(
                 f"{file}: TRANSFER.{key} is {node[key]!r}; choose from {', '.join(allowed)}"
             )
-    least = dict.fromkeys(("WEIGHT", "MARGIN", "WARMUP_ITERS", "KEEP", "MAX_SKIPS_IN_A_ROW"), 0)
+    least = dict.fromkeys(
+        ("WEIGHT", "MARGIN", "WARMUP_ITERS", "KEEP", "MAX_SKIPS_IN_A_ROW", "MAX_BAD_SAMPLES"), 0
+    )
     for key, value in {**least, "ACCUMULATE": 1, "GUARD_PATIENCE": 1}.items():
         if not node[key] >= value:
             raise ConfigError(f"{file}: TRANSFER.{key} is {node[key]}; expected {value} or more")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from detectron2.structures import Instances
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.broken import (
+    BadSample,
+    BadSamples,
+    Counted,
+    Replaced,
+    other_index,
+    read_or_replace,
+    sound,
+)
 from common.seeding import generators_kept, seed_generators
 from segmentation import scenes
 from segmentation.errors import DataError, told_of
@@ -213,8 +222,15 @@ class Stream(Sampler[tuple[int, int]]):
             position += self.ranks
 
 
-class Carrying:
-    """A mapper whose DataError is its result, so that it crosses from a worker as it is.
+def allowed(most: int = 0) -> BadSamples:
+    """Return a count of broken files that raises ``DataError``."""
+    return BadSamples(most, "TRANSFER.MAX_BAD_SAMPLES", DataError)
+
+
+class LeavingOut:
+    """A mapper that hands over what is wrong with a record's files in the sample's place.
+
+    So it crosses from a worker as it is.
 
     Args:
         mapper: Makes a sample of a record.
@@ -224,37 +240,48 @@ class Carrying:
         self.mapper = mapper
 
     def __call__(self, record: Any) -> Any:
-        """Return the sample, or what is wrong with it."""
+        """Return the sample, or ``Replaced`` by nothing."""
         try:
             return self.mapper(record)
         except DataError as error:
-            return error
-
-
-def unpacked(batches: Iterable[list[Any]]) -> Iterator[list[Any]]:
-    """Yield batches; raise the error that one carries.
-
-    Raises:
-        DataError: As the mapper did.
-    """
-    for batch in batches:
-        for sample in batch:
-            if isinstance(sample, DataError):
-                raise sample
-        yield batch
+            return Replaced(None, [BadSample.of(error)])
 
 
 class SeededRecords(Dataset):
-    """Maps each record with draws that depend on the run's seed and the position alone."""
+    """Maps each record with draws that depend on the run's seed and the position alone.
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], mapper: Any, seed: int) -> None:
-        self.records, self.mapper, self.seed = records, mapper, seed
+    In the place of a record whose files are broken comes another, chosen by the same.
 
-    def __getitem__(self, drawn: tuple[int, int]) -> dict[str, Any]:
+    Args:
+        records: As Detectron2's catalog gives them.
+        mapper: Makes a sample of a record.
+        seed: Of the run.
+        most: Broken files that the run may do without.
+    """
+
+    def __init__(
+        self, records: Sequence[Mapping[str, Any]], mapper: Any, seed: int, most: int = 0
+    ) -> None:
+        self.records, self.mapper, self.seed, self.most = records, mapper, seed, most
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Any:
         position, index = drawn
-        with generators_kept():
-            seed_generators(self.seed, position)
-            return self.mapper(self.records[index])
+
+        def read(index: int) -> dict[str, Any]:
+            with generators_kept():
+                seed_generators(self.seed, position)
+                return self.mapper(self.records[index])
+
+        def other(attempt: int) -> int:
+            return other_index(len(self.records), self.seed, position, attempt)
+
+        return read_or_replace(read, index, other, (DataError,), self.most)
+
+
+def _collate(samples: list[Any]) -> tuple[list[Any] | None, list[BadSample]]:
+    """Tell which files were passed over; None: a sample could not be replaced."""
+    found, bad = sound(samples)
+    return found if len(found) == len(samples) else None, bad
 
 
 def build_train_loader(
@@ -268,6 +295,7 @@ def build_train_loader(
     ranks: int = 1,
     start: int = 0,
     pin: bool = False,
+    bad: BadSamples | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Build the endless stream of this rank's batches, lists of samples.
 
@@ -280,20 +308,23 @@ def build_train_loader(
         rank: Of this process, among ``ranks``.
         start: How many samples all ranks together have already taken.
         pin: Put tensors where a GPU fetches them while this process goes on.
+        bad: Counts broken files; None: by itself, and none is allowed.
 
     Raises:
-        DataError: From the stream: a sample that cannot be read; names the file.
+        DataError: From the stream: more files that cannot be read than allowed; names them.
     """
+    bad = bad or allowed()
     loader = DataLoader(
-        SeededRecords(records, Carrying(mapper), seed),
+        SeededRecords(records, mapper, seed, bad.most),
         batch_size=batch,
         sampler=Stream(len(records), seed, rank, ranks, start),
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=_collate,
         persistent_workers=workers > 0,
         pin_memory=pin,
     )
-    return unpacked(iter(loader))  # opened now: that draws from torch's generator
+    batches = iter(loader)  # opened now: that draws from torch's generator
+    return iter(Counted(batches, bad))
 
 
 def load_datasets(names: Sequence[str]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from common.broken import WorkerDiedError
 from common.checkpoint import CheckpointError
 from common.roles import NonFiniteError
 
@@ -23,7 +24,14 @@ class SegmentorError(ValueError):
 
 
 # What ends a run in one line, not in a traceback.
-FAULTS = (ConfigError, DataError, SegmentorError, CheckpointError, NonFiniteError)
+FAULTS = (
+    ConfigError,
+    DataError,
+    SegmentorError,
+    CheckpointError,
+    NonFiniteError,
+    WorkerDiedError,
+)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,15 @@ from detectron2.evaluation import SemSegEvaluator
 from torch import Tensor
 
 from common import distributed
+from common.broken import BadSamples, Counted, sound
 from segmentation.data import (
-    Carrying,
+    LeavingOut,
     TestMapper,
+    allowed,
     check_labels,
     load_datasets,
     peer_view,
     read_labels,
-    unpacked,
 )
 from segmentation.errors import DataError
 from segmentation.peer import SegmentorPeer
@@ -58,6 +60,7 @@ def evaluate_group(
     peers: Sequence[SegmentorPeer],
     dataset: str,
     tta: bool = False,
+    bad: BadSamples | None = None,
 ) -> dict[str, float]:
     """Evaluate every peer and, of several, the mean of their probabilities.
 
@@ -68,21 +71,25 @@ def evaluate_group(
         peers: As they are; their modes are put back afterwards.
         dataset: A registered name.
         tta: Average over the sizes and flips of each peer's TEST.AUG; metrics end in ``_TTA``.
+        bad: Counts broken files, whose images are left out for all peers alike; None: by itself,
+            and none is allowed.
 
     Returns:
         ``PEER/mIoU``, ``fwIoU``, ``mACC``, ``pACC`` and ``PEER/IoU-CLASS``, in percent, the same on
         all ranks; and those of ``ensemble``.
 
     Raises:
-        DataError: Files that are missing or broken, or a dataset of another kind.
+        DataError: More files that are missing or broken than allowed, or a dataset of another kind.
     """
+    bad, done = bad or allowed(), 0
     records = load_datasets([dataset])
     names = [peer.name for peer in peers] + [ENSEMBLE] * (len(peers) > 1)
     evaluators = {name: _evaluator(dataset) for name in names}
     for evaluator in evaluators.values():
         evaluator.reset()
     with torch.no_grad(), evaluating(peers):
-        for inputs in _progress(_loader(peers, records, tta)):
+        for inputs in _progress(_loader(peers, records, tta, bad)):
+            done += 1
             mean: Tensor | None = None
             for peer, sample in zip(peers, inputs, strict=True):
                 p = augmented(peer, sample) if tta else predict(peer, sample)
@@ -92,6 +99,8 @@ def evaluate_group(
                 del p  # or it stays while the next one is made
             if mean is not None:
                 evaluators[ENSEMBLE].process([inputs[0]], [{"sem_seg": mean}])
+    bad.share()
+    bad.tell_evaluation(len(records) - sum(distributed.gather_objects(done)), len(records))
     found = {name: evaluator.evaluate() for name, evaluator in evaluators.items()}
     found = distributed.gather_objects(found)[0]
     suffix = "_TTA" if tta else ""
@@ -134,22 +143,30 @@ def augmented(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
 
 
 def _loader(
-    peers: Sequence[SegmentorPeer], records: list[dict[str, Any]], tta: bool
+    peers: Sequence[SegmentorPeer], records: list[dict[str, Any]], tta: bool, bad: BadSamples
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield one image after another, as each peer's sample."""
     loader = build_detection_test_loader(
         records,
-        mapper=Carrying(_GroupMapper(peers, tta)),
+        mapper=LeavingOut(_GroupMapper(peers, tta, bad.most > 0)),
         num_workers=peers[0].cfg.DATALOADER.NUM_WORKERS,
     )
-    for batch in unpacked(loader):
-        yield batch[0]
+    yield from chain.from_iterable(Counted(map(sound, loader), bad, evaluating=True))
 
 
 class _GroupMapper:
-    """Read an image once for every distinct test geometry."""
+    """Read an image once for every distinct test geometry.
 
-    def __init__(self, peers: Sequence[SegmentorPeer], tta: bool) -> None:
+    Args:
+        peers: Whose.
+        tta: As the file is, for the sizes of TEST.AUG.
+        labels: Look at the labels too, before any peer is judged by them.
+    """
+
+    def __init__(self, peers: Sequence[SegmentorPeer], tta: bool, labels: bool) -> None:
+        head = peers[0].cfg.MODEL.SEM_SEG_HEAD
+        self.classes, self.ignore = head.NUM_CLASSES, head.IGNORE_VALUE
+        self.labels = labels
         self.geometries = [
             (0, 0) if tta else (peer.cfg.INPUT.MIN_SIZE_TEST, peer.cfg.INPUT.MAX_SIZE_TEST)
             for peer in peers
@@ -157,6 +174,9 @@ class _GroupMapper:
         self.mappers = {size: TestMapper(*size) for size in self.geometries}
 
     def __call__(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.labels:
+            path = record["sem_seg_file_name"]
+            check_labels(read_labels(path, dtype=np.int64), self.classes, self.ignore, path)
         samples = {size: mapper(record) for size, mapper in self.mappers.items()}
         return [samples[size] for size in self.geometries]
 

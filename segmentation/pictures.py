@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 from common.report.plots import color_of
 from common.roles import assign_roles
 from segmentation.data import TestMapper, check_labels, load_datasets, read_labels
+from segmentation.errors import DataError
 from segmentation.evaluation import evaluating
 from segmentation.peer import Batch, SegmentorPeer, at_grid, dense_score, make_batch
 from segmentation.scenes import palette
@@ -32,22 +35,22 @@ def teaching_pictures(
 
     Args:
         peers: On one device; their modes are put back.
-        dataset: A registered name; its first images are taken.
+        dataset: A registered name; its first images that can be read are taken.
         count: How many.
 
     Returns:
         A PNG, and a caption.
     """
-    records = load_datasets([dataset])[:count]
     ignore = int(MetadataCatalog.get(dataset).ignore_label)
+    readable = _readable(load_datasets([dataset]), peers, ignore)
+    batches = list(itertools.islice(readable, count))
     colors = _palette(dataset, ignore)
     columns = ["image", "truth", *(peer.name for peer in peers), "best at each pixel"]
     figure = Figure(
-        figsize=(_INCH * len(columns), _INCH * len(records) + 0.4), layout="constrained"
+        figsize=(_INCH * len(columns), _INCH * len(batches) + 0.4), layout="constrained"
     )
-    axes = figure.subplots(len(records), len(columns), squeeze=False)
-    for row, record in zip(axes, records, strict=True):
-        batch = _batch(record, peers, ignore)
+    axes = figure.subplots(len(batches), len(columns), squeeze=False)
+    for row, batch in zip(axes, batches, strict=True):
         predictions, teacher, of_image = _lessons(peers, batch)
         shown = [
             batch.samples[0]["image"].permute(1, 2, 0).cpu().numpy(),
@@ -72,6 +75,15 @@ def teaching_pictures(
         "mean over the image is. White: ignored, or nobody is better than all others."
     )
     return file.getvalue(), caption
+
+
+def _readable(
+    records: Iterable[dict[str, Any]], peers: Sequence[SegmentorPeer], ignore: int
+) -> Iterator[Batch]:
+    """Yield one image after another; what is broken was told by the evaluation."""
+    for record in records:
+        with contextlib.suppress(DataError):
+            yield _batch(record, peers, ignore)
 
 
 def _batch(record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int) -> Batch:

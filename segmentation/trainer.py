@@ -19,6 +19,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from common import distributed
+from common.broken import BadSamples, is_worker_death
 from common.distributed import World
 from common.engine import ENGINES
 from common.finite import FiniteCheck, refuse_broken_weights
@@ -30,7 +31,13 @@ from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
 from segmentation import checkpoints, solver
 from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig, lasting_settings
-from segmentation.data import SharedMapper, build_train_loader, check_classes, load_datasets
+from segmentation.data import (
+    SharedMapper,
+    allowed,
+    build_train_loader,
+    check_classes,
+    load_datasets,
+)
 from segmentation.errors import FAULTS, ConfigError, told_of
 from segmentation.evaluation import evaluate_group
 from segmentation.hooks import EndIfAsked, Evaluate, PeerSchedules, PeriodicSave, SameBatches
@@ -77,6 +84,7 @@ class TransferTrainer(TrainerBase):
         self.history: list[dict[str, float]] = []
         self.lessons: list[dict[str, float]] = []
         self.best: dict[str, list[float]] = {}
+        self.bad = allowed(run.transfer.MAX_BAD_SAMPLES)
         records = load_datasets(run.cfg.DATASETS.TRAIN)
         self.dataset = DatasetFromList(records, copy=False)  # one copy for all workers
         seed_all_rng(self.seed)  # of weights that no file gives
@@ -173,7 +181,7 @@ class TransferTrainer(TrainerBase):
             ``tta`` names end in ``_TTA``.
         """
         share_buffers(self.peers)
-        return evaluate_run(self.run, self.peers, tta)
+        return evaluate_run(self.run, self.peers, tta, self.bad)
 
     def save(self, final: bool = False) -> None:
         """Write a checkpoint of the run; every rank calls it.
@@ -186,6 +194,7 @@ class TransferTrainer(TrainerBase):
         """
         done = min(self.iter + 1, self.max_iter)
         self.finite.check(self.engine.scaler)
+        self.bad.share()
         refuse_broken_weights(self.peers, done)
         share_buffers(self.peers)
         ranks = distributed.gather_objects(
@@ -205,6 +214,7 @@ class TransferTrainer(TrainerBase):
                 "scaler": self.engine.scaler.state_dict(),
                 "guard": self.guard.state_dict(),
                 "finite": self.finite.state_dict(),
+                "bad": self.bad.state_dict(),
                 "best": self.best,
                 "history": self.history,
                 "lessons": self.lessons,
@@ -215,7 +225,7 @@ class TransferTrainer(TrainerBase):
 
     def notes(self) -> list[str]:
         """Say what was left out on the way; nothing where all went well."""
-        return [note for note in (self.finite.summary(),) if note]
+        return [note for note in (self.finite.summary(), self.bad.summary()) if note]
 
     def _finish(self) -> None:
         """Give a run that was killed at its very end the files that it lacks."""
@@ -285,10 +295,12 @@ class TransferTrainer(TrainerBase):
             ranks=self.world.size,
             start=done * transfer.ACCUMULATE * cfg.SOLVER.IMS_PER_BATCH,
             pin=self.world.device.type == "cuda",
+            bad=self.bad,
         )
 
     def _log(self, done: int) -> None:
         self.finite.check(self.engine.scaler)
+        self.bad.share()
         lessons = self.ledger.read()
         scalars = read_losses(self.peers) | lessons.scalars() | self.finite.scalars()
         scalars["transfer/weight"] = self.transfer.weight_at(done)
@@ -340,6 +352,8 @@ class TransferTrainer(TrainerBase):
         self.engine.scaler.load_state_dict(record["scaler"])
         if "finite" in record:
             self.finite.load_state_dict(record["finite"])
+        if "bad" in record:
+            self.bad.load_state_dict(record["bad"])
         self._data = self._open_stream(self.start_iter)
         _logger.info("resumed after iteration %d", self.start_iter)
         if len(record["ranks"]) != self.world.size:
@@ -387,7 +401,8 @@ def faults_untold() -> Iterator[None]:
     """Keep Detectron2's loop from logging a traceback of what is told in one line later."""
 
     def tells_more(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or not isinstance(record.exc_info[1], (*FAULTS, Preempted))
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, (*FAULTS, Preempted)) or is_worker_death(error))
 
     logger = logging.getLogger(TrainerBase.__module__)
     logger.addFilter(tells_more)
@@ -461,12 +476,20 @@ def per_rank_batch(batch: int, ranks: int) -> int:
 
 
 def evaluate_run(
-    run: RunConfig, peers: Sequence[SegmentorPeer], tta: bool = False
+    run: RunConfig,
+    peers: Sequence[SegmentorPeer],
+    tta: bool = False,
+    bad: BadSamples | None = None,
 ) -> dict[str, float]:
-    """Evaluate peers on each of DATASETS.TEST; see ``TransferTrainer.evaluate``."""
+    """Evaluate peers on each of DATASETS.TEST; see ``TransferTrainer.evaluate``.
+
+    Args:
+        bad: Counts broken files; None: by itself, with TRANSFER.MAX_BAD_SAMPLES.
+    """
+    bad = bad or allowed(run.transfer.MAX_BAD_SAMPLES)
     metrics: dict[str, float] = {}
     for i, dataset in enumerate(run.cfg.DATASETS.TEST):
-        found = evaluate_group(peers, dataset, tta)
+        found = evaluate_group(peers, dataset, tta, bad)
         if len(run.cfg.DATASETS.TEST) > 1:
             for name, value in found.items():
                 peer, metric = name.split("/", 1)

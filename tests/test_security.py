@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from classification.data import ImageError, read_sample
+from classification.images import BrokenImageError, read_image
 from classification.models import ModelError, create_classifier
 from classification.options import parse
 from classification.train import main as classify
@@ -552,8 +552,8 @@ def test_a_sample_without_a_name_is_told_by_its_number(huge):
         def __getitem__(self, index):
             return np.asarray(Image.open(huge))
 
-    with pytest.raises(ImageError, match="sample 3: Image size"):
-        read_sample(Nameless(), 3)
+    with pytest.raises(BrokenImageError, match="sample 3: Image size"):
+        read_image(Nameless(), 3)
 
 
 # Segmentation, where Detectron2 is installed.

@@ -25,6 +25,7 @@ from classification.data import (
 from classification.models import create_classifier
 from classification.options import parse
 from classification.train import check_same_classes
+from common.broken import BadSamples
 from common.distributed import World
 from common.options import OptionError
 
@@ -67,6 +68,33 @@ def test_a_batch_tells_its_files(digits, more):
             assert all(Path(name).is_file() for name in names)
             told |= set(names)
         assert len(told) > 15
+
+
+def test_others_take_the_place_of_broken_images(digits, tmp_path):
+    shutil.copytree(digits / "train", tmp_path / "train")
+    broken = [tmp_path / "train" / str(k) / "5.png" for k in range(10)]
+    for path in broken:
+        path.write_bytes(b"no image")
+
+    def loader(*more, world=HERE, batch=20):
+        options = options_of(tmp_path, "-b", str(batch), "--max-bad-samples", "10", *more)
+        data = open_dataset(options, True, 3)
+        return TrainLoader(data, INCEPTION, options, world, 10, BadSamples(10))
+
+    one = loader()
+    whole = epoch_of(one, 1)
+    assert set(one.bad.found) == set(map(str, broken))
+    assert same(whole, epoch_of(loader("-j", "2"), 1))
+    assert same(whole[7:], epoch_of(loader(), 1, 7))
+    ranks = [epoch_of(loader(world=World(r, 2, r, CPU), batch=10), 1) for r in range(2)]
+    for (images, target), *parts in zip(whole, *ranks, strict=True):
+        assert all(torch.equal(images[r::2], x) for r, (x, _) in enumerate(parts))
+        assert all(torch.equal(target[r::2], y) for r, (_, y) in enumerate(parts))
+    one.set_epoch(1)
+    for _, target in one:
+        names = one.names_of(None)()
+        assert [int(Path(name).parent.name) for name in names] == target.tolist()
+        assert not set(names) & set(map(str, broken))
 
 
 def test_a_view_normalises_as_the_peer_itself_would():
@@ -270,6 +298,9 @@ def test_webdataset_shards_stream_and_resume_at_the_right_batch(digits, tmp_path
     assert same(epoch_of(again, 1, start=5), whole[5:])
     held_out = eval_loader(open_dataset(options, False, 3), INCEPTION, options, HERE)
     assert torch.bincount(torch.cat([y for _, y in held_out])).tolist() == [20] * 10
+    options.max_bad_samples = 3
+    with pytest.raises(OptionError, match="3 with --dataset wds/digits: a stream's own reader"):
+        TrainLoader(open_dataset(options, True, 3), INCEPTION, options, HERE, 10)
 
 
 def test_a_tar_file_is_a_dataset(digits, tmp_path):

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import yaml
 
 from classification.data import TrainLoader
+from classification.images import read_image
 from classification.options import parse
 from classification.train import main, run
 from classification.validate import validate
@@ -333,6 +335,59 @@ def test_or_is_skipped_counted_and_told(digits, tmp_path, caplog, nan_in_batch_3
         assert_equal_weights(
             weights_of(tmp_path / "whole", name), weights_of(tmp_path / "again", name)
         )
+
+
+@pytest.fixture
+def own_digits(digits, tmp_path):
+    """A copy that a test may break."""
+    shutil.copytree(digits, tmp_path / "digits")
+    return tmp_path / "digits"
+
+
+def cut(path, size=60):
+    path.write_bytes(path.read_bytes()[:size])
+    return str(path)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_broken_image_stops_and_is_named(own_digits, tmp_path, caplog, split):
+    file = cut(own_digits / split / "3" / "11.png")
+    assert main(arguments_of(own_digits, tmp_path, "-j", "1", epochs=1)) == 1
+    assert f"error: {file}: " in caplog.text and "Traceback" not in caplog.text
+    assert "mend or remove it, or allow broken files (--max-bad-samples)" in caplog.text
+
+
+def test_broken_images_are_replaced_left_out_and_told(own_digits, tmp_path, caplog):
+    """In evaluation as if they were not there, for peers of two geometries alike."""
+    of_none = arguments_of(own_digits, tmp_path / "none", epochs=1)
+    files = [own_digits / "train" / "3" / "11.png", own_digits / "validation" / "5" / "7.png"]
+    told = [cut(path) for path in files]
+    more = "--max-bad-samples 2 --recovery-interval 1 --checkpoint-hist 99".split()
+    whole = run(arguments_of(own_digits, tmp_path / "whole", *more, "-j", "1"), bars=False)
+    assert [caplog.text.count(f"{file}: ") for file in told] == [2, 2]  # when met, and at the end
+    assert caplog.text.count("evaluated without 1 of 200 samples") >= 3
+    page = (tmp_path / "whole" / "run" / "report.html").read_text()
+    assert "2 broken files were done without" in page and "left out 1 of them" in page
+    again = ["--resume", str(tmp_path / "whole" / "run" / "run-00001-00000003.pt")]
+    assert run(arguments_of(own_digits, tmp_path / "again", *more, *again), bars=False) == whole
+    record = load_run(tmp_path / "again" / "run")
+    assert set(record["bad"]["found"]) == set(told)
+    files[1].unlink()
+    files[0].write_bytes((own_digits / "train" / "3" / "12.png").read_bytes())
+    for key, value in run(of_none, bars=False).history[0].items():
+        assert value == pytest.approx(whole.history[0][key], abs=1e-9)
+
+
+def test_a_killed_worker_ends_in_one_line(digits, tmp_path, caplog, monkeypatch):
+    def read(dataset, index):
+        if torch.utils.data.get_worker_info() is not None and index % 7 == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_image(dataset, index)
+
+    monkeypatch.setattr("classification.data.read_image", read)
+    assert main(arguments_of(digits, tmp_path, "-j", "1")) == 1
+    assert "error: a process that reads data" in caplog.text and "(--workers" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_class_counts_that_differ_name_both(digits, tmp_path):

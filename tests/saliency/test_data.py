@@ -524,7 +524,7 @@ def test_an_error_of_a_worker_is_one_line(tmp_path, workers):
     for loader in loaders:
         with pytest.raises(DataError) as caught:
             list(loader)
-        assert str(caught.value).endswith("; copy or extract it anew")
+        assert "; copy or extract it anew; mend or remove it, or allow" in str(caught.value)
         assert "\n" not in str(caught.value) and "images/0002.png: no image" in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from common.guard import STOPPED, UNTAUGHT
 from saliency.data import TrainLoader
 from saliency.evaluate import evaluate
 from saliency.evaluate import main as evaluate_main
+from saliency.images import read_map
 from saliency.models import create_model, published_state_dict
 from saliency.train import main, run
 from tests.launch import launch
@@ -297,6 +299,48 @@ def test_or_is_skipped_by_all_peers(data, tmp_path, caplog, nan_in_batch_1):
     epochs = trainer.progress.epoch
     assert trainer.progress.lessons[-1]["Flat/skipped"] == epochs == len(nan_in_batch_1)
     assert f"{epochs} optimizer steps were skipped by all peers" in caplog.text
+
+
+@pytest.fixture
+def broken_data(data, tmp_path):
+    """A copy with a broken frame of a training video, and one of a validation video."""
+    root = shutil.copytree(data, tmp_path / "broken")
+    files = [root / "annotation/0002/images/0003.png", root / "val/0602/images/0004.png"]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    return root, [str(file) for file in files]
+
+
+def test_broken_files_are_replaced_left_out_and_told(broken_data, data, tmp_path, caplog):
+    root, files = broken_data
+    assert main("dhf1k", "train", arguments(root, tmp_path)) == 1
+    assert "2 faults in the data" in caplog.text
+    assert main("dhf1k", "train", arguments(root, tmp_path, "--max-bad-samples", 1)) == 1
+    more = ("--max-bad-samples", 2, "--clips-per-video", 2, "--recovery-interval", 1)
+    trainer = train(root, tmp_path, *more, "--checkpoint-hist", 99, "--workers", 1)
+    assert set(trainer.bad.found) == set(files) and trainer.bad.left_out == {files[1]}
+    assert f"replaced by others: {files[0]}: no image that can be decoded" in caplog.text
+    assert re.search(r"evaluated without [1-3] of 5 samples", caplog.text)
+    page = (trainer.folder / "report.html").read_text()
+    assert "2 broken files were done without" in page and "left out 1 of them" in page
+    middle = trainer.folder / "run-00000-00000003.pt"
+    again = train(root, tmp_path / "again", *more, "--resume", middle)
+    assert again.progress == trainer.progress and again.bad.found == trainer.bad.found
+    asked = ("--packed", str(tmp_path / "packed"), "--max-bad-samples", 2)
+    assert main("dhf1k", "train", arguments(root, tmp_path / "x", *asked)) == 1
+    assert "--max-bad-samples 2 with --packed" in caplog.text
+
+
+def test_a_killed_worker_ends_in_one_line(data, tmp_path, caplog, monkeypatch):
+    def read(path):
+        if torch.utils.data.get_worker_info() is not None and path.endswith("0005.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_map(path)
+
+    monkeypatch.setattr("saliency.data.read_map", read)
+    assert main("dhf1k", "train", arguments(data, tmp_path, "--workers", "1")) == 1
+    assert "error: a process that reads data" in caplog.text and "(--workers" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_check_data_lists_what_is_wrong_and_builds_nothing(tmp_path, caplog):

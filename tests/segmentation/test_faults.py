@@ -1,6 +1,8 @@
 """What goes wrong while a run is on its way ends in one line that names it."""
 
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 
 from segmentation.cli import main
 from segmentation.config import load_run
+from segmentation.data import read_labels
 from segmentation.errors import DataError
 from segmentation.peer import make_batch
 from segmentation.trainer import TransferTrainer
@@ -54,6 +57,45 @@ def test_a_broken_test_image_is_named(tmp_path, own_datasets, capfd):
     assert str(own_datasets / "val" / "images") in line
 
 
+def test_broken_files_are_replaced_left_out_and_told(tmp_path, own_datasets, capfd):
+    """In evaluation as if they were not there."""
+    files = [own_datasets / "train/images", own_datasets / "train/labels"]
+    files = [sorted(folder.glob("*.png"))[k] for k, folder in enumerate(files)]
+    files.append(sorted((own_datasets / "val/labels").glob("*.png"))[1])
+    for path in files:
+        path.write_bytes(path.read_bytes()[:200])
+    options = ["SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "0"]
+    line = fails(write_run(tmp_path, MAX_BAD_SAMPLES=2), *options, capfd=capfd)
+    assert "3 broken files, 2 are allowed (TRANSFER.MAX_BAD_SAMPLES): " in line
+    assert all(str(path) in line for path in files)
+    run = write_run(tmp_path, output="whole", MAX_BAD_SAMPLES=3)
+    assert main(["--config-file", str(run), *options, "DATALOADER.NUM_WORKERS", "1"]) == 0
+    told = capfd.readouterr().out
+    assert "evaluated without 1 of 3 samples" in told and "3 broken files were done" in told
+    assert "left out 1 of them" in (tmp_path / "whole" / "report.html").read_text()
+    record = torch.load(tmp_path / "whole" / "run.pt", weights_only=True)
+    assert set(record["bad"]["found"]) == set(map(str, files))
+    files[2].unlink()
+    (own_datasets / "val/images" / files[2].name).unlink()
+    trainer = TransferTrainer(load_run([write_run(tmp_path, output="none", MAX_BAD_SAMPLES=3)]))
+    assert trainer.evaluate() == {
+        key: pytest.approx(value, nan_ok=True)
+        for key, value in record["history"][0].items()
+        if key != "iteration"
+    }
+
+
+def test_a_killed_worker_ends_in_one_line(tmp_path, datasets, capfd, monkeypatch):
+    def read(path, *rest, **named):
+        if torch.utils.data.get_worker_info() is not None and "train" in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_labels(path, *rest, **named)
+
+    monkeypatch.setattr("segmentation.data.read_labels", read)
+    line = fails(write_run(tmp_path), *ONE_STEP, "DATALOADER.NUM_WORKERS", "1", capfd=capfd)
+    assert "a process that reads data" in line and "DATALOADER.NUM_WORKERS" in line
+
+
 def test_an_empty_test_set_is_named(tmp_path, own_datasets, capfd):
     for path in (own_datasets / "val" / "images").glob("*.png"):
         path.unlink()
@@ -71,11 +113,13 @@ def test_weights_that_are_not_finite_are_named(tmp_path, datasets, capfd):
 @pytest.fixture
 def nan_in_iteration_2(monkeypatch):
     """Break the second image of the second iteration; return where its file is told."""
-    seen = SimpleNamespace(batches=[], file="")
+    seen = SimpleNamespace(batches=[], file="", last=0)
 
     def broken(samples, *rest):
         batch = make_batch(samples, *rest)
         seen.batches.append(samples)
+        if len(seen.batches) == seen.last:
+            raise KeyboardInterrupt
         if len(seen.batches) == 2:
             batch.samples[1]["image"] = batch.samples[1]["image"].float() * float("nan")
             seen.file = samples[1]["file_name"]
@@ -118,9 +162,11 @@ def test_or_is_skipped_and_the_resumed_run_is_the_same(
     record = torch.load(tmp_path / "out" / "run.pt", weights_only=True)
     assert record["finite"]["total"] == 1 and record["lessons"][-1]["fpn/skipped"] == 1
     nan_in_iteration_2.batches.clear()
-    again = [*options, "OUTPUT_DIR", str(tmp_path / "again"), "SOLVER.MAX_ITER"]
-    assert main(["--config-file", str(run), *again, "2"]) == 0
-    assert main(["--config-file", str(run), "--resume", *again, "4"]) == 0
+    nan_in_iteration_2.last = 3
+    again = ["--config-file", str(run), "--resume", *options, "OUTPUT_DIR", str(tmp_path / "again")]
+    with pytest.raises(KeyboardInterrupt):
+        main(again)
+    assert main(again) == 0 and len(nan_in_iteration_2.batches) == 5
     resumed = torch.load(tmp_path / "again" / "run.pt", weights_only=True)
     assert resumed["finite"] == record["finite"]
     last = torch.load(weights_of(tmp_path / "again", "fpn")[-1], weights_only=True)["model"]
