@@ -266,18 +266,18 @@ def is_labelled(options: argparse.Namespace) -> bool:
 
 
 def student_of(asked: str | None, candidates: Sequence[Candidate]) -> int | None:
-    """Find whom the ranking is for, by its name or model.
+    """Find whom the ranking is for, by its name, model or file.
 
     Raises:
         OptionError: No such model, or several.
     """
     if asked is None:
         return None
-    known = [(candidate.spec.name, candidate.spec.model) for candidate in candidates]
-    found = [i for i, words in enumerate(known) if asked in words]
-    found = [i for i, (name, _) in enumerate(known) if name == asked] or found
+    specs = [candidate.spec for candidate in candidates]
+    found = [i for i, spec in enumerate(specs) if asked in (spec.model, spec.checkpoint)]
+    found = [i for i, spec in enumerate(specs) if spec.name == asked] or found
     if len(found) != 1:
-        told = ", ".join(name for name, _ in known)
+        told = ", ".join(spec.name for spec in specs)
         raise OptionError(f"--for {asked}: {len(found)} models are called so; there are {told}")
     return found[0]
 

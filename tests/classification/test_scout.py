@@ -165,7 +165,10 @@ def test_images_are_read_once_per_geometry_and_never_again(
 
 def test_ranking_for_one(scouting, trained, no_report):
     again = ["--model", f"{trained}/a/last.safetensors"]  # the wildcard means it too
-    found = scout([*scouting, *again, "--for", "c", "--team-size", "2", "3"], bars=False)
+    found = scout(
+        [*scouting, *again, "--for", f"{trained}/c/last.safetensors", "--team-size", "2", "3"],
+        bars=False,
+    )
     assert found["names"] == ["a", "b", "c", "d"]
     assert len(found["teams"]) == 3 + 3 and all("c" in team["members"] for team in found["teams"])
     assert found["teams"][0]["value"] == found["teams"][0]["predicted"]["flips"]["c"]
