@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from classification.images import read_image
 from common.options import OptionError
 
 
@@ -41,7 +42,11 @@ class Part(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(self.indices[index])]
+        return read_image(self.dataset, int(self.indices[index]))
+
+    def filename(self, index: int, **how: Any) -> str:
+        """Return an image's file, as timm's datasets do."""
+        return self.dataset.filename(int(self.indices[index]), **how)
 
 
 def split_held_out(dataset: Any, share: float, seed: int) -> tuple[Part, Part]:

@@ -43,6 +43,8 @@ def read_image(dataset: Any, index: int) -> tuple[Any, Any]:
         file, target, *_ = dataset.reader[index]
         image = Image.open(file)
         image = image.convert(dataset.input_img_mode or image.mode)
+    except BrokenImageError:
+        raise  # told already, by a part of a dataset
     except _BROKEN as error:
         reason = str(error) or type(error).__name__
         raise BrokenImageError(f"{name_of(dataset, index)}: {reason}") from error

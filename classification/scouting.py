@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import itertools
 import logging
@@ -20,10 +19,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from classification.data import View
 from classification.evaluation import PeerEvaluator
+from classification.held_out import Part
 from classification.models import ModelError
 from classification.options import PeerSpec
 from classification.outputs import metadata
 from classification.peer import build_modules
+from common.broken import BadSamples
 from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.logit_cache import CachedLogits, ChunkWriter, LogitCache, hash_weights
@@ -156,35 +157,6 @@ def build(spec: PeerSpec, options: argparse.Namespace) -> tuple[nn.Module, View]
     return modules[0], views[0]
 
 
-class Picked(Dataset):
-    """Some samples of a dataset, in an order; its transform can be set.
-
-    Args:
-        dataset: Map-style.
-        indices: Which.
-    """
-
-    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
-        self.dataset = dataset
-        self.indices = list(indices)
-
-    @property
-    def transform(self) -> Any:
-        """What images go through."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset = copy.copy(self.dataset)
-        self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
-
-
 @dataclass(frozen=True)
 class Split:
     """The samples that are scouted on.
@@ -277,6 +249,7 @@ def cached_logits(
     groups: dict[Any, list[int]] = {}
     for k in lacking:
         groups.setdefault(candidates[k].view.geometry, []).append(k)
+    bad = BadSamples(options.max_bad_samples)
     done = len(caches) - len(lacking)
     _logger.info("logits of %d models known, of %d to be computed", done, len(lacking))
     for members in groups.values():
@@ -288,9 +261,14 @@ def cached_logits(
                 split,
                 options,
                 world,
+                bad,
                 watch,
             )
-    return CachedLogits(caches)
+    logits = CachedLogits(caches)
+    if logits.count < len(split.indices):
+        told = len(split.indices) - logits.count, len(split.indices)
+        _logger.warning("scouted without %d of %d samples, whose files are broken", *told)
+    return logits
 
 
 def _compute(
@@ -299,6 +277,7 @@ def _compute(
     split: Split,
     options: argparse.Namespace,
     world: World,
+    bad: BadSamples,
     watch: Watch,
 ) -> None:
     names = ", ".join(candidate.spec.name for candidate in candidates)
@@ -309,7 +288,7 @@ def _compute(
     chunks = sorted({chunk for cache in caches for chunk in cache.missing()})
     samples = itertools.chain.from_iterable(caches[0].samples(chunk) for chunk in chunks)
     evaluator = PeerEvaluator(
-        Picked(split.dataset, [split.indices[i] for i in samples]),
+        Part(split.dataset, [split.indices[i] for i in samples]),
         [candidate.view for candidate in candidates],
         options,
         world,
@@ -317,6 +296,7 @@ def _compute(
         channels_last=[candidate.spec.options.channels_last for candidate in candidates],
         dtypes=[next(module.parameters()).dtype for module in modules],
         watch=lambda batches, _: watch(batches, names[:40]),
+        bad=bad,
     )
     writers = [ChunkWriter(cache, chunks) for cache in caches]
     for _, _, logits, target in evaluator.forward(modules):

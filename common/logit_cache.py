@@ -135,6 +135,8 @@ class LogitCache:
 class CachedLogits:
     """The complete caches of M models on the same samples, as ``common.survey`` reads them.
 
+    Samples with the label -1, whose files are broken, are left out.
+
     Raises:
         ValueError: Caches of different samples or classes, or none.
     """
@@ -145,15 +147,21 @@ class CachedLogits:
             raise ValueError(f"expected logits of one shape, got {told or 'none'}")
         self.caches = list(caches)
         self.names = [cache.name for cache in caches]
-        self.count, self.classes = caches[0].count, caches[0].classes
+        self.classes = caches[0].classes
+        self._labels = caches[0].labels()
+        self._where = (self._labels >= 0).nonzero().flatten()
+        self.count = len(self._where)
 
     def read(self, model: int, start: int, stop: int) -> Tensor:
         """Return one model's logits of the samples from start to stop, [b, C] float32."""
-        return self.caches[model].read(start, stop)
+        where = self._where[start:stop]
+        first, last = int(where[0]), int(where[-1])
+        whole = self.caches[model].read(first, last + 1)
+        return whole if len(whole) == len(where) else whole[where - first]
 
     def labels(self) -> Tensor:
-        """Return the labels [n], -1 where they are not known."""
-        return self.caches[0].labels()
+        """Return the labels [n]."""
+        return self._labels[self._where]
 
 
 class ChunkWriter:

@@ -86,6 +86,63 @@ def rank_correlation(
     return RankCorrelation(rho, float(low), float(high), p, p_models, len(x))
 
 
+def correlation_within(
+    predicted: Sequence[float],
+    realised: Sequence[float],
+    groups: Sequence[int],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> RankCorrelation:
+    """Correlate orders inside groups alone: what groups differ in does not count.
+
+    Ranks are taken in each group, less their mean there, and correlated over all. The permutation
+    test exchanges outcomes inside groups; the bootstrap draws whole groups.
+
+    Args:
+        predicted: One an outcome, finite.
+        realised: The outcomes, finite.
+        groups: Which group each belongs to.
+        level: Of the percentile interval.
+        seed: Of all draws.
+
+    Returns:
+        NaNs where nothing varies inside the groups; ``p_models`` is never known.
+    """
+    x, y, which = (np.asarray(v, dtype=float) for v in (predicted, realised, groups))
+    parts = [np.flatnonzero(which == group) for group in np.unique(which)]
+    a = [_centred(x[part]) for part in parts]
+    b = [_centred(y[part]) for part in parts]
+    products = np.array(
+        [[(u * v).sum(), (u * u).sum(), (v * v).sum()] for u, v in zip(a, b, strict=True)]
+    )
+    rho = float(_ratio(products.sum(axis=0)))
+    nothing = math.nan
+    if len(x) < FEWEST or not math.isfinite(rho):
+        return RankCorrelation(nothing, nothing, nothing, nothing, nothing, len(x))
+    random = np.random.default_rng(seed)
+    crossed = np.zeros(_DRAWS)
+    for u, v in zip(a, b, strict=True):
+        orders = random.permuted(np.tile(np.arange(len(v)), (_DRAWS, 1)), axis=1)
+        crossed += v[orders] @ u
+    total = products.sum(axis=0)
+    drawn = products[random.integers(len(parts), size=(_DRAWS, len(parts)))].sum(axis=1)
+    low, high = np.nanquantile(_ratio(drawn), [(1 - level) / 2, (1 + level) / 2])
+    p = _tail(crossed / math.sqrt(total[1] * total[2]), rho)
+    return RankCorrelation(rho, float(low), float(high), p, nothing, len(x))
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    ranks = stats.rankdata(values)
+    return ranks - ranks.mean()
+
+
+def _ratio(products: np.ndarray) -> np.ndarray:
+    size = np.sqrt(products[..., 1] * products[..., 2])
+    found = np.full(size.shape, np.nan)
+    return np.divide(products[..., 0], size, out=found, where=size > 0)
+
+
 def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Correlate the ranks of rows [k, n]; NaN for a row that does not vary."""
     a, b = stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.rank_correlation import rank_correlation
+from common.rank_correlation import correlation_within, rank_correlation
 from common.scouting import Judge, Team, usable_predictors
 from common.survey import Survey
 
@@ -140,8 +140,8 @@ def compare(
 
     Returns:
         Plain containers: ``runs`` (team, gain, predictions, each also by member), ``correlations``
-        (for each predictor over ``teams`` by the mean of their members, and over ``members``), and
-        ``controlled``.
+        (for each predictor over ``teams`` by the mean of their members, over ``members``, and over
+        the ``partners`` of each single model), and ``controlled``.
     """
     judges = _Judges(found)
     rows: list[dict[str, Any]] = []
@@ -172,6 +172,13 @@ def compare(
                     rank_correlation(
                         [x for row in rows for x in row["predicted"][name]],
                         [x for row in rows for x in row["gains"]],
+                    )
+                ),
+                "partners": asdict(
+                    correlation_within(
+                        [x for row in rows for x in row["predicted"][name]],
+                        [x for row in rows for x in row["gains"]],
+                        [i for one in realised for i in one.members],
                     )
                 ),
             }

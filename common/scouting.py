@@ -66,6 +66,11 @@ def _complementarity(view: TeamView) -> Tensor:
     return oracle - view.correct.double().mean(dim=1)
 
 
+def _error(view: TeamView) -> Tensor:
+    assert view.correct is not None
+    return 1 - view.correct.mean(dim=1, dtype=torch.float64)
+
+
 def _confidence_gap(view: TeamView) -> Tensor:
     assert view.calibrated is not None
     return _taught(view, _gap(view.calibrated) * _differ(view))
@@ -116,6 +121,12 @@ PREDICTORS: dict[str, Predictor] = {
         _complementarity,
         "accuracy of the oracle minus the student's own: what the team knows and it does not, "
         "whatever the rule",
+        "labels",
+    ),
+    "error": Predictor(
+        _error,
+        "the member's own error, whoever its partners are: the baseline, for weak models may gain "
+        "from anybody",
         "labels",
     ),
     "kl": Predictor(

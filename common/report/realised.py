@@ -81,23 +81,25 @@ def realised_lead(outcome: Mapping[str, Any]) -> str:
 
 
 def correlation_rows(outcome: Mapping[str, Any]) -> list[list[str]]:
-    """Return a row of text a predictor: name, by teams, p, p by models, by members."""
+    """Return a row of text a predictor, under ``HEAD``."""
     rows = []
     for name, found in outcome["realised"]["correlations"].items():
-        teams, members = found["teams"], found["members"]
+        teams, partners = found["teams"], found["partners"]
         rows.append(
             [
                 name + " (ranked by)" * (name == outcome["predictor"]),
                 _interval(teams),
                 _p(teams["p"]),
                 _p(teams["p_models"]),
-                _interval(members),
+                _interval(found["members"]),
+                _interval(partners),
+                _p(partners["p"]),
             ]
         )
     return rows
 
 
-HEAD = ["Predictor", "Teams", "p", "p by models", "Single models"]
+HEAD = ["Predictor", "Teams", "p", "p by models", "Members", "Partners of a model", "p "]
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -116,7 +118,8 @@ def _correlation_table(outcome: Mapping[str, Any]) -> Html:
     caption = (
         f"Spearman's rank correlation with the mean gain of a team, over {first['teams']['count']} "
         f"teams, and with each member's own gain, over {first['members']['count']}; with 95 % "
-        "bootstrap intervals. p: share of permutations as far from 0."
+        "bootstrap intervals. p: share of permutations as far from 0. Partners of a model: the "
+        "gains of one model with different partners alone, which is what --for asks; pooled."
     )
     return data_table(caption, HEAD, correlation_rows(outcome))
 

@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 
+from classification.held_out import Part
 from classification.models import ModelError, models_meant
 from classification.options import build_parser, parse
 from classification.scout import add_scout_options, main, scout, team_sizes
-from classification.scouting import Picked
 from classification.train import run
 from classification.validate import validate
 from common import logit_cache
@@ -120,8 +120,8 @@ def test_peers_of_a_yaml_file_are_trained_from_one(trained, digits, scouting, tm
 def counted(monkeypatch):
     """Count the images that are decoded."""
     seen = []
-    plain = Picked.__getitem__
-    monkeypatch.setattr(Picked, "__getitem__", lambda s, i: seen.append(i) or plain(s, i))
+    plain = Part.__getitem__
+    monkeypatch.setattr(Part, "__getitem__", lambda s, i: seen.append(i) or plain(s, i))
     return seen
 
 
@@ -199,6 +199,16 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(scouting, no_report):
     assert ("--engine two-pass" in found["commands"][0]) == (first == "two-pass")
     none = scout([*scouting, "--budget-gpu-mem", "10K"], bars=False)
     assert none["teams"] == [] and none["too_large"] == 6 and none["commands"] == []
+
+
+def test_broken_images_are_named_or_left_out(scouting, digits, tmp_path, caplog, no_report):
+    shutil.copytree(digits / "validation", tmp_path / "data" / "validation")
+    broken = tmp_path / "data" / "validation" / "3" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    given = [str(tmp_path / "data"), *scouting[1:]]
+    assert main(given) == 1 and str(broken) in caplog.text
+    found = scout([*given, "--max-bad-samples", "1"], bars=False)
+    assert found["samples"] == 199 and "without 1 of 200" in caplog.text
 
 
 def flat_folder(digits, folder):

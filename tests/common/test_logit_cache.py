@@ -50,6 +50,17 @@ def test_cached_logits_survey_as_those_in_memory(tmp_path):
     assert torch.allclose(one.kl, two.kl, atol=5e-3)
 
 
+def test_samples_whose_files_are_broken_are_left_out(tmp_path):
+    logits, labels = torch.randn(21, 6), torch.randint(6, (21,))
+    labels[[0, 9, 20]] = -1
+    cached = CachedLogits([filled(tmp_path, logits, labels)])
+    kept = logits[labels >= 0]
+    assert cached.count == 18 and torch.equal(cached.labels(), labels[labels >= 0])
+    for start, stop in ((0, 18), (7, 10), (3, 6)):
+        got = cached.read(0, start, stop).softmax(1)
+        assert torch.allclose(got, kept[start:stop].softmax(1), atol=2e-3)
+
+
 def test_only_what_is_missing_or_broken_is_written_again(tmp_path):
     logits, labels = torch.randn(21, 6), torch.randint(6, (21,))
     cache = filled(tmp_path, logits, labels)

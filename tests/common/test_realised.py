@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from common.rank_correlation import rank_correlation
+from common.rank_correlation import correlation_within, rank_correlation
 from common.realised import FinishedRun, compare, realised_gains
 from common.scouting import Judge
 from common.survey import HeldLogits, survey
@@ -38,6 +38,19 @@ def test_chance_gives_small_p_as_rarely_as_it_says():
     random = np.random.default_rng(1)
     p = [rank_correlation(*random.normal(size=(2, 12)), seed=k).p for k in range(40)]
     assert 0 < np.mean(np.array(p) < 0.2) < 0.4
+
+
+def test_order_inside_groups_is_not_fooled_by_the_groups():
+    # each group the wrong way round, the groups' levels the right way
+    x, y = [1, 2, 3, 11, 12, 13], [3, 2, 1, 13, 12, 11]
+    groups = [0, 0, 0, 1, 1, 1]
+    assert rank_correlation(x, y).rho > 0.5
+    found = correlation_within(x, y, groups)
+    assert found.rho == pytest.approx(-1) and found.count == 6
+    assert found.p == pytest.approx(2 / 36, abs=0.01)  # 1 of 36 orders, and its mirror image
+    mixed = correlation_within([1, 2, 3, 11, 12, 13], [1, 2, 3, 12, 11, 13], groups)
+    assert mixed.rho == pytest.approx((2 + 1) / 4)
+    assert math.isnan(correlation_within([1, 1, 2, 2], [1, 2, 3, 4], [0, 0, 1, 1]).rho)
 
 
 def test_what_cannot_be_correlated_is_not_a_number_or_refused():
@@ -92,6 +105,8 @@ def test_gains_that_follow_a_prediction_are_found_to_do_so():
     assert flips["teams"]["rho"] > 0.99 and flips["members"]["rho"] > 0.99
     assert flips["teams"]["p"] < 0.001 and flips["teams"]["p_models"] < 0.01
     assert flips["teams"]["count"] == 21 and flips["members"]["count"] == 42
+    assert flips["partners"]["rho"] > 0.99 and flips["partners"]["p"] < 0.001
+    assert math.isnan(told["correlations"]["error"]["partners"]["rho"])  # the same for all partners
     assert "ensemble" in told["correlations"] and not told["controlled"]
     assert math.isnan(told["correlations"]["ensemble"]["teams"]["p_models"])
 

@@ -147,6 +147,7 @@ def test_agreeing_models_promise_nothing():
     labels = random_source(models=1)[1]
     team = Judge(survey(HeldLogits(["a", "b", "c"], logits), labels)).judge([0, 1, 2])
     assert team.taught == [0, 0, 0] and team.agreement == 1
+    assert team.predicted.pop("error") == [1 - accuracy for accuracy in team.accuracy]
     for name, values in team.predicted.items():
         assert values == pytest.approx([0, 0, 0], abs=1e-6), name
 
