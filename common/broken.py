@@ -156,7 +156,7 @@ class BadSamples:
         """
         for each in bad:
             new = each.name not in self.found
-            self.found.setdefault(each.name, each.reason)
+            self.found[each.name] = each.reason
             new_here = evaluating and each.name not in self.left_out
             self.left_out |= {each.name} if evaluating else set()
             if self.most and (new or new_here):

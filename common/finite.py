@@ -169,8 +169,7 @@ class FiniteCheck:
         assert self._open is not None
         found = [p.grad for p in peer.module.parameters() if p.grad is not None]
         if not peer.frozen and found:
-            largest = torch.nn.utils.get_total_norm(found, float("inf"))
-            self._open.gradients[peer.name] = ~torch.isfinite(largest)
+            self._open.gradients[peer.name] = ~_all_finite(found)
 
     def passes(self, scaler: GradScaler) -> bool:
         """Whether the optimizer step may be made, once all gradients are noted.
@@ -324,6 +323,14 @@ class FiniteCheck:
             )
         if told and distributed.is_first():
             _logger.warning("overflow in float16, steps skipped: %s", told)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether all values are finite, a bool on the device."""
+    if tensors[0].device.type == "cpu":  # a tenth of the time of the norm there
+        ends = [torch.stack(x.aminmax()).isfinite().all() for x in tensors if x.numel()]
+        return torch.stack(ends).all()
+    return torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite()
 
 
 def refuse_broken_weights(peers: Iterable[Peer], step: int) -> None:

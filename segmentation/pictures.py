@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,8 +40,9 @@ def teaching_pictures(
     Returns:
         A PNG, and a caption.
     """
+    records = load_datasets([dataset])
     ignore = int(MetadataCatalog.get(dataset).ignore_label)
-    readable = _readable(load_datasets([dataset]), peers, ignore)
+    readable = _readable(records, peers, ignore)
     batches = list(itertools.islice(readable, count))
     colors = _palette(dataset, ignore)
     columns = ["image", "truth", *(peer.name for peer in peers), "best at each pixel"]
@@ -80,10 +80,22 @@ def teaching_pictures(
 def _readable(
     records: Iterable[dict[str, Any]], peers: Sequence[SegmentorPeer], ignore: int
 ) -> Iterator[Batch]:
-    """Yield one image after another; what is broken was told by the evaluation."""
+    """Yield one image after another; what is broken was told by the evaluation.
+
+    Raises:
+        DataError: None of them can be read.
+    """
+    fault, some = None, False
     for record in records:
-        with contextlib.suppress(DataError):
-            yield _batch(record, peers, ignore)
+        try:
+            batch = _batch(record, peers, ignore)
+        except DataError as error:
+            fault = error
+            continue
+        some = True
+        yield batch
+    if fault is not None and not some:
+        raise fault
 
 
 def _batch(record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int) -> Batch:

@@ -9,7 +9,7 @@ from torch import nn
 from common.checkpoint import list_runs, load_run
 from common.distributed import seat_peers
 from common.engine import ENGINES, build_engine
-from common.finite import FiniteCheck
+from common.finite import FiniteCheck, _all_finite
 from common.peers import PeerGroup, RemotePeer
 from common.roles import NonFiniteError
 from common.transfer import KnowledgeTransfer
@@ -251,6 +251,20 @@ def test_lessons_leave_out_what_was_not_finite(tmp_path):
     trainer = skipping(tmp_path, epochs=2)
     trainer.fit()
     assert all(value == value for row in trainer.progress.lessons for value in row.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_value_among_many_is_found(value, dtype):
+    tensors = [torch.zeros(3, 4, dtype=dtype), torch.full((7,), 1e30, dtype=dtype), torch.ones(())]
+    assert _all_finite([*tensors, torch.zeros(0)])
+    for tensor in tensors:
+        before = tensor.clone()
+        tensor.view(-1)[-1] = value
+        assert not _all_finite(tensors)
+        tensor.copy_(before)
+    on_device = [torch.ones(3, device="meta"), torch.ones(4, device="meta")]
+    assert _all_finite(on_device).device.type == "meta"
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])

@@ -145,7 +145,7 @@ def test_a_nan_in_an_image_stops_and_its_file_is_told(
     assert told in line and not list((tmp_path / "out").rglob("model_0*.pth"))
 
 
-@pytest.mark.parametrize("engine", ["joint", "two-pass"])
+@pytest.mark.parametrize("engine", ["joint", pytest.param("two-pass", marks=pytest.mark.slow)])
 def test_or_is_skipped_and_the_resumed_run_is_the_same(
     tmp_path, datasets, capfd, nan_in_iteration_2, engine
 ):
