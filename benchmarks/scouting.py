@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import random
 import shutil
@@ -32,6 +31,7 @@ from classification.digits import write_digits, write_splits
 from classification.scout import scout
 from classification.train import run
 from common.demo import once
+from common.report.realised import HEAD, correlation_rows
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "resnet": {
@@ -176,8 +176,12 @@ def report(folder: Path) -> None:
         ],
         bars=False,
     )
-    print(f"{len(found['realised']['runs'])} teams; {machine()}")
-    print(json.dumps(found["realised"]["correlations"], indent=1))
+    told = found["realised"]
+    members = [gain for row in told["runs"] for gain in row["gains"]]
+    print(f"{len(told['runs'])} teams; {machine()}")
+    print(f"gain over the control, mean over teams: {sum(members) / len(members):+.2f} points")
+    for row in (HEAD, *correlation_rows(found)):
+        print(" | ".join(row))
 
 
 if __name__ == "__main__":

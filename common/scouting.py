@@ -71,6 +71,12 @@ def _error(view: TeamView) -> Tensor:
     return 1 - view.correct.mean(dim=1, dtype=torch.float64)
 
 
+def _strength(view: TeamView) -> Tensor:
+    assert view.correct is not None
+    accuracy = view.correct.mean(dim=1, dtype=torch.float64)
+    return (accuracy.sum() - accuracy) / (len(accuracy) - 1)
+
+
 def _confidence_gap(view: TeamView) -> Tensor:
     assert view.calibrated is not None
     return _taught(view, _gap(view.calibrated) * _differ(view))
@@ -127,6 +133,11 @@ PREDICTORS: dict[str, Predictor] = {
         _error,
         "the member's own error, whoever its partners are: the baseline, for weak models may gain "
         "from anybody",
+        "labels",
+    ),
+    "strength": Predictor(
+        _strength,
+        "mean accuracy of the member's partners: the baseline for choosing them",
         "labels",
     ),
     "kl": Predictor(

@@ -74,6 +74,7 @@ def test_team_by_hand_under_the_papers_rule():
     assert team.kl == pytest.approx(taught, abs=1e-6)
     assert team.predicted["right-kl"] == pytest.approx(taught, abs=1e-6)
     assert team.predicted["disagreement"] == pytest.approx([0.25, 0.25])
+    assert team.predicted["error"] == team.predicted["strength"] == [0.5, 0.5]
 
 
 def naive(source, labels, members, rule):
@@ -148,6 +149,7 @@ def test_agreeing_models_promise_nothing():
     team = Judge(survey(HeldLogits(["a", "b", "c"], logits), labels)).judge([0, 1, 2])
     assert team.taught == [0, 0, 0] and team.agreement == 1
     assert team.predicted.pop("error") == [1 - accuracy for accuracy in team.accuracy]
+    assert team.predicted.pop("strength") == pytest.approx(team.accuracy)
     for name, values in team.predicted.items():
         assert values == pytest.approx([0, 0, 0], abs=1e-6), name
 
