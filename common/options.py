@@ -132,6 +132,17 @@ def add_bad_sample_option(group: Any) -> None:
     )
 
 
+def add_soup_option(group: Any) -> None:
+    """Add ``--soup`` to a parser or a group of it."""
+    group.add_argument(
+        "--soup",
+        action="store_true",
+        default=False,
+        help="at the end, also try averages of each peer's start and best weights; one half of the "
+        "validation data chooses, the other half measures",
+    )
+
+
 def transfer_of(
     options: argparse.Namespace, names: Sequence[str], frozen: Sequence[str] = (), rank: int = 0
 ) -> KnowledgeTransfer:

@@ -9,6 +9,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,7 @@ def finish(
         lower_is_better=trainer.plan.lower_is_better,
         events=trainer.guard.events,
         notes=trainer.notes(),
+        soups=[asdict(soup) for soup in trainer.soups],
         pictures=pictures,
     )
     start = progress.history[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import logging
 import math
 import random
@@ -18,14 +19,21 @@ import torch
 
 from common import distributed
 from common.broken import BadSamples
-from common.checkpoint import CheckpointError, atomic_write, save_run, save_weights
+from common.checkpoint import (
+    CheckpointError,
+    atomic_write,
+    read_weights,
+    save_run,
+    save_weights,
+)
 from common.clock import LoopClock, Pace
 from common.distributed import World
 from common.engine import Engine
 from common.finite import MOST_SKIPS, FiniteCheck, Names, refuse_broken_weights
 from common.guard import Bounds, Guard
 from common.ledger import Ledger, Lessons
-from common.peers import PeerGroup
+from common.peers import Peer, PeerGroup
+from common.soup import STATISTICS_BATCHES, Halves, Soup, Weights, make_soups, write_soup
 from common.termination import Preempted, Termination
 from common.transfer import KnowledgeTransfer
 
@@ -142,6 +150,11 @@ class Trainer:
         watch: Wraps the loader's iterator, for instance in a progress bar.
         names_of: Given the batch that the loader gave last, returns what tells its samples.
         bad: Where loader and evaluator count broken files.
+        halves: Measures the group on two halves of the held-out data; where it is given, averages
+            of start and best are tried at the end (``common.soup``).
+
+    Attributes:
+        soups: What these averages were worth.
     """
 
     def __init__(
@@ -163,6 +176,7 @@ class Trainer:
         watch: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
         names_of: Callable[[Any], Names | None] = lambda batch: None,
         bad: BadSamples | None = None,
+        halves: Halves | None = None,
     ) -> None:
         self.peers = peers
         self.engine = engine
@@ -181,6 +195,9 @@ class Trainer:
         self.names_of = names_of
         self.bad = bad or BadSamples()
         self.finite = engine.finite = FiniteCheck(peers, plan.on_nonfinite, plan.max_skips)
+        self.halves = halves
+        self.soups: list[Soup] = []
+        self._learners = [name for name in peers.names if name not in peers.frozen]
         self.ledger = Ledger(peers.names, world.device, world.replicas)
         self.guard = Guard(peers, transfer, plan.guard, plan.metric, plan.lower_is_better)
         self.progress = Progress()
@@ -197,6 +214,8 @@ class Trainer:
         """
         with self.termination:
             if not self.progress.history:
+                if self.halves is not None:
+                    self._export("start", self._learners)
                 self.on_baseline(self._evaluate(0))
             while self.progress.epoch < self.plan.epochs and self._somebody_learns():
                 self._train_epoch()
@@ -204,7 +223,33 @@ class Trainer:
         if set(self.progress.best) != set(self.peers.names):  # resumed at the end, best files gone
             self._note(self.progress.epoch, self.evaluator.evaluate(self.peers))
         self._export("last", self.peers.names)
+        if self.halves is not None:
+            self._make_soups(self.halves)
         return self.progress
+
+    def _make_soups(self, halves: Halves) -> None:
+        distributed.barrier()  # other processes' files
+
+        def write(peer: Peer, weights: Weights, soup: Soup) -> None:
+            described = {**self.metadata.get(peer.name, {}), **soup.metadata()}
+            save_weights(self._file("soup", peer.name), weights, described)
+            write_soup(self.folder / peer.name, soup)
+
+        self.soups = make_soups(
+            self.peers,
+            self.world,
+            self._learners,
+            read=lambda name, which: read_weights(self._file(which, name)),
+            write=write,
+            halves=halves,
+            batches=self._first_batches,
+            metric=self.plan.metric,
+            lower_is_better=self.plan.lower_is_better,
+        )
+
+    def _first_batches(self) -> Iterator[Any]:
+        self.loader.set_epoch(0)
+        return itertools.islice(iter(self.loader), STATISTICS_BATCHES)
 
     def _somebody_learns(self) -> bool:
         return len(self.peers.frozen) < len(self.peers)
@@ -359,7 +404,7 @@ class Trainer:
         for peer in self.peers.here:
             if peer.name in names:
                 save_weights(
-                    self.folder / peer.name / f"{which}{self.plan.export_suffix}",
+                    self._file(which, peer.name),
                     peer.best_module.state_dict(),
                     self.metadata.get(peer.name),
                 )
@@ -451,10 +496,12 @@ class Trainer:
             lessons=list(saved["lessons"]),
         )
         self._take_over_best(source or self.folder)
+        if self.halves is not None:
+            self._take_over_starts(source or self.folder)
         self.guard.load_state_dict(
             state.get("guard"),
             state["peers"],
-            {name: self._best_file(self.folder, name) for name in self.progress.best},
+            {name: self._file("best", name) for name in self.progress.best},
         )
         if "finite" in state:
             self.finite.load_state_dict(state["finite"])
@@ -514,13 +561,30 @@ class Trainer:
             if peer.schedule is not None and self.progress.updates:
                 peer.schedule.step_update(num_updates=self.progress.updates)
 
-    def _best_file(self, folder: Path, name: str) -> Path:
-        return folder / name / f"best{self.plan.export_suffix}"
+    def _file(self, which: str, name: str, folder: Path | None = None) -> Path:
+        return Path(folder or self.folder) / name / f"{which}{self.plan.export_suffix}"
+
+    def _take_over_starts(self, source: Path) -> None:
+        """Copy the starts' weights from another folder.
+
+        Raises:
+            CheckpointError: The run kept none.
+        """
+        for name in self._learners:
+            found, mine = self._file("start", name, source), self._file("start", name)
+            if not found.is_file():
+                raise CheckpointError(
+                    f"{found}: no such file; a run keeps its start only where it begins with "
+                    "--soup; resume without"
+                )
+            if self.world.is_main and found != mine:
+                atomic_write(mine, functools.partial(shutil.copyfile, found))
+        distributed.barrier()
 
     def _take_over_best(self, source: Path) -> None:
         """Copy best files from another folder; where one is gone, the best is measured anew."""
         for name in list(self.progress.best):
-            found, mine = (self._best_file(Path(f), name) for f in (source, self.folder))
+            found, mine = self._file("best", name, source), self._file("best", name)
             if not found.is_file():
                 _logger.warning("%s is gone; the best of %s is measured anew", found, name)
                 del self.progress.best[name]

@@ -39,6 +39,7 @@ from common.report.page import (
     write_page,
 )
 from common.report.plots import draw, draw_legend, draw_lines, epoch_axis
+from common.report.soup import soup_section
 from common.statistics import unit_of
 
 RUN_CAUTION = (
@@ -60,6 +61,7 @@ def write_run_report(
     lower_is_better: bool = False,
     notes: Sequence[str] = (),
     events: Sequence[Row] = (),
+    soups: Sequence[Row] = (),
     pictures: Sequence[tuple[bytes, str]] = (),
 ) -> Path:
     """Write the report of one run.
@@ -75,6 +77,7 @@ def write_run_report(
         lower_is_better: Of the metric.
         notes: Sentences to add.
         events: What the guard did (``common.guard.Guard.events``).
+        soups: Averages of start and best (``common.soup.Soup``), as rows.
         pictures: PNGs and their captions.
 
     Returns:
@@ -97,6 +100,7 @@ def write_run_report(
         section("Peers", _outcome_table(outcomes, metric, show)),
         section("Over the run", figure_grid(_run_figures(names, history, lessons, metric, events))),
         *guard_section(events, unit_of(history)),
+        *soup_section(soups, show),
         *teaching_section(names, lessons),
         *picture_section(pictures),
         section("Settings", settings_table(settings)),
