@@ -51,6 +51,10 @@ class Scores:
         """Which samples could be read [n], bool; the others count for no metric."""
         return self.target >= 0
 
+    def part(self, which: slice) -> Scores:
+        """Return the same of some samples."""
+        return Scores(**{name: x[..., which] for name, x in vars(self).items()})
+
     def metrics(
         self, names: Sequence[str], baseline: Tensor | None, was_valid: Tensor | None = None
     ) -> dict[str, float]:
@@ -153,6 +157,14 @@ class PeerEvaluator:
         if self.baseline is None:
             self.baseline, self.was_valid = scores.correct, scores.valid
         return metrics
+
+    def halves(self, peers: PeerGroup) -> tuple[dict[str, float], dict[str, float]]:
+        """Measure every peer on the samples of even number, and on those of odd number."""
+        modules = [peer.best_module for peer in peers.here]
+        with brought_to(self.world.device, *modules):
+            scores = self.score(modules)
+        even, odd = (scores.part(slice(first, None, 2)) for first in (0, 1))
+        return even.metrics(peers.names, None), odd.metrics(peers.names, None)
 
     @torch.inference_mode()
     def score(self, modules: Sequence[nn.Module]) -> Scores:

@@ -20,6 +20,7 @@ from common.options import (
     add_bad_sample_option,
     add_fault_options,
     add_guard_options,
+    add_soup_option,
     add_transfer_options,
     bounds_of,
     check_least,
@@ -169,6 +170,7 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     )
     add_transfer_options(group)
     add_guard_options(group, GUARD_DROPS, flips=True)
+    add_soup_option(group)
     add("--trust-remote-code", **flag, help="* run code from a Hugging Face model's repository")
 
     group = parser.add_argument_group("data")

@@ -252,6 +252,7 @@ def _trainer(
         watch=lambda batches: watch(batches, "training"),
         names_of=loader.names_of,
         bad=loader.bad,
+        halves=evaluator.halves if options.soup else None,
     )
 
 

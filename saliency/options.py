@@ -16,6 +16,7 @@ from common.options import (
     add_bad_sample_option,
     add_fault_options,
     add_guard_options,
+    add_soup_option,
     add_transfer_options,
     bounds_of,
     check_least,
@@ -163,6 +164,7 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("transfer")
     add_transfer_options(group)
     add_guard_options(group, GUARD_DROPS)
+    add_soup_option(group)
     add = parser.add_argument_group("loss (weights of its terms; 0: not computed)").add_argument
     for term, weight in LOSS_TERMS.items():
         add(f"--{term}", type=float, default=weight)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def run(
     watch = progress_bars(bars and world.is_main)
     evaluator = build_evaluator(options, held_out, views, world, packed, watch, bad=bad)
     trainer = _trainer(options, group, loader, evaluator, world, watch)
+    if options.soup:
+        trainer.halves = video_halves(options, held_out, views, world, packed, watch, bad=bad)
     if state is not None:
         source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
@@ -256,6 +259,28 @@ def build_evaluator(
         watch=watch,
         **rest,
     )
+
+
+def video_halves(
+    options: argparse.Namespace, videos: VideoSet, *rest: Any, **more: Any
+) -> Callable[[PeerGroup], tuple[dict[str, float], dict[str, float]]]:
+    """Return what measures every second video of a split, and the others.
+
+    Frames of one video are alike, so that none may be in both halves.
+
+    Args:
+        options: The run's.
+        videos: The split.
+        rest, more: See ``build_evaluator``.
+
+    Raises:
+        OptionError: A single video.
+    """
+    if len(videos.videos) < 2:
+        raise OptionError(f"--soup: {videos} has one video; two halves need two or more")
+    parts = [replace(videos, videos=videos.videos[first::2]) for first in (0, 1)]
+    one, other = (build_evaluator(options, part, *rest, **more) for part in parts)
+    return lambda peers: (one.evaluate(peers), other.evaluate(peers))
 
 
 def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:

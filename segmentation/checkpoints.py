@@ -20,6 +20,8 @@ from segmentation.peer import SegmentorPeer
 RECORD = "run.pt"
 FORMAT = 1
 BEST = "model_best.pth"
+START = "model_start.pth"
+SOUP = "model_soup.pth"
 FINAL = "model_final.pth"
 LAST = "last_checkpoint"  # where Detectron2 looks for a file's name
 _PEER_KEYS = {"model", "optimizer", "scheduler", "iteration"}
@@ -91,10 +93,34 @@ def _tag(folder: Path, peers: Sequence[SegmentorPeer], file: str) -> None:
             atomic_write(last, lambda to: to.write_text(file, encoding="utf-8"))
 
 
-def save_best(folder: Path, peer: SegmentorPeer, iteration: int) -> None:
-    """Write a peer's best weights; ``last_checkpoint`` stays as it is."""
-    content = {"model": peer.module.state_dict(), "iteration": iteration - 1}
-    atomic_write(folder / peer.name / BEST, lambda to: torch.save(content, to))
+def save_plain(
+    folder: Path, peer: SegmentorPeer, iteration: int, file: str = BEST, **more: Any
+) -> None:
+    """Write a peer's weights alone; ``last_checkpoint`` stays as it is.
+
+    Args:
+        folder: Of the run.
+        peer: Whose weights, where ``more`` has no ``model``.
+        iteration: Iterations finished.
+        file: The file's name.
+        more: What else it shall hold.
+    """
+    content = {"model": peer.module.state_dict(), "iteration": iteration - 1, **more}
+    atomic_write(folder / peer.name / file, lambda to: torch.save(content, to))
+
+
+def check_starts(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a resume with TRANSFER.SOUP of a run that kept no starts.
+
+    Raises:
+        CheckpointError: Names the file.
+    """
+    for path in (folder / name / START for name in names):
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: no such file; a run keeps its start only where it begins with "
+                "TRANSFER.SOUP; resume without"
+            )
 
 
 def find(folder: Path) -> dict[str, Any] | None:

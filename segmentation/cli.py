@@ -7,6 +7,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,8 @@ def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
     """Train as the run says, evaluate with TTA where it is asked for, write the report."""
     trainer = TransferTrainer(run, resume)
     trainer.train()
+    if run.transfer.SOUP:
+        trainer.make_soups()
     if run.cfg.TEST.AUG.ENABLED:
         _report_tta(run, trainer.evaluate(tta=True))
     if comm.is_main_process() and trainer.history:
@@ -253,6 +256,7 @@ def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:
         settings=settings(run),
         events=trainer.guard.events,
         notes=trainer.notes(),
+        soups=[asdict(soup) for soup in trainer.soups],
         pictures=[teaching_pictures(list(trainer.peers), run.cfg.DATASETS.TEST[0])],
     )
 

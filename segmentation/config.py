@@ -138,6 +138,7 @@ def transfer_defaults() -> CfgNode:
     node.ON_NONFINITE = "stop"  # or "skip" the iteration; common.finite
     node.MAX_SKIPS_IN_A_ROW = MOST_SKIPS
     node.MAX_BAD_SAMPLES = 0  # broken files that the run may do without; common.broken
+    node.SOUP = False  # at the end also try averages of each peer's start and best weights
     node.KEEP = 3  # resumable checkpoints that stay on disk; 0: all
     node.PEERS = []
     return node

@@ -61,6 +61,7 @@ def evaluate_group(
     dataset: str,
     tta: bool = False,
     bad: BadSamples | None = None,
+    part: slice = slice(None),
 ) -> dict[str, float]:
     """Evaluate every peer and, of several, the mean of their probabilities.
 
@@ -73,6 +74,7 @@ def evaluate_group(
         tta: Average over the sizes and flips of each peer's TEST.AUG; metrics end in ``_TTA``.
         bad: Counts broken files, whose images are left out for all peers alike; None: by itself,
             and none is allowed.
+        part: Which of the dataset's images; by default all.
 
     Returns:
         ``PEER/mIoU``, ``fwIoU``, ``mACC``, ``pACC`` and ``PEER/IoU-CLASS``, in percent, the same on
@@ -82,7 +84,7 @@ def evaluate_group(
         DataError: More files that are missing or broken than allowed, or a dataset of another kind.
     """
     bad, done = bad or allowed(), 0
-    records = load_datasets([dataset])
+    records = load_datasets([dataset])[part]
     names = [peer.name for peer in peers] + [ENSEMBLE] * (len(peers) > 1)
     evaluators = {name: _evaluator(dataset) for name in names}
     for evaluator in evaluators.values():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,12 +22,14 @@ from torch import nn
 
 from common import distributed
 from common.broken import BadSamples, is_worker_death
+from common.checkpoint import read_weights
 from common.distributed import World
 from common.engine import ENGINES
 from common.finite import FiniteCheck, refuse_broken_weights
 from common.guard import Bounds, Guard
 from common.ledger import Ledger
 from common.peers import PeerGroup
+from common.soup import STATISTICS_BATCHES, Soup, Weights, make_soups, write_soup
 from common.termination import Preempted, Termination
 from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
@@ -65,6 +69,7 @@ class TransferTrainer(TrainerBase):
         history: One row an evaluation: ``iteration``, and ``PEER/METRIC`` in percent.
         lessons: One row an evaluation but the first: who taught whom since the last.
         best: Each peer's best mIoU and its iteration.
+        soups: What averages of start and best were worth, after ``make_soups``.
 
     Raises:
         ConfigError, SegmentorError, CheckpointError, DataError: Bad input, before any training.
@@ -85,6 +90,7 @@ class TransferTrainer(TrainerBase):
         self.lessons: list[dict[str, float]] = []
         self.best: dict[str, list[float]] = {}
         self.bad = allowed(run.transfer.MAX_BAD_SAMPLES)
+        self.soups: list[Soup] = []
         records = load_datasets(run.cfg.DATASETS.TRAIN)
         self.dataset = DatasetFromList(records, copy=False)  # one copy for all workers
         seed_all_rng(self.seed)  # of weights that no file gives
@@ -131,6 +137,9 @@ class TransferTrainer(TrainerBase):
         for peer in self.peers:
             peer.train()
         if not self.history:
+            if self.run.transfer.SOUP and self.world.is_main:
+                for peer in self.learners:
+                    checkpoints.save_plain(self.folder, peer, 0, checkpoints.START)
             self.storage.put_scalars(**self._evaluate_at(0), smoothing_hint=False)
 
     def run_step(self) -> None:
@@ -182,6 +191,50 @@ class TransferTrainer(TrainerBase):
         """
         share_buffers(self.peers)
         return evaluate_run(self.run, self.peers, tta, self.bad)
+
+    @property
+    def learners(self) -> list[SegmentorPeer]:
+        """The peers that learn, or learned until the guard froze them."""
+        return [peer for peer in self.peers if peer.optimizer is not None]
+
+    def make_soups(self) -> None:
+        """Try averages of each peer's start and best, and write ``model_soup.pth``; all ranks call.
+
+        Every second image of the first of DATASETS.TEST chooses, the others measure.
+        """
+        distributed.barrier()  # the main rank's files
+
+        def read(name: str, which: str) -> Weights:
+            file = {"start": checkpoints.START, "best": checkpoints.BEST}[which]
+            return read_weights(self.folder / name / file)
+
+        def write(peer: Any, weights: Weights, soup: Soup) -> None:
+            more = {"model": dict(weights), "soup": asdict(soup)}
+            checkpoints.save_plain(self.folder, peer, self.max_iter, checkpoints.SOUP, **more)
+            write_soup(self.folder / peer.name, soup)
+
+        self.soups = make_soups(
+            self.peers,
+            self.world,
+            [peer.name for peer in self.learners],
+            read=read,
+            write=write,
+            halves=self._halves,
+            batches=self._first_batches,
+            metric=METRIC,
+        )
+
+    def _halves(self, peers: PeerGroup) -> tuple[dict[str, float], dict[str, float]]:
+        dataset = self.run.cfg.DATASETS.TEST[0]
+        one, other = (
+            evaluate_group(peers, dataset, bad=self.bad, part=slice(i, None, 2)) for i in (0, 1)
+        )
+        return one, other
+
+    def _first_batches(self) -> Iterator[Any]:
+        stream = self._open_stream(seed=self.seed + 1)
+        for samples in itertools.islice(stream, min(STATISTICS_BATCHES, self.max_iter)):
+            yield make_batch(samples, self.world.device, self.ignore)
 
     def save(self, final: bool = False) -> None:
         """Write a checkpoint of the run; every rank calls it.
@@ -334,7 +387,7 @@ class TransferTrainer(TrainerBase):
                 self.best[peer.name] = [value, iteration]
                 better.append(peer.name)
                 if self.world.is_main and not peer.frozen:
-                    checkpoints.save_best(self.folder, peer, iteration)
+                    checkpoints.save_plain(self.folder, peer, iteration)
         self.guard.remember(better)
         if self.world.is_main:
             log_metrics(metrics, [*self.peers.names, "ensemble"])
@@ -342,6 +395,8 @@ class TransferTrainer(TrainerBase):
             write_csv(self.folder / "ledger.csv", self.lessons)
 
     def _resume(self, record: dict[str, Any]) -> None:
+        if self.run.transfer.SOUP:
+            checkpoints.check_starts(self.folder, [peer.name for peer in self.learners])
         kept = checkpoints.load(self.folder, list(self.peers), record)
         files = {name: self.folder / name / checkpoints.BEST for name in record["best"]}
         files = {name: path for name, path in files.items() if path.is_file()}

@@ -25,9 +25,13 @@ from classification.validate import validate
 from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
 from common.options import OptionError
 from common.outputs import folder_of
+from common.soup import average_weights
 from tests.launch import launch
 
 ROOT = Path(__file__).parents[2]
+
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
 def vit(name, **more):
@@ -267,6 +271,30 @@ def test_a_peer_that_gets_worse_is_rolled_back(digits, tmp_path, caplog):
         assert progress.history[-1][f"{name}/top1"] == progress.best[name].value
         assert_equal_weights(weights_of(tmp_path, name), weights_of(tmp_path, name, "best"))
     assert "taught no more" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_soup_loads_in_stock_timm(digits, tmp_path, caplog):
+    """One of the peers has batch norm, whose statistics are those of its own average."""
+    caplog.set_level("INFO")
+    more = ("--soup", "--peer", "test_resnet,name=r,lr=3e-3", "--train-batches-per-epoch", "10")
+    run(arguments_of(digits, tmp_path, *more, peers=1, epochs=1), bars=False)
+    folder = tmp_path / "run"
+    for name, model, kwargs in (
+        ("a", "vit_tiny_patch16_224", VIT),
+        ("r", "test_resnet", {}),
+    ):
+        told = json.loads((folder / name / "soup.json").read_text())
+        assert f"{name}: top1 on the half that did not choose the soup: start" in caplog.text
+        files = [folder / name / f"{which}.safetensors" for which in ("start", "best", "soup")]
+        module = timm.create_model(model, checkpoint_path=str(files[2]), num_classes=10, **kwargs)
+        start, best, soup = map(read_weights, files)
+        module.load_state_dict(soup, strict=True)
+        average = average_weights(start, best, told["alpha"])
+        normed = [key for key in soup if "running" in key]
+        assert all(torch.equal(soup[key], average[key]) for key in soup if key not in normed)
+        if told["alpha"] in (0, 1):
+            assert all(torch.equal(soup[key], average[key]) for key in normed)
+    assert "<h2>Soup" in (folder / "report.html").read_text()
 
 
 def test_only_frozen_peers_are_refused(digits, tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs through the scripts' own functions."""
 
+import json
 import logging
 import os
 import re
@@ -60,7 +61,7 @@ def train(data, output, *rest, **more):
 def finished(data, tmp_path_factory):
     """A run that was never interrupted."""
     folder = tmp_path_factory.mktemp("finished")
-    trainer = train(data, folder, "--rule", "random", "--recovery-interval", "1")
+    trainer = train(data, folder, "--rule", "random", "--recovery-interval", "1", "--soup")
     return trainer.folder
 
 
@@ -82,9 +83,28 @@ def test_a_run_leaves_what_its_users_expect(finished):
 
 def test_every_file_loads_strictly_where_it_came_from(finished):
     for kind in (Deep, Flat):
-        for which in ("best", "last"):
+        for which in ("best", "last", "start", "soup"):
             weights = torch.load(finished / kind.__name__ / f"{which}.pth", weights_only=True)
             kind().load_state_dict(weights, strict=True)
+
+
+def test_a_soup_is_chosen_by_one_video_and_measured_on_the_other(data, finished, tmp_path):
+    for kind in ("Deep", "Flat"):
+        told = json.loads((finished / kind / "soup.json").read_text())
+        assert told["alphas"] == [0, 0.25, 0.5, 0.75, 1] and told["metric"] == "loss"
+        assert told["alpha"] in told["alphas"] and told["measured"] != told["chosen_by"]
+        found = evaluate(
+            [
+                *("--data-root", str(data), "--output", str(tmp_path), "--workers", "0"),
+                *("--peer", f"{TOY}:{kind},checkpoint={finished}/{kind}/soup.pth"),
+                *("--val-stride", "3", "--device", "cpu"),
+            ],
+            bars=False,
+        )[kind]
+        video = found.videos["0602"]
+        place = told["alphas"].index(told["alpha"])
+        assert video["kldiv"] - video["cc"] == pytest.approx(told["measured"][place], rel=1e-4)
+    assert "<h2>Soup" in (finished / "report.html").read_text()
 
 
 def test_a_run_repeats_from_its_own_arguments(data, finished, tmp_path):

@@ -19,10 +19,14 @@ from detectron2.modeling import build_model
 
 from common.checkpoint import CheckpointError, read_file
 from common.guard import STOPPED, UNTAUGHT
+from common.soup import average_weights
 from segmentation import checkpoints
 from segmentation.cli import check_machine, main, parser, write_report
 from segmentation.config import load_run
 from segmentation.errors import ConfigError
+from segmentation.evaluation import evaluate_group
+from segmentation.models import build_with_weights
+from segmentation.peer import SegmentorPeer
 from segmentation.trainer import TransferTrainer, current_world
 from tests.segmentation.runs import write_run
 
@@ -43,7 +47,7 @@ def finished(tmp_path_factory, scenes_root):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(scenes_root))
-        assert main(["--config-file", str(write_run(folder, RULE="random"))]) == 0
+        assert main(["--config-file", str(write_run(folder, RULE="random", SOUP=True))]) == 0
     return folder
 
 
@@ -63,6 +67,37 @@ def test_a_run_leaves_what_its_users_expect(finished):
     assert "fpn" in (out / "report.html").read_text()
 
 
+def test_a_soup_is_the_average_that_one_half_of_the_images_chose(finished, datasets):
+    folder = finished / "out"
+    for peer in ("fpn", "deeplab"):
+        told = read_file(folder / peer / "model_soup.pth")["soup"]
+        assert told["alphas"] == [0, 0.25, 0.5, 0.75, 1] and told["metric"] == "mIoU"
+        files = [f"model_{which}.pth" for which in ("start", "best", "soup")]
+        start, best, soup = (weights(folder, peer, file) for file in files)
+        averaged = average_weights(start, best, told["alpha"])
+        for name, x in soup.items():
+            assert "running" in name or torch.equal(x, averaged[name])
+    options = []
+    for peer in ("fpn", "deeplab"):
+        options += [f"PEER.{peer}.MODEL.WEIGHTS", str(folder / peer / "model_soup.pth")]
+    run = load_run([finished / "run.yaml"], options)
+    peers = [SegmentorPeer(p.name, build_with_weights(p)[0], p.cfg, frozen=True) for p in run.peers]
+    found = evaluate_group(peers, "scenes_val", part=slice(1, None, 2))
+    for peer in ("fpn", "deeplab"):
+        told = read_file(folder / peer / "model_soup.pth")["soup"]
+        measured = told["measured"][told["alphas"].index(told["alpha"])]
+        assert found[f"{peer}/mIoU"] == pytest.approx(measured)
+    assert "<h2>Soup" in (folder / "report.html").read_text()
+
+
+def test_a_resume_for_a_soup_needs_the_start(finished, datasets, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    (tmp_path / "out" / "fpn" / "model_start.pth").unlink()
+    run = load_run([write_run(tmp_path, RULE="random", SOUP=True)])
+    with pytest.raises(CheckpointError, match=r"fpn/model_start.pth: .*TRANSFER.SOUP"):
+        TransferTrainer(run, resume=True)
+
+
 def test_old_checkpoints_are_pruned(finished):
     files = sorted(path.name for path in (finished / "out" / "fpn").glob("model_0*.pth"))
     assert files == ["model_0000001.pth", "model_0000003.pth", "model_0000005.pth"]
@@ -70,7 +105,7 @@ def test_old_checkpoints_are_pruned(finished):
 
 
 @pytest.mark.parametrize("peer", ["fpn", "deeplab"])
-@pytest.mark.parametrize("file", ["model_final.pth", "model_best.pth"])
+@pytest.mark.parametrize("file", ["model_final.pth", "model_best.pth", "model_soup.pth"])
 def test_a_peers_file_loads_strictly_in_plain_detectron2(finished, peer, file):
     run = load_run([finished / "run.yaml"])
     cfg = next(p.cfg for p in run.peers if p.name == peer)
