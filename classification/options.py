@@ -23,6 +23,7 @@ from common.options import (
     add_soup_option,
     add_transfer_options,
     bounds_of,
+    check_copies,
     check_least,
     number,
     number_repeats,
@@ -379,6 +380,12 @@ def parse(
     peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
     peers = [_from_export(peer) for peer in peers]
     transfer_of(options, [peer.name for peer in peers])
+    bare = [
+        peer.name
+        for peer in peers
+        if not peer.frozen and (not peer.options.model_ema or peer.options.model_ema_force_cpu)
+    ]
+    check_copies(options, bare, "--model-ema")
     bounds_of(options, GUARD_DROPS)
     return options, peers
 

@@ -192,13 +192,15 @@ def measure_transfer(
     outputs = [_random_output(peer, samples) for peer in peers]
     known = list(tensors_in(outputs))
 
+    copies = outputs if transfer.wants_copies else None
+
     def both() -> None:
-        total = transfer(outputs).total
+        total = transfer(outputs, copies=copies).total
         if total.requires_grad:
             total.backward()
 
     kept: list[Any] = []
-    saved = saved_bytes(lambda: kept.append(transfer(outputs)), known)
+    saved = saved_bytes(lambda: kept.append(transfer(outputs, copies=copies)), known)
     kept.clear()
     return Activations(saved, peak_bytes(both, known)).scaled(batch / samples)
 

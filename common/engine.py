@@ -70,6 +70,10 @@ class JointEngine:
         self.amp_dtype = amp_dtype
         self.scaler = GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.finite = FiniteCheck(peers)
+        if transfer.wants_copies:
+            bare = [peer.name for peer in peers if peer.average is None and not peer.frozen]
+            if bare:
+                raise ValueError(f"no average of the weights of {', '.join(bare)}; it shall teach")
 
     def step(
         self,
@@ -101,7 +105,8 @@ class JointEngine:
                 for peer in self.peers:
                     stack.enter_context(peer.no_sync())
             outputs = [self._forward(peer, batch) for peer in self.peers]
-            result = self.transfer(outputs, step, check_finite=False)
+            copies = self._copies(batch, outputs)
+            result = self.transfer(outputs, step, copies, check_finite=False)
             self.finite.note(result, names)
             total = result.total * share if share != 1.0 else result.total
             self.scaler.scale(total).backward()
@@ -121,6 +126,19 @@ class JointEngine:
     def _forward(self, peer: Peer, batch: Any, graph: bool = True) -> PeerOutput:
         with torch.set_grad_enabled(graph and not peer.frozen), self._autocast():
             return peer.forward(batch)
+
+    def _copies(self, batch: Any, outputs: Sequence[PeerOutput]) -> list[PeerOutput] | None:
+        """Forward the averaged copies, where they teach; a peer without one is its own copy."""
+        if not self.transfer.wants_copies:
+            return None
+        copies = []
+        for peer, output in zip(self.peers, outputs, strict=True):
+            if peer.average is None:
+                copies.append(_without_graph(output))
+                continue
+            with peer.averaged():
+                copies.append(self._forward(peer, batch, graph=False))
+        return copies
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.amp_dtype is None:
@@ -180,7 +198,7 @@ class TwoPassEngine(JointEngine):
                 draws[i] = Draws(self.device)
                 with buffers_kept(peer.module), peer.alone():
                     outputs.append(self._forward(peer, batch, graph=False))
-        result, gradients = self._transfer(outputs, step)
+        result, gradients = self._transfer(outputs, step, self._copies(batch, outputs))
         self.finite.note(result, names)
         for i in [self._kept, *draws]:
             peer = self.peers[i]
@@ -200,13 +218,13 @@ class TwoPassEngine(JointEngine):
         return replace(result, total=result.total.detach())
 
     def _transfer(
-        self, outputs: Sequence[PeerOutput], step: int
+        self, outputs: Sequence[PeerOutput], step: int, copies: Sequence[PeerOutput] | None
     ) -> tuple[TransferResult, list[Tensor | None]]:
         """Return the objective, and the transfer's gradient at each peer's logits."""
         leaves = [_without_graph(output) for output in outputs]
         for leaf, peer in zip(leaves, self.peers, strict=True):
             leaf.logits.requires_grad_(not peer.frozen)
-        result = self.transfer(leaves, step, check_finite=False)
+        result = self.transfer(leaves, step, copies, check_finite=False)
         gradients: list[Tensor | None] = [None] * len(leaves)
         if result.total.requires_grad:
             learning = [i for i, peer in enumerate(self.peers) if not peer.frozen]
@@ -276,7 +294,7 @@ class PeerParallelEngine(JointEngine):
         team: Processes that hold the group's peers, in their order.
 
     Raises:
-        ValueError: Not one peer here.
+        ValueError: Not one peer here; or copies that shall teach, which are not exchanged.
     """
 
     def __init__(
@@ -288,6 +306,8 @@ class PeerParallelEngine(JointEngine):
         team: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(peers, transfer, device, amp_dtype)
+        if transfer.wants_copies:
+            raise ValueError(f"teachers {transfer.teachers!r}: take the engine joint or two-pass")
         if len(peers.here) != 1:
             raise ValueError(f"{len(peers.here)} peers in this process; expected one")
         self.own: Peer = peers.here[0]

@@ -14,7 +14,7 @@ from common.finite import MOST_SKIPS, ON_NONFINITE
 from common.guard import POLICIES, Bounds
 from common.peers import check_names
 from common.roles import RULES
-from common.transfer import CLASSES, SCORES, KnowledgeTransfer
+from common.transfer import CLASSES, SCORES, TEACHERS, KnowledgeTransfer
 
 
 class OptionError(ValueError):
@@ -24,7 +24,7 @@ class OptionError(ValueError):
 def add_transfer_options(group: Any) -> None:
     """Add the options of ``KnowledgeTransfer`` to a parser or a group of it."""
     add = group.add_argument
-    add("--rule", default="best", help=f"who teaches whom: {', '.join(RULES)}, one_way:NAME")
+    add("--rule", default="best", help=f"who teaches whom: {', '.join(RULES)}, one_way:NAME, self")
     add("--score", default="loss", choices=SCORES, help="what the rule compares")
     add("--temperature", type=float, default=1.0)
     add("--transfer-weight", type=float, default=1.0, help="lambda of the transfer loss")
@@ -47,6 +47,13 @@ def add_transfer_options(group: Any) -> None:
         default="all",
         choices=CLASSES,
         help="non-target: transfer only how the wrong classes compare (needs hard targets)",
+    )
+    add(
+        "--teachers",
+        default="peers",
+        choices=TEACHERS,
+        help="ema: copies of the peers with averaged weights give scores and targets; ema+own: a "
+        "copy that teaches also teaches its own peer; one more forward a peer and step",
     )
     add(
         "--engine",
@@ -161,6 +168,7 @@ def transfer_of(
             margin=options.margin,
             gap_power=options.gap_power,
             classes=options.transfer_classes,
+            teachers=options.teachers,
             warmup_steps=options.transfer_warmup_steps,
             names=names,
             frozen=frozen,
@@ -168,6 +176,31 @@ def transfer_of(
         )
     except ValueError as error:
         raise OptionError(str(error)) from error
+
+
+def check_copies(options: argparse.Namespace, bare: Sequence[str], flag: str) -> None:
+    """Refuse averaged copies as teachers where there are none.
+
+    Args:
+        options: With those of the transfer.
+        bare: Names of the peers that learn and have no average, or one that is kept elsewhere.
+        flag: What makes an average.
+
+    Raises:
+        OptionError: Names the peers, and what to do.
+    """
+    if options.teachers == "peers" or options.rule == "none":
+        return
+    if options.engine == "peer-parallel":
+        raise OptionError(
+            f"--teachers {options.teachers} with --engine peer-parallel: averaged copies are not "
+            "exchanged; take --engine joint or two-pass"
+        )
+    if bare:
+        raise OptionError(
+            f"--teachers {options.teachers}: {', '.join(bare)} has no averaged copy beside it; "
+            f"give {flag}, on the peer's own device"
+        )
 
 
 def check_least(options: argparse.Namespace, least: Mapping[str, float]) -> None:

@@ -186,6 +186,16 @@ class Peer(ABC):
         finally:
             self.model = whole
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Forward with the averaged weights, as they are evaluated."""
+        whole = self.model
+        self.model = self.best_module
+        try:
+            yield
+        finally:
+            self.model = whole
+
     def own_buffers(self) -> dict[str, Tensor]:
         """Return the floating-point buffers, which differ between ranks: statistics of batch norm.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ONE_WAY = "one_way:"
+SELF = "self"
 
 
 class NonFiniteError(ValueError):
@@ -28,7 +29,8 @@ def assign_roles(
 
     Args:
         score: How well each peer does [N, B, (S*)]; higher is better; finite.
-        rule: One of ``RULES``, or ``one_way:NAME`` with a name from ``names``.
+        rule: One of ``RULES``, or ``one_way:NAME`` with a name from ``names``; ``self``: everyone
+            its own peer and nobody else, whatever the scores.
         names: The peers' names, in order; ``"0"``, ``"1"``, ... where not given.
         margin: Teach only where the teacher's score exceeds the student's by more than this, in
             the unit of the score (>= 0). None: the rule alone decides.
@@ -42,7 +44,7 @@ def assign_roles(
 
     Returns:
         Weight with which peer t teaches peer s, [N(t), N(s), B, (S*)], in the score's dtype, zero
-        diagonal. Carries no gradient.
+        diagonal (but for ``self``). Carries no gradient.
 
     Raises:
         ValueError: Unknown rule or name, fewer than two peers for a rule that transfers, or a
@@ -68,6 +70,8 @@ def assign_roles(
     if check_finite and score.device.type == "cpu":
         _check_finite(score, names)
     gap = score.unsqueeze(1) - score.unsqueeze(0)
+    if rule == SELF:
+        return (~_off_diagonal(score)).expand_as(gap).to(score.dtype)
     allowed = _off_diagonal(score).expand_as(gap)
     if margin is not None:
         allowed = allowed & (gap > margin)
@@ -78,6 +82,15 @@ def assign_roles(
     else:
         roles = _RULES[rule](score, gap, allowed)
     return roles * shortfall(gap) ** gap_power if gap_power else roles
+
+
+def with_own(roles: Tensor) -> Tensor:
+    """Let whoever teaches a sample teach its own peer too, as much as those it teaches most.
+
+    Args:
+        roles: [N(t), N(s), B, (S*)] with a zero diagonal, of teachers that are copies.
+    """
+    return roles + torch.diag_embed(roles.amax(dim=1).movedim(0, -1)).movedim((-2, -1), (0, 1))
 
 
 def shortfall(gap: Tensor) -> Tensor:
@@ -97,9 +110,10 @@ def check_rule(rule: str, names: Sequence[str]) -> None:
             raise ValueError(
                 f"rule {rule!r}: no peer is named {teacher!r}; peers: {', '.join(names)}"
             )
-    elif rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}, {ONE_WAY}NAME")
-    if rule != "none" and len(names) < 2:
+    elif rule not in (*RULES, SELF):
+        choices = f"{', '.join(RULES)}, {SELF}, {ONE_WAY}NAME"
+        raise ValueError(f"unknown rule {rule!r}; choose from {choices}")
+    if rule not in ("none", SELF) and len(names) < 2:
         raise ValueError(f"rule {rule!r} needs two peers or more, got {len(names)}")
 
 

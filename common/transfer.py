@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.roles import assign_roles, check_rule
+from common.roles import SELF, assign_roles, check_rule, with_own
 
 SCORES = ("loss", "confidence")
 CLASSES = ("all", "non-target")
+TEACHERS = ("peers", "ema", "ema+own")
 _STRETCH = 2**17  # numbers of one peer, half a megabyte
 
 
@@ -88,6 +89,9 @@ class KnowledgeTransfer:
         margin, gap_power: See ``common.roles.assign_roles``.
         classes: ``all``, or ``non-target``: the KL is between distributions over all but the true
             class, so that it does not pull at the probability that the task loss is about.
+        teachers: ``peers`` as they are; ``ema``: copies of them with averaged weights give scores
+            and targets; ``ema+own``: whoever teaches a sample teaches its own peer too. Rule
+            ``self`` is the control: each copy teaches its own peer, and no peer another.
         warmup_steps: The weight grows linearly from 0 and is full after this many steps.
         names: The peers' names, for ``one_way:NAME``, ``frozen`` and errors.
         frozen: Names of the peers that learn nothing.
@@ -102,6 +106,7 @@ class KnowledgeTransfer:
 
     Source: Jain, Karthik, Gandhi, "Simplifying Knowledge Transfer in Pretrained Models", TMLR 2025.
     ``non-target``: NCKD of Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, alone.
+    ``ema``: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class KnowledgeTransfer:
         margin: float | None = None,
         gap_power: float = 0.0,
         classes: str = "all",
+        teachers: str = "peers",
         warmup_steps: int = 0,
         names: Sequence[str] | None = None,
         frozen: Sequence[str] = (),
@@ -131,6 +137,15 @@ class KnowledgeTransfer:
             raise ValueError(f"gap_power is {gap_power}; expected 0 or more")
         if classes not in CLASSES:
             raise ValueError(f"classes is {classes!r}; choose from {', '.join(CLASSES)}")
+        if teachers not in TEACHERS:
+            raise ValueError(f"teachers is {teachers!r}; choose from {', '.join(TEACHERS)}")
+        if teachers == "peers" and rule == SELF:
+            raise ValueError("rule 'self' needs copies that teach: take teachers 'ema'")
+        if teachers != "peers" and not detach_teacher:
+            raise ValueError(
+                f"teachers {teachers!r} are averages, which no gradient moves; leave "
+                "detach_teacher on"
+            )
         if names is not None:
             check_rule(rule, names)
         unknown = [name for name in frozen if name not in (names or ())]
@@ -143,6 +158,7 @@ class KnowledgeTransfer:
         self.margin = margin
         self.gap_power = gap_power
         self.classes = classes
+        self.teachers = teachers
         self.warmup_steps = warmup_steps
         self.names = list(names) if names is not None else None
         self.frozen = [list(names or ()).index(name) for name in frozen]
@@ -150,42 +166,46 @@ class KnowledgeTransfer:
         self.seed = seed
         self._generator: torch.Generator | None = None
 
+    @property
+    def wants_copies(self) -> bool:
+        """Whether outputs of the peers' averaged copies are needed for each batch."""
+        return self.teachers != "peers" and self.rule != "none"
+
     def __call__(
-        self, outputs: Sequence[PeerOutput], step: int | None = None, check_finite: bool = True
+        self,
+        outputs: Sequence[PeerOutput],
+        step: int | None = None,
+        copies: Sequence[PeerOutput] | None = None,
+        check_finite: bool = True,
     ) -> TransferResult:
         """Build the objective of one batch.
 
         Args:
             outputs: One a peer, of the same batch: equal shapes of score and of logits.
             step: Optimizer steps made so far, for the warm-up of the weight; None: after it.
+            copies: Outputs of the averaged copies for the same batch, where ``wants_copies``: the
+                scores, the teachers' logits, and what the ledger counts as right are theirs.
             check_finite: See ``common.roles.assign_roles``.
 
         Raises:
-            ValueError: Shapes that differ (names the peers).
+            ValueError: Shapes that differ (names the peers), or copies that are missing.
             NonFiniteError: A score that is not finite, on the CPU, where that is looked for.
         """
         _check_shapes(outputs, self.names)
+        if self.wants_copies and copies is None:
+            raise ValueError(f"teachers {self.teachers!r} need the outputs of the averaged copies")
+        teaching = outputs if copies is None else copies
         task_losses = [output.task_loss for output in outputs]
         learning = [i for i in range(len(outputs)) if i not in self.frozen]
-        score = torch.stack([output.score.detach() for output in outputs])
-        roles = assign_roles(
-            score,
-            self.rule,
-            names=self.names,
-            margin=self.margin,
-            gap_power=self.gap_power,
-            generator=self._generator_on(score.device),
-            check_finite=check_finite,
-        )
-        for i in (*self.frozen, *self.untaught):
-            roles[:, i] = 0
+        score = torch.stack([output.score.detach() for output in teaching])
+        roles = self._roles(score, check_finite)
         mask, at_positions = _common_mask(outputs), score.dim() > 2
         total = torch.stack([task_losses[i] for i in learning]).sum() if learning else 0.0
         if self.rule == "none":
             kl = torch.zeros_like(roles)
             per_student = torch.zeros(len(outputs), device=score.device, dtype=score.dtype)
         else:
-            kl = pairwise_kl(self._compared(outputs), self.temperature, self.detach_teacher)
+            kl = self._kl(outputs, copies)
             per_student = _reduce(kl, roles, mask)
             total = total + self.weight_at(step) * per_student.sum()
             kl = _at_roles(kl.detach(), roles, mask)
@@ -198,9 +218,31 @@ class KnowledgeTransfer:
             roles=roles,
             score=score,
             kl=kl,
-            correct=_stack_correct(outputs),
+            correct=_stack_correct(teaching),
             mask=mask if at_positions else None,
         )
+
+    def _roles(self, score: Tensor, check_finite: bool) -> Tensor:
+        roles = assign_roles(
+            score,
+            self.rule,
+            names=self.names,
+            margin=self.margin,
+            gap_power=self.gap_power,
+            generator=self._generator_on(score.device),
+            check_finite=check_finite,
+        )
+        if self.teachers == "ema+own" and self.rule != SELF:
+            roles = with_own(roles)
+        for i in (*self.frozen, *self.untaught):
+            roles[:, i] = 0
+        return roles
+
+    def _kl(self, outputs: Sequence[PeerOutput], copies: Sequence[PeerOutput] | None) -> Tensor:
+        logits = self._compared(outputs)
+        if copies is None:
+            return pairwise_kl(logits, self.temperature, self.detach_teacher)
+        return teacher_kl(self._compared(copies), logits, self.temperature)
 
     def _compared(self, outputs: Sequence[PeerOutput]) -> list[Tensor]:
         """Return the logits that the KL is between."""
@@ -301,6 +343,33 @@ def pairwise_kl(
         flat = [z.flatten(2) for z in logits]
         kl = _PairwiseKLAtPositions.apply(temperature, detach_teacher, *flat)
         return kl.unflatten(3, logits[0].shape[2:])
+
+
+def teacher_kl(
+    teachers: Sequence[Tensor], students: Sequence[Tensor], temperature: float = 1.0
+) -> Tensor:
+    """Compute KL(p_t || p_s) of every teacher and student that are models of their own.
+
+    2 N softmaxes and one contraction. Gradient reaches the students alone.
+
+    Args:
+        teachers: N tensors [B, C, S*] of one shape, in any floating dtype.
+        students: N tensors of the same shape.
+        temperature: T; the KL is multiplied by T^2.
+
+    Returns:
+        [N(t), N(s), B, S*] in nats, float32 or wider; the diagonal is what a teacher tells the
+        student of its own number.
+    """
+    with torch.autocast(students[0].device.type, enabled=False):
+        log_q = torch.stack([_wide(z) for z in students]).div(temperature).log_softmax(dim=2)
+        with torch.no_grad():
+            log_p = torch.stack([_wide(z) for z in teachers]).div(temperature).log_softmax(dim=2)
+            p = log_p.exp()
+            own = (p * log_p).sum(dim=2)
+        with _full_precision(log_q.device):
+            cross = torch.einsum("tbc...,sbc...->tsb...", p, log_q)
+        return (own.unsqueeze(1) - cross) * temperature**2
 
 
 class _PairwiseKL(torch.autograd.Function):

@@ -19,6 +19,7 @@ from common.options import (
     add_soup_option,
     add_transfer_options,
     bounds_of,
+    check_copies,
     check_least,
     number_repeats,
     own_options,
@@ -227,6 +228,8 @@ def parse(
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
     if specs:
         transfer_of(options, [spec.name for spec in specs])
+        bare = [spec.name for spec in specs if not (spec.frozen or spec.options.ema)]
+        check_copies(options, bare, "--ema")
         bounds_of(options, GUARD_DROPS)
     return options, specs
 

@@ -187,3 +187,19 @@ def test_the_non_target_transfer_wants_hard_targets(more):
     assert parse(asked)[0].transfer_classes == "non-target"
     with pytest.raises(OptionError, match="leave mixup and cutmix"):
         parse([*asked, *more])
+
+
+def test_averaged_copies_teach_only_where_there_are_some():
+    asked = ["/data", "--peer", "a", "--peer", "b,frozen=true", "--teachers", "ema"]
+    assert parse([*asked, "--model-ema"])[0].teachers == "ema"
+    assert parse([*asked, "--rule", "none"])[0].teachers == "ema"  # nobody is asked
+    for more, message in (
+        ([], "a has no averaged copy"),
+        (["--model-ema", "--model-ema-force-cpu"], "on the peer's own device"),
+        (["--model-ema", "--engine", "peer-parallel"], "joint or two-pass"),
+        (["--model-ema", "--no-detach-teacher"], "no gradient moves"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            parse([*asked, *more])
+    with pytest.raises(OptionError, match="needs copies that teach"):
+        parse(["/data", "--peer", "a", "--peer", "b", "--rule", "self"])

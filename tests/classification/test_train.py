@@ -92,9 +92,10 @@ def test_n_peers_learn_and_leave_files_that_stock_timm_loads(digits, tmp_path, p
     [
         "--mixup 0.2 --reprob 0.2 --rule random --model-ema --grad-accum-steps 2".split(),
         "--sched-on-updates --clip-grad 1 --rule mutual --aa rand-m3".split(),
+        "--model-ema --model-ema-decay 0.9 --teachers ema+own --engine two-pass".split(),
         "--sched plateau --patience-epochs 0 --lr-noise 0.3 --epochs 3".split(),
     ],
-    ids=["mixup-ema-random", "updates-clip-mutual", "plateau-noise"],
+    ids=["mixup-ema-random", "updates-clip-mutual", "copies-two-pass", "plateau-noise"],
 )  # fmt: skip
 def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(digits, tmp_path, more):
     whole = arguments_of(
