@@ -37,7 +37,8 @@ def test_pictures_are_drawn_and_modes_put_back(datasets):
 def test_labels_of_no_class_are_refused(datasets):
     peers = [make_peer("fpn", *OPTIONS[:-1], 3)]
     with pytest.raises(DataError, match=r"\.png: holds the label \d; there are 3 classes"):
-        pictures._batch(load_datasets(["scenes_val"])[0], peers, 255)
+        for record in load_datasets(["scenes_val"]):
+            pictures._batch(record, peers, 255)
 
 
 def test_labels_have_the_datasets_own_colours_or_some(datasets):
