@@ -68,7 +68,7 @@ class PeerSpec:
 
 # Options that a peer may set for itself, by the names of the command line.
 PEER_OPTIONS = (
-    "pretrained gp img_size input_size crop_pct mean std interpolation channels_last "
+    "pretrained gp img_size input_size crop_pct mean std interpolation channels_last auto_layout "
     "grad_checkpointing model_kwargs head_init_scale head_init_bias torchcompile torchcompile_mode "
     "model_dtype opt opt_eps opt_betas momentum weight_decay clip_grad clip_mode layer_decay "
     "layer_decay_min_scale layer_decay_no_opt_scale opt_kwargs sched lr lr_base lr_base_size "
@@ -219,6 +219,12 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("-b", "--batch-size", type=int, default=128, help="per process")
     add("-vb", "--validation-batch-size", type=int)
     add("--channels-last", **flag, help="*")
+    add(
+        "--auto-layout",
+        **flag,
+        help="* time both layouts before training and keep the faster one; of a peer also as "
+        "channels_last=auto",
+    )
     add("--grad-accum-steps", type=int, default=1)
     add("--grad-checkpointing", **flag, help="*")
     add("--fast-norm", **flag)
@@ -423,6 +429,8 @@ def _peer_spec(
 ) -> PeerSpec:
     actions = actions_of(parser)
     entry = peer_mapping(asked, alone=("frozen",))
+    if entry.get("channels_last") == "auto":
+        entry = {**entry, "channels_last": False, "auto_layout": True}
     where = f"peer {entry['model']!r}"
     own = own_options(options, actions, entry, PEER_OPTIONS, PEER_ALIASES, PEER_OWN)
     checkpoint = entry.get("checkpoint")

@@ -37,7 +37,7 @@ FREE_TO_CHANGE = frozenset(
         "resume no_resume_opt output experiment workers pin_mem log_interval log_wandb "
         "wandb_project wandb_tags checkpoint_hist recovery_interval config epochs device data "
         "data_dir num_classes resolved_num_classes pretrained in_place validation_batch_size "
-        "local_rank engine plan gpu_mem on_nonfinite max_skips_in_a_row max_bad_samples"
+        "local_rank engine plan gpu_mem layouts on_nonfinite max_skips_in_a_row max_bad_samples"
     ).split()
 )
 EXPORT_TOLERANCE = 0.05
@@ -45,7 +45,16 @@ EXPORT_TOLERANCE = 0.05
 
 def write_arguments(folder: Path, options: argparse.Namespace) -> None:
     """Keep the arguments as a YAML file that ``--config`` takes."""
-    hidden = ("config", "resume", "local_rank", "in_place", "data_dir", "plan", "gpu_mem")
+    hidden = (
+        "config",
+        "resume",
+        "local_rank",
+        "in_place",
+        "data_dir",
+        "plan",
+        "gpu_mem",
+        "layouts",
+    )
     content = {name: value for name, value in plain(options).items() if name not in hidden}
     (folder / "args.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 

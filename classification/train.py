@@ -17,6 +17,7 @@ from classification import outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator
 from classification.held_out import split_held_out
+from classification.layouts import choose_layouts
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import GUARD_DROPS, PeerSpec, parse
 from classification.peer import build_modules, build_peers
@@ -89,6 +90,8 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     shown = zip(specs, modules, views, strict=True) if world.is_main else ()
     rows = [outputs.describe(*peer) for peer in shown]
     updates = -(-len(loader) // options.grad_accum_steps)
+    chosen = None if state is None else state["config"].get("layouts")
+    choose_layouts(specs, modules, views, options, world, chosen)
     peers, epochs = build_peers(specs, modules, views, options, world, updates)
     del modules  # those that other processes hold
     random_seed(options.seed, world.rank)
