@@ -6,8 +6,9 @@ Trains three small classifiers on the demo's digits through ``classification/tra
 process of its own, with workers, averaged weights, an evaluation about every minute, a run file
 every epoch (the newest three stay) and TensorBoard; looks at the process and its workers from
 outside (/proc, so Linux alone); and ends it by SIGTERM. After the warm-up, a line is fitted through
-the means of one minute each: neighbouring samples are alike, so single ones would tell too small an
-interval. Expected: no slope of more than ``--limit`` MiB an hour.
+the medians of one minute each: neighbouring samples are alike, so single ones would tell too small
+an interval, and an evaluation has workers of its own for some seconds. Expected: no slope of more
+than ``--limit`` MiB an hour.
 """
 
 from __future__ import annotations
@@ -214,10 +215,10 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def _slope(hours: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Fit a line through the means of each minute; return its slope and the interval's half."""
+    """Fit a line through each minute's medians; return its slope and the interval's half."""
     minutes = (60 * hours).astype(int)
     x, y = (
-        np.array([part[minutes == minute].mean() for minute in np.unique(minutes)])
+        np.array([np.median(part[minutes == minute]) for minute in np.unique(minutes)])
         for part in (hours, values)
     )
     if len(x) < 3:

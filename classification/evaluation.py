@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from timm.data.loader import PrefetchLoader
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from classification.data import ToView, View, eval_loader
 from common import distributed
 from common.broken import BadSamples
+from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.guard import FLIPS
 from common.peers import PeerGroup
@@ -131,6 +132,7 @@ class PeerEvaluator:
         self.bad = bad or BadSamples()
         self.amp_dtype = amp_dtype
         self.watch = watch
+        self.count = None if isinstance(dataset, IterableDataset) else len(dataset)
         self.baseline: Tensor | None = None
         self.was_valid: Tensor | None = None
         self.loaders: list[PrefetchLoader] = []
@@ -251,8 +253,18 @@ class PeerEvaluator:
         return {"baseline": self.baseline, "valid": self.was_valid}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a baseline."""
-        self.baseline, self.was_valid = state["baseline"], state.get("valid")
+        """Take up a baseline.
+
+        Raises:
+            CheckpointError: It is of other validation data.
+        """
+        baseline = state["baseline"]
+        if None not in (baseline, self.count) and baseline.shape[1] != self.count:
+            raise CheckpointError(
+                f"the run was measured on {baseline.shape[1]} validation images, there are "
+                f"{self.count}; give the run's own data, or start another from its weights"
+            )
+        self.baseline, self.was_valid = baseline, state.get("valid")
 
 
 def _judge(logits: Tensor, target: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from classification.models import create_classifier
 from classification.options import PeerSpec
 from classification.peer import image_channels, image_size
 from common import distributed
+from common.disk import write_text
 from common.distributed import World, merge_over_seats
 from common.options import OptionError
 from common.outputs import log_table, plain
@@ -56,7 +57,7 @@ def write_arguments(folder: Path, options: argparse.Namespace) -> None:
         "layouts",
     )
     content = {name: value for name, value in plain(options).items() if name not in hidden}
-    (folder / "args.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_text(folder / "args.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
 def metadata(spec: PeerSpec, module: nn.Module, view: View) -> dict[str, str]:

@@ -25,6 +25,7 @@ from classification.plan import tell_plan
 from common import distributed
 from common.broken import BadSampleError, BadSamples
 from common.checkpoint import CheckpointError
+from common.disk import OutputError
 from common.distributed import World
 from common.engine import build_engine
 from common.options import OptionError, bounds_of, transfer_of
@@ -45,7 +46,7 @@ from common.trainer import Plan, Progress, Trainer
 
 _logger = logging.getLogger("train")
 
-FAULTS = (OptionError, ModelError, CheckpointError, NonFiniteError, BadSampleError)
+FAULTS = (OptionError, ModelError, CheckpointError, NonFiniteError, BadSampleError, OutputError)
 
 BASELINE_GAP = 0.5
 

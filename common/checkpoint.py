@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import pickle
 import re
 import struct
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from common.disk import atomic_write
 
 _logger = logging.getLogger(__name__)
 
@@ -31,38 +31,6 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, broken, unsafe or of another model; says what to do."""
-
-
-def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part of it.
-
-    Args:
-        path: Where the file shall be; its folder is made.
-        write: Called with a temporary path in the same folder.
-
-    Raises:
-        OSError: Disk full or read-only folder; the old file stays as it is.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        _sync(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_run(folder: Path, state: Mapping[str, Any], epoch: int, batch: int, keep: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import logging
 import sys
@@ -18,8 +19,10 @@ import torch
 from tqdm import tqdm
 
 from common import distributed
+from common.board import Board
 from common.broken import WorkerDiedError, worker_deaths_told
-from common.checkpoint import list_runs, load_run, newest_good_run
+from common.checkpoint import CheckpointError, list_runs, load_run, newest_good_run
+from common.disk import remove_leftovers, write_text, writing_into
 from common.distributed import World
 from common.options import OptionError
 from common.planner import Flags, TeamCost, advise, engine_rows, memory_of, notes, peer_rows
@@ -130,7 +133,9 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(vars(options), default=str))
 
 
-def read_resumed(options: argparse.Namespace, free: Iterable[str]) -> dict[str, Any] | None:
+def read_resumed(
+    options: argparse.Namespace, free: Iterable[str], lasting: Iterable[str] = ()
+) -> dict[str, Any] | None:
     """Read the run that ``--resume`` names, and let this one go on in its folder.
 
     ``auto`` is the newest good run file of the run's own folder, or nothing where there is none: so
@@ -141,13 +146,15 @@ def read_resumed(options: argparse.Namespace, free: Iterable[str]) -> dict[str, 
         options: ``resume`` becomes the path, or empty; without ``output`` and ``experiment`` the
             run's folder becomes the output.
         free: Names of options under which a run is still the same run.
+        lasting: Names of options under which it would be another run.
 
     Returns:
         What ``load_run`` gives; None: a fresh run.
 
     Raises:
         OptionError: ``auto`` without --experiment, which names the folder.
-        CheckpointError: As ``load_run``; with ``auto``, no file of several can be read.
+        CheckpointError: As ``load_run``; with ``auto``, no file of several can be read; or another
+            value of a lasting option.
     """
     if options.resume == "auto":
         state = _read_newest(options)
@@ -156,6 +163,13 @@ def read_resumed(options: argparse.Namespace, free: Iterable[str]) -> dict[str, 
     if state is None:
         return None
     config = plain(options)
+    for name in lasting:
+        had = state["config"].get(name, config[name])
+        if had != config[name]:
+            raise CheckpointError(
+                f"{options.resume}: a run with --{name} {had}, this one has {config[name]}; start "
+                "a run of its own from the peers' weights"
+            )
     changed = [
         f"{name}: {old!r} -> {config.get(name)!r}"
         for name, old in state["config"].items()
@@ -218,6 +232,7 @@ def folder_of(options: argparse.Namespace, names: Sequence[str], world: World) -
                 "with it, or another --experiment"
             )
         make_writable(folder)
+        remove_leftovers(folder)
 
     on_main(world, make, (OptionError,))
     return folder
@@ -284,30 +299,29 @@ def writers(folder: Path, world: World, updates: int) -> list[Writer]:
     """
     if not world.is_main:
         return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1 if updates else None)
+    board = Board(folder / "tensorboard", updates + 1 if updates else None)
     _trim(folder / "scalars.csv", updates)
-
-    def to_board(scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            board.add_scalar(name.replace("->", "_to_"), value, step)
-        board.flush()
-
-    return [to_board, lambda scalars, step: _append(folder, scalars, step)]
+    return [board, lambda scalars, step: _append(folder, scalars, step)]
 
 
 def _trim(path: Path, updates: int) -> None:
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if int(row[0]) <= updates]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+            rows = [
+                row  # whole ones: a kill may have cut off the last
+                for row in csv.reader(file)
+                if len(row) == 3 and row[0].isdigit() and int(row[0]) <= updates
+            ]
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        write_text(path, text.getvalue())
 
 
 def _append(folder: Path, scalars: Mapping[str, float], step: int) -> None:
-    with (folder / "scalars.csv").open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([step, name, value] for name, value in scalars.items())
+    with writing_into(folder), (folder / "scalars.csv").open("ab") as file:
+        text = io.StringIO()
+        csv.writer(text).writerows([step, name, value] for name, value in scalars.items())
+        file.write(text.getvalue().encode())
 
 
 def finish(

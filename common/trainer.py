@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import itertools
 import logging
 import math
@@ -27,6 +28,7 @@ from common.checkpoint import (
     save_weights,
 )
 from common.clock import LoopClock, Pace
+from common.disk import write_text
 from common.distributed import World
 from common.engine import Engine
 from common.finite import MOST_SKIPS, FiniteCheck, Names, refuse_broken_weights
@@ -622,10 +624,14 @@ def load_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write rows of scalars; the columns are the union of the rows' names, in order."""
+    """Write rows of scalars atomically; the columns are the union of the rows' names, in order.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -24,6 +24,7 @@ from torch import nn
 from common import distributed
 from common.broken import BadSamples
 from common.checkpoint import CheckpointError
+from common.disk import OutputError, write_text
 from common.distributed import World
 from common.engine import ENGINES
 from common.options import OptionError, bounds_of, transfer_of
@@ -70,7 +71,7 @@ from saliency.plan import tell_plan
 
 _logger = logging.getLogger("train")
 
-FAULTS = (OptionError, ModelError, DataError, CheckpointError, NonFiniteError)
+FAULTS = (OptionError, ModelError, DataError, CheckpointError, NonFiniteError, OutputError)
 
 
 def main(
@@ -349,7 +350,7 @@ def average_buffers(peers: PeerGroup, world: World) -> None:
 
 def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
-    state = read_resumed(options, FREE_TO_CHANGE)
+    state = read_resumed(options, FREE_TO_CHANGE, lasting=("dataset",))
     if state is not None:
         specs[:] = [spec.without_weights() for spec in specs]
     return state
@@ -360,7 +361,7 @@ def _write_arguments(folder: Path, options: argparse.Namespace, keep_dataset: bo
     hidden = ["config", "resume", "in_place", "kwargs", "check_data", "plan", "gpu_mem"]
     hidden += [] if keep_dataset else ["dataset"]
     content = {name: value for name, value in plain(options).items() if name not in hidden}
-    (folder / "args.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_text(folder / "args.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
 def _writers(

@@ -191,8 +191,22 @@ def load(
     for peer in peers:
         if peer.optimizer is not None:
             path = folder / peer.name / record["file"]
-            kept[peer.name] = _load_peer(path, peer, record["iteration"] - 1)
+            try:
+                kept[peer.name] = _load_peer(path, peer, record["iteration"] - 1)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}{_older(path)}") from error
     return kept
+
+
+def _older(path: Path) -> str:
+    """Tell what else there is to start from; the record is of its newest file alone."""
+    names = [old.name for old in sorted(path.parent.glob("model_[0-9]*.pth")) if old != path]
+    if not names:
+        return ""
+    return (
+        f". No resume goes back to older checkpoints of {path.parent}; to start another run from "
+        f"their weights, give them as its WEIGHTS: {', '.join(names)}"
+    )
 
 
 def _load_peer(path: Path, peer: SegmentorPeer, iteration: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from common.broken import worker_deaths_told
 from common.checkpoint import CheckpointError
+from common.disk import remove_leftovers, write_text
 from common.outputs import start_logging
 from common.planner import add_plan_options
 from common.report import write_run_report
@@ -243,6 +244,8 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
             f"{run.output_dir}: holds an earlier run; give --resume to go on with it, or another "
             "OUTPUT_DIR"
         )
+    if not options.eval_only:
+        remove_leftovers(run.output_dir)
 
 
 def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:
@@ -286,16 +289,28 @@ def _start(run: RunConfig) -> None:
         setup_logger(str(run.output_dir), distributed_rank=comm.get_rank(), name=name)
     for name in ("detectron2.evaluation", "detectron2.data.common"):  # say again what is told
         logging.getLogger(name).setLevel(logging.WARNING)
+    for handler in _handlers_of_files():
+        handler.handleError = lambda record: None  # a full disk is told by what cannot be saved
     _logger.info("machine:\n%s", collect_env_info())
     torch.backends.cudnn.benchmark = run.cfg.CUDNN_BENCHMARK
     if not comm.is_main_process():
         return
     for peer in run.peers:
         folder = Path(peer.cfg.OUTPUT_DIR)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(peer.cfg.dump(), encoding="utf-8")
+        write_text(folder / "config.yaml", peer.cfg.dump())
     text = yaml.safe_dump({"TRANSFER": yaml.safe_load(run.transfer.dump())}, sort_keys=False)
-    (run.output_dir / "transfer.yaml").write_text(text, encoding="utf-8")
+    write_text(run.output_dir / "transfer.yaml", text)
+
+
+def _handlers_of_files() -> list[logging.Handler]:
+    """Return what writes Detectron2's log.txt; it tells a traceback for each line it cannot."""
+    return [
+        handler
+        for name in ("fvcore", "detectron2", "segmentation", "common")
+        for handler in logging.getLogger(name).handlers
+        if isinstance(handler, logging.StreamHandler)
+        and handler.stream not in (sys.stdout, sys.stderr)
+    ]
 
 
 def _at_last_checkpoint(run: RunConfig) -> list[Any]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from common.broken import WorkerDiedError
 from common.checkpoint import CheckpointError
+from common.disk import OutputError
 from common.roles import NonFiniteError
 
 
@@ -30,6 +31,7 @@ FAULTS = (
     SegmentorError,
     CheckpointError,
     NonFiniteError,
+    OutputError,
     WorkerDiedError,
 )
 

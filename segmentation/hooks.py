@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
+from detectron2.utils.events import EventWriter, get_event_storage
 
+from common.board import Board
+from common.disk import writing_into
 from common.distributed import World
 from common.termination import Preempted, Termination
 from segmentation.peer import SegmentorPeer
@@ -61,6 +65,68 @@ class PeriodicSave(HookBase):
         """Save the end; a run that failed is not saved."""
         if self.trainer.iter >= self.trainer.max_iter:
             self.save(True)
+
+
+class ToBoard(EventWriter):
+    """Detectron2's scalars for TensorBoard, without the thread that a full disk would end.
+
+    Args:
+        board: Writes them.
+        window: Of the median, for scalars that are smoothed.
+    """
+
+    def __init__(self, board: Board, window: int = 20) -> None:
+        self.board = board
+        self.window = window
+        self._last = -1
+
+    def write(self) -> None:
+        """Write what is new.
+
+        Raises:
+            OutputError: The disk is full.
+        """
+        storage = get_event_storage()
+        fresh: dict[int, dict[str, float]] = {}
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(self.window).items():
+            if iteration > self._last:
+                fresh.setdefault(iteration, {})[name] = value
+        for iteration in sorted(fresh):
+            self.board(fresh[iteration], iteration)
+            self._last = iteration
+        storage.clear_images()
+        storage.clear_histograms()
+
+
+class Writers(hooks.PeriodicWriter):
+    """Detectron2's, with a disk that is full told in one line.
+
+    Args:
+        folder: Of the run.
+        rest: See Detectron2.
+    """
+
+    def __init__(self, folder: Path, *rest: Any, **named: Any) -> None:
+        super().__init__(*rest, **named)
+        self.folder = folder
+
+    def after_step(self) -> None:
+        """Write where the period is over.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        with writing_into(self.folder):
+            super().after_step()
+
+    def after_train(self) -> None:
+        """Write the end.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        with writing_into(self.folder):
+            super().after_train()
 
 
 class EndIfAsked(HookBase):

@@ -17,10 +17,12 @@ from detectron2.engine import TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from common import distributed
+from common.board import Board
 from common.broken import BadSamples, is_worker_death
 from common.checkpoint import read_weights
 from common.distributed import World
@@ -44,7 +46,15 @@ from segmentation.data import (
 )
 from segmentation.errors import FAULTS, ConfigError, told_of
 from segmentation.evaluation import evaluate_group
-from segmentation.hooks import EndIfAsked, Evaluate, PeerSchedules, PeriodicSave, SameBatches
+from segmentation.hooks import (
+    EndIfAsked,
+    Evaluate,
+    PeerSchedules,
+    PeriodicSave,
+    SameBatches,
+    ToBoard,
+    Writers,
+)
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer, make_batch, read_losses
 
@@ -315,8 +325,10 @@ class TransferTrainer(TrainerBase):
         built.append(PeriodicSave(self.save, cfg.SOLVER.CHECKPOINT_PERIOD))
         built.append(EndIfAsked(self.termination, self.world, self.save, LOG_PERIOD))
         if self.world.is_main:
-            writers = default_writers(str(self.folder), self.max_iter)
-            built.append(hooks.PeriodicWriter(writers, period=LOG_PERIOD))
+            found = default_writers(str(self.folder), self.max_iter)
+            writers = [one for one in found if not isinstance(one, TensorboardXWriter)]
+            writers.append(ToBoard(Board(self.folder, self.start_iter or None)))
+            built.append(Writers(self.folder, writers, period=LOG_PERIOD))
         return built
 
     def _precise_bn(self) -> list[hooks.PreciseBN]:

@@ -18,6 +18,7 @@ COMMON_MAY = {
     "numpy",
     "safetensors",
     "matplotlib",
+    "tensorboard",
     "scipy",
     "tqdm",
     "mlxtend",

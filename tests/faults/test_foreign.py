@@ -1,0 +1,136 @@
+"""Checkpoints that are cut off, changed, or of another run: each task names and refuses them."""
+
+import random
+import shutil
+
+import pytest
+
+from common.checkpoint import list_runs
+from saliency.train import main
+from tests.faults.test_disk import the_line
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+
+def flip(path):
+    whole = bytearray(path.read_bytes())
+    draw = random.Random(1)
+    for _ in range(20):  # one may hit padding, which nobody reads
+        whole[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+    path.write_bytes(whole)
+
+
+def newest(folder):
+    return folder / "run.pt" if (folder / "run.pt").exists() else list_runs(folder)[-1]
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    return whole.task, tmp_path
+
+
+@pytest.mark.parametrize("harm", [cut, pytest.param(flip, marks=pytest.mark.slow)])
+def test_a_broken_checkpoint_is_refused_by_name(copied, harm):
+    task, folder = copied
+    path = newest(folder / "run")
+    harm(path)
+    assert task.run(folder, resume=True) == 1
+    assert str(path) in the_line(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [cut, flip])
+def test_a_broken_file_of_a_segmentor_is_refused_by_name(whole_runs, tmp_path, harm):
+    whole = whole_runs("segmentation")
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    path = max((tmp_path / "run" / "fpn").glob("model_0*.pth"))
+    harm(path)
+    assert whole.task.run(tmp_path, "SOLVER.MAX_ITER", "6", resume=True) == 1
+    line = the_line(tmp_path)
+    assert str(path) in line and "older checkpoints" in line and "model_0000001.pth" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "saliency"])
+def test_auto_passes_over_what_is_broken(whole_runs, tmp_path, task):
+    whole = whole_runs(task)
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    path = newest(tmp_path / "run")
+    cut(path)
+    assert whole.task.run(tmp_path, "--resume", "auto") == 0
+    assert f"passed over: {path}" in (tmp_path / "log.txt").read_text()
+    assert str(whole.task.final(tmp_path)) == str(whole.final)
+
+
+def other(task, *changes):
+    """Return the task with words of its arguments replaced, and others added."""
+    arguments = task.arguments
+
+    def changed(output, *more, resume=False):
+        words = [str(word) for word in arguments(output, *more, resume=resume)]
+        for old, new in (change for change in changes if isinstance(change, tuple)):
+            assert any(old in word for word in words)
+            words = [word.replace(old, new) for word in words]
+        return [*words, *(change for change in changes if isinstance(change, str))]
+
+    one = type(task)(task.name, task.data, task.points, task.environment)
+    one.arguments = changed
+    return one
+
+
+FOREIGN = {
+    "classification": [
+        ([("embed_dim=24", "embed_dim=36")], "not a checkpoint of this VisionTransformer"),
+        ([("name=c", "name=d")], "holds the peers a, b, c; this run has a, b, d"),
+        (["--peer", "test_vit,name=d"], "holds the peers a, b, c; this run has a, b, c, d"),
+        ([("adamw", "sgd")], "state of AdamW, not of SGD"),
+        (["--val-split", "train"], "measured on 200 validation images, there are 400"),
+    ],
+    "saliency": [
+        ([("width=3", "width=4")], "not a checkpoint of this StandIn"),
+        ([("pair", "recent")], "holds the peers pair, around; this run has recent, around"),
+        (["--opt", "sgd"], "state of Adam, not of SGD"),
+    ],
+    "segmentation": [
+        (["PEER.fpn.MODEL.FPN.OUT_CHANNELS", "16"], "not a checkpoint of this SemanticSegmentor"),
+        (["PEER.fpn.SOLVER.OPTIMIZER", "ADAMW"], "OPTIMIZER was 'SGD', is 'ADAMW'"),
+        (["DATASETS.TRAIN", "('scenes_val',)"], "DATASETS.TRAIN was ('scenes_train',)"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "changes", "says"),
+    [(task, *case) for task, cases in FOREIGN.items() for case in cases],
+)
+def test_another_runs_checkpoint_is_refused_by_name(whole_runs, tmp_path, task, changes, says):
+    whole = whole_runs(task)
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    assert other(whole.task, *changes).run(tmp_path, resume=True) == 1
+    assert says in the_line(tmp_path)
+
+
+@pytest.mark.slow
+def test_data_of_other_classes_is_refused_at_a_resume(whole_runs, tmp_path):
+    whole = whole_runs("classification")
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    for split in ("train", "validation"):
+        for label in "012":
+            shutil.copytree(whole.task.data / split / label, tmp_path / "data" / split / label)
+    one = type(whole.task)(whole.task.name, tmp_path / "data", whole.task.points)
+    assert one.run(tmp_path, resume=True) == 1
+    assert "the data has 3 classes, the peers tell 10" in the_line(tmp_path)
+
+
+@pytest.mark.slow
+def test_another_data_set_is_refused_at_a_resume(whole_runs, tmp_path):
+    whole = whole_runs("saliency")
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    one = other(whole.task, "--dataset", "ucf_sports")
+    one.main = lambda output, resume: main(None, "train", one.arguments(output, resume=resume))
+    assert one.run(tmp_path, resume=True) == 1
+    assert "a run with --dataset dhf1k, this one has ucf_sports" in the_line(tmp_path)

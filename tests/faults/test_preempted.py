@@ -1,0 +1,63 @@
+"""SIGTERM, as Slurm sends it: a run saves, ends with 75, and goes on as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.engine import JointEngine
+from common.termination import EXIT_STATUS
+from tests.faults.runs import same
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    "classification": "classification/train.py",
+    "saliency": "saliency/train_dhf1k.py",
+    "segmentation": "segmentation/train_net.py",
+}
+
+
+def terminate_at(count):
+    step, calls = JointEngine.step, [0]
+
+    def wrapped(*given, **named):
+        calls[0] += 1
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*given, **named)
+
+    JointEngine.step = wrapped
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(whole, tmp_path):
+    task = whole.task
+    assert task.run(tmp_path, before=lambda: terminate_at(3)) == EXIT_STATUS
+    told = (tmp_path / "log.txt").read_text()
+    assert "SIGTERM: saved after" in told and "Traceback" not in told
+    task.check_saved(tmp_path)
+    assert task.run(tmp_path, resume=True) == 0
+    assert same(task.final(tmp_path), whole.final)
+
+
+@pytest.mark.slow
+def test_the_command_itself_ends_so(whole, tmp_path):
+    task = whole.task
+    environment = os.environ | task.environment | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def start(resume=False):
+        command = [sys.executable, SCRIPTS[task.name], *task.arguments(tmp_path, resume=resume)]
+        with (tmp_path / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    process = start()
+    while not task.has_saved(tmp_path) and process.poll() is None:
+        time.sleep(0.005)
+    process.terminate()
+    assert process.wait() == EXIT_STATUS, (tmp_path / "log.txt").read_text()[-3000:]
+    assert start(resume=True).wait() == 0
+    assert same(task.final(tmp_path), whole.final)
