@@ -418,6 +418,8 @@ class TrainLoader:
         return self.batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.start >= self.batches:  # saved after the last batch, with data behind it
+            return
         skip = self.start if self.streaming else 0
         for k, (images, target) in enumerate(self._prefetch):
             if k < skip:

@@ -288,6 +288,13 @@ def write_shards(digits, root, shards=2):
     (root / "_info.json").write_text(json.dumps({"splits": info}))
 
 
+def test_an_epoch_that_was_saved_after_its_last_batch_has_none_left(digits):
+    loader = loader_of(digits, "--train-batches-per-epoch", "2")
+    assert len(epoch_of(loader, 0)) == 2
+    loader.set_epoch(0, 2)
+    assert list(loader) == []
+
+
 def test_webdataset_shards_stream_and_resume_at_the_right_batch(digits, tmp_path):
     write_shards(digits, tmp_path)
     options = options_of(tmp_path, "--dataset", "wds/digits", "--no-aug")
