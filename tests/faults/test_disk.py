@@ -94,6 +94,7 @@ def test_a_folder_that_turns_read_only_is_told(whole_runs, open_folder):
     output = open_folder / "out"
     (output / "run").mkdir(parents=True)
     data = shutil.copytree(task.data, open_folder / "data")
+    data.chmod(0o755)  # pytest's own folders are root's alone
     for path in (output, output / "run"):
         os.chown(path, 65534, 65534) if os.geteuid() == 0 else None
     own = type(task)(task.name, data, task.points)
