@@ -35,6 +35,7 @@ from common.finite import MOST_SKIPS, FiniteCheck, Names, refuse_broken_weights
 from common.guard import Bounds, Guard
 from common.ledger import Ledger, Lessons
 from common.peers import Peer, PeerGroup
+from common.ranks import SavedRanks
 from common.soup import STATISTICS_BATCHES, Halves, Soup, Weights, make_soups, write_soup
 from common.termination import Preempted, Termination
 from common.transfer import KnowledgeTransfer
@@ -511,33 +512,20 @@ class Trainer:
             self.bad.load_state_dict(state["bad"])
         self.evaluator.load_state_dict(state["evaluator"])
         self._position_schedules()
+        saved_ranks = SavedRanks(state["ranks"], state.get("seats", 1))
         if optimizer:
-            self.engine.scaler.load_state_dict(state["scaler"])
-        ranks, shards = state["ranks"], len(state["ranks"]) // state.get("seats", 1)
-        if shards != self.world.shards:
-            _logger.warning(
-                "the run split its data over %d processes, this one over %d: it goes on, but not "
-                "bit for bit%s",
-                shards,
-                self.world.shards,
-                "; the interrupted epoch starts anew" if self.progress.batch else "",
-            )
+            scaling = saved_ranks.scaler(self.world, state["scaler"])
+            self.engine.scaler.load_state_dict(dict(scaling))
+        share = saved_ranks.of_share(self.world)
+        if not share:
             if self.progress.batch:
+                _logger.warning("the interrupted epoch starts anew")
                 self.begin_at(self.progress.epoch)
             return
-        self._take_over_share(ranks[self.world.shard :: shards])
-        if state.get("seats", 1) != self.world.seats:
-            _logger.warning(
-                "the run had its peers in %d processes, this one in %d: what they draw (dropout) "
-                "differs from here on",
-                state.get("seats", 1),
-                self.world.seats,
-            )
-            return
-        mine = ranks[self.world.rank]
-        load_rng_state(mine["rng"], self.world.device)
-        if optimizer:
-            self.engine.scaler.load_state_dict(mine.get("scaler", state["scaler"]))
+        self._take_over_share(share)
+        mine = saved_ranks.of_place(self.world)
+        if mine is not None:
+            load_rng_state(mine["rng"], self.world.device)
 
     def _take_over_share(self, seats: Sequence[Mapping[str, Any]]) -> None:
         """Take up what the run's processes that read this one's share of the data knew."""

@@ -332,8 +332,8 @@ class EvalClips(ClipDataset):
 class EpochOrder(Sampler[Draw]):
     """Orders an epoch's samples; the order depends on seed and epoch alone.
 
-    Ranks take every ``world.size``-th sample of one common order, and equally many: where it does
-    not divide, the first ones of the order are seen twice (``DistributedSampler``).
+    Shards take every ``world.shards``-th sample of one common order, and equally many: where it
+    does not divide, the first ones of the order are seen twice (``DistributedSampler``).
 
     Args:
         dataset: To be ordered.
@@ -343,7 +343,7 @@ class EpochOrder(Sampler[Draw]):
 
     def __init__(self, dataset: TrainClips, world: World, seed: int) -> None:
         self.order = DistributedSampler(
-            dataset, num_replicas=world.size, rank=world.rank, shuffle=True, seed=seed
+            dataset, num_replicas=world.shards, rank=world.shard, shuffle=True, seed=seed
         )
         self.epoch = 0
         self.start = 0
@@ -515,8 +515,8 @@ class EvalLoader:
         """Share targets out to the ranks, and to the workers of this one."""
         self._targets = targets
         every = _batches(targets, self.batch_size)
-        size, rank = self.world.size, self.world.rank
-        share = slice(*(len(every) * k // size for k in (rank, rank + 1)))
+        shards, shard = self.world.shards, self.world.shard
+        share = slice(*(len(every) * k // shards for k in (shard, shard + 1)))
         self.batches = _in_turns(every[share], self.workers)
         loader = DataLoader(
             _LeavingOut(self.dataset),

@@ -112,7 +112,7 @@ def finetune(folder: Path, group: str, seed: int, arm: str, epochs: int) -> dict
             weights = place / f"{name}-run" / name / "last.pth"
             asked += ["--peer", f"saliency.standins:{name},checkpoint={weights}"]
         trainer = train(place, "tune", title, seed, epochs, asked)
-        picture, caption = teaching_pictures(trainer.peers, trainer.evaluator.videos)
+        picture, caption = teaching_pictures(trainer.peers, trainer.evaluator.videos, trainer.world)
         (place / f"{title}.png").write_bytes(picture)
         progress = trainer.progress
         names = GROUPS[group]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import distributed
 from common.broken import BadSample, BadSamples
 from common.distributed import World, gather_objects
 from common.peers import PeerGroup
@@ -130,7 +131,7 @@ class SaliencyEvaluator:
     the metrics that need them, as the official evaluation does.
 
     Args:
-        loader: Of this process's share.
+        loader: Of this process's share of the data, in the views of the peers that it holds.
         world: Where this process stands.
         metrics: Names of ``METRICS``.
         blur: See ``saliency.metrics.resize_and_blur``.
@@ -175,8 +176,12 @@ class SaliencyEvaluator:
 
     def evaluate(self, peers: PeerGroup) -> dict[str, float]:
         """Measure every peer (its averaged weights, if any); equal on every rank."""
-        views = [peer.view for peer in peers]
-        scores = self.score([peer.best_module for peer in peers], views, peers.names)
+        here = peers.here
+        scores = self.score(
+            [peer.best_module for peer in here],
+            [peer.view for peer in here],
+            [peer.name for peer in here],
+        )
         self._tell_undefined(next(iter(scores.values())))
         return flatten(scores)
 
@@ -184,13 +189,13 @@ class SaliencyEvaluator:
     def score(
         self, modules: Sequence[nn.Module], views: Sequence[ClipView], names: Sequence[str]
     ) -> dict[str, Scores]:
-        """Run the models over the split.
+        """Run the models that are here over the split; every rank gets the scores of all.
 
         Returns:
             By name, and as ``ensemble`` where there are several: the mean of their maps, each
             divided by its sum.
         """
-        together = [ENSEMBLE] if len(names) > 1 else []
+        together = [ENSEMBLE] if len(names) * self.world.seats > 1 else []
         running = {
             name: SaliencyMetrics(self.names, self.world.device, flags=self.flags, seed=self.seed)
             for name in [*names, *together]
@@ -212,10 +217,13 @@ class SaliencyEvaluator:
                     self.on_maps(name, batch.targets, maps)
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
+        replicas = self.world.replicas
         self.loader.bad.share()
-        left_out = sum(gather_objects(self.loader.left_out))
+        left_out = sum(gather_objects(self.loader.left_out, replicas))
         self.loader.bad.tell_evaluation(left_out, self.loader.targets)
-        return {name: self._in_order(metrics.compute()) for name, metrics in running.items()}
+        found = {name: self._in_order(its.compute(replicas)) for name, its in running.items()}
+        found = distributed.merge_over_seats(found, self.world)
+        return {name: found[name] for name in sorted(found, key=lambda name: name == ENSEMBLE)}
 
     def _in_order(self, scores: Scores) -> Scores:
         """Put the videos into the split's order, whatever was read first."""
@@ -244,9 +252,10 @@ class SaliencyEvaluator:
             name: self._predict(module, batch, view, name)
             for name, module, view in zip(names, modules, views, strict=True)
         }
-        if len(names) > 1:
+        if len(names) * self.world.seats > 1:
             sizes = zip(*found.values(), strict=True)
-            found[ENSEMBLE] = [torch.stack([over_sum(x) for x in maps]).sum(0) for maps in sizes]
+            mine = [torch.stack([over_sum(x) for x in maps]).sum(0) for maps in sizes]
+            found[ENSEMBLE] = [distributed.sum_over_team(x, self.world) for x in mine]
         return found
 
     def _predict(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -364,15 +365,19 @@ class SaliencyMetrics:
         rows = self._rows_of(list(other._rows))
         self._state.index_add_(0, rows.to(self.device), other._state.to(self._state))
 
-    def compute(self) -> Scores:
-        """Sum over all ranks, which must all call this, and read the means."""
-        ranks = gather_objects(list(self._rows))
+    def compute(self, group: dist.ProcessGroup | None = None) -> Scores:
+        """Sum over the ranks of a group, which must all call this, and read the means.
+
+        Args:
+            group: None: all ranks.
+        """
+        ranks = gather_objects(list(self._rows), group)
         videos = list(dict.fromkeys(video for names in ranks for video in names))
         place = {video: i for i, video in enumerate(videos)}
         state = self._state.new_zeros(len(videos), self._state.shape[1])
         mine = torch.tensor([place[video] for video in self._rows], dtype=torch.long)
         state[mine.to(self.device)] = self._state
-        return self._scores(videos, sum_over_ranks(state).cpu().double())
+        return self._scores(videos, sum_over_ranks(state, group).cpu().double())
 
     def _score(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.checkpoint import load_weights, read_weights
 from common.distributed import World
 from common.options import OptionError
-from common.peers import Peer
+from common.peers import Peer, RemotePeer
 from common.seeding import generators_kept
 from common.transfer import PeerOutput, confidence
 from saliency.clips import ClipView
@@ -234,8 +234,10 @@ def build_peers(
     run: argparse.Namespace,
     world: World,
     updates: int,
-) -> list[SaliencyPeer]:
+) -> list[Peer]:
     """Give every model its optimizer, schedule and average; move it to the device.
+
+    Of models that other processes hold, only the name is left.
 
     Args:
         specs: As asked for.
@@ -245,12 +247,15 @@ def build_peers(
         world: Where this process stands.
         updates: Optimizer steps of the whole run, for the schedule.
     """
-    peers = []
-    for spec, module, view in zip(specs, modules, views, strict=True):
+    peers: list[Peer] = []
+    for i, (spec, module, view) in enumerate(zip(specs, modules, views, strict=True)):
+        if not world.holds(i):
+            peers.append(RemotePeer(spec.name, spec.frozen))
+            continue
         options = spec.options
         module.to(world.device)
-        if run.sync_bn and world.size > 1:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        if run.sync_bn and world.shards > 1:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module, world.replicas)
         rest: dict[str, Any] = {"frozen": spec.frozen}
         if not spec.frozen:
             optimizer = _optimizer(spec, module)

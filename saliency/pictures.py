@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from common.distributed import World, gather_over_team
+from common.peers import PeerGroup
 from common.report.plots import color_of
 from common.roles import assign_roles
 from saliency.data import ClipBatch, ClipSample, EvalClips, collate
@@ -28,34 +30,32 @@ _INCH = 1.9
 
 
 def teaching_pictures(
-    peers: Iterable[SaliencyPeer],
-    videos: VideoSet,
-    count: int = 4,
-    sample_device: torch.device | str = "cpu",
+    peers: PeerGroup, videos: VideoSet, world: World, count: int = 4
 ) -> tuple[bytes, str]:
     """Draw a few frames under heat maps: the truth, each peer's prediction, and who does best.
 
     Args:
         peers: Their modes are put back; averaged weights are taken where there are any.
         videos: Of the first ``count`` videos that can be read, the middle frame is shown.
+        world: Where this process stands; those that lead the peers' seats must all call it.
         count: How many.
-        sample_device: Where the peers are.
 
     Returns:
         A PNG, and a caption.
     """
-    peers = list(peers)
-    dataset = EvalClips(videos, [peer.view for peer in peers])
-    columns = ["frame", "truth", *(peer.name for peer in peers)]
+    dataset = EvalClips(videos, [peer.view for peer in peers.here])
+    columns = ["frame", "truth", *peers.names]
     shown = list(itertools.islice(_readable(dataset), count))
     figure = Figure(figsize=(_INCH * len(columns), 0.72 * _INCH * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), len(columns), squeeze=False)
     for row, sample in zip(axes, shown, strict=True):
         video, target = videos.videos[sample.video], sample.target
-        batch = collate([sample]).to(sample_device)
-        maps, best = predict(peers, batch)
+        batch = collate([sample])
+        mine = predict(peers.here, batch.to(world.device))
+        maps = gather_over_team([m.cpu() for m in mine], world)
+        best = best_of(maps, batch)
         frame = read_frame(video.path(video.frames[target]))
-        pictures = [frame, *(overlay(frame, m[0].cpu().numpy()) for m in [batch.maps, *maps])]
+        pictures = [frame, *(overlay(frame, m[0].numpy()) for m in [batch.maps, *maps])]
         for axis, picture in zip(row, pictures, strict=True):
             axis.imshow(picture)
             axis.set_xticks([])
@@ -85,8 +85,8 @@ def _readable(dataset: EvalClips) -> Iterator[ClipSample]:
 
 
 @torch.no_grad()
-def predict(peers: Sequence[SaliencyPeer], batch: ClipBatch) -> tuple[list[Tensor], int | None]:
-    """Return each peer's maps [B, H, W], and which peer does best on the first sample, if any."""
+def predict(peers: Sequence[SaliencyPeer], batch: ClipBatch) -> list[Tensor]:
+    """Return each peer's maps [B, H, W]."""
     size = batch.maps.shape[-2:]
     maps = []
     for peer in peers:
@@ -94,11 +94,16 @@ def predict(peers: Sequence[SaliencyPeer], batch: ClipBatch) -> tuple[list[Tenso
         was = module.training
         maps.append(to_size(module.eval()(batch.clips(peer.view)), size))
         module.train(was)
-    if len(peers) < 2:
-        return maps, None
+    return maps
+
+
+def best_of(maps: Sequence[Tensor], batch: ClipBatch) -> int | None:
+    """Return which peer does best on the first sample, if any; all on one device."""
+    if len(maps) < 2:
+        return None
     score = torch.stack([-saliency_loss(m, batch.maps)[:1] for m in maps])
     teaches = assign_roles(score, "best").amax(dim=1)[:, 0] > 0
-    return maps, int(teaches.int().argmax()) if bool(teaches.any()) else None
+    return int(teaches.int().argmax()) if bool(teaches.any()) else None
 
 
 def overlay(frame: np.ndarray, map_: np.ndarray, strength: float = 0.6) -> np.ndarray:

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from common import distributed
 from common.broken import BadSamples
 from common.checkpoint import CheckpointError
 from common.disk import OutputError, write_text
 from common.distributed import World
-from common.engine import ENGINES
+from common.engine import build_engine
 from common.options import OptionError, bounds_of, transfer_of
 from common.outputs import (
     finish,
@@ -38,10 +37,11 @@ from common.outputs import (
     read_resumed,
     resumed_folder,
     run_command,
+    seat_world,
     start_world,
     writers,
 )
-from common.peers import PeerGroup
+from common.peers import Peer, PeerGroup, share_statistics
 from common.roles import NonFiniteError
 from common.trainer import Plan, Progress, Trainer, Writer
 from saliency.check import check_data
@@ -65,7 +65,7 @@ from saliency.options import (
     parse,
 )
 from saliency.packed import PackedFrames, pack_frames
-from saliency.peer import SaliencyPeer, build_modules, build_peers, describe, warn_of_random_weights
+from saliency.peer import build_modules, build_peers, describe, warn_of_random_weights
 from saliency.pictures import teaching_pictures
 from saliency.plan import tell_plan
 
@@ -106,6 +106,14 @@ def run(
     if options.plan:
         tell_plan(options, specs, world)
         return None
+    if specs:
+        world = seat_world(world, options, len(specs))
+    if options.max_bad_samples and world.seats > 1:
+        raise OptionError(
+            f"--max-bad-samples is {options.max_bad_samples}: with --engine peer-parallel a frame "
+            "that is broken in one peer's clip need not be in another's, and then they would not "
+            "learn from the same samples; leave it out, or take another engine"
+        )
     if options.sync_bn and world.device.type != "cuda":
         raise OptionError("--sync-bn needs GPUs; leave it out on a CPU")
     state = _resumed_state(options, specs)
@@ -124,9 +132,11 @@ def run(
             warn_of_random_weights(specs)
     updates = options.epochs * -(-len(loader) // options.grad_accum_steps)
     group = _group(build_peers(specs, modules, views, options, world, updates))
+    del modules  # those that other processes hold
     torch.manual_seed(options.seed + world.rank)
     watch = progress_bars(bars and world.is_main)
-    evaluator = build_evaluator(options, held_out, views, world, packed, watch, bad=bad)
+    mine = [view for i, view in enumerate(views) if world.holds(i)]
+    evaluator = build_evaluator(options, held_out, mine, world, packed, watch, bad=bad)
     trainer = _trainer(options, group, loader, evaluator, world, watch)
     if options.soup:
         trainer.halves = video_halves(options, held_out, views, world, packed, watch, bad=bad)
@@ -138,9 +148,10 @@ def run(
         _write_arguments(trainer.folder, options, keep_dataset=dataset is None)
     trainer.writers = _writers(options, trainer.folder, world, trainer.progress)
     trainer.fit()
-    if world.is_main:
-        pictures = [teaching_pictures(trainer.peers, held_out, sample_device=world.device)]
-        finish(trainer, settings(options), pictures)
+    if world.leads:
+        pictures = [teaching_pictures(trainer.peers, held_out, world)]
+        if world.is_main:
+            finish(trainer, settings(options), pictures)
     distributed.barrier()
     return trainer
 
@@ -198,15 +209,16 @@ def _train_loader(
             f"--nss is {options.nss}, but {videos} has no fixations; leave it out, or bring "
             "VIDEO/fixation/maps/*.mat or VIDEO/fixation/*.png"
         )
+    largest = max((view.size for view in views), key=lambda size: size[0] * size[1])
     return TrainLoader(
         videos,
-        views,
+        [view for i, view in enumerate(views) if world.holds(i)],
         world,
         batch_size=options.batch_size,
         seed=options.seed,
         workers=options.workers,
         clips_per_video=options.clips_per_video,
-        map_size=tuple(options.map_size) if options.map_size else None,
+        map_size=tuple(options.map_size) if options.map_size else largest,
         fixations=bool(options.nss),
         packed=packed,
         bad=bad,
@@ -289,7 +301,7 @@ def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:
     return getattr(torch, options.amp_dtype) if options.amp else None
 
 
-def _group(peers: Sequence[SaliencyPeer]) -> PeerGroup:
+def _group(peers: Sequence[Peer]) -> PeerGroup:
     try:
         return PeerGroup(peers)
     except ValueError as error:
@@ -304,10 +316,10 @@ def _trainer(
     world: World,
     watch: Any,
 ) -> Trainer:
-    transfer = transfer_of(options, group.names, group.frozen, world.rank)
+    transfer = transfer_of(options, group.names, group.frozen, world.shard)
     return Trainer(
         peers=group,
-        engine=ENGINES[options.engine](group, transfer, world.device, amp_dtype(options)),
+        engine=build_engine(options.engine, group, transfer, world, amp_dtype(options)),
         transfer=transfer,
         loader=loader,
         evaluator=evaluator,
@@ -328,24 +340,11 @@ def _trainer(
         folder=folder_of(options, group.names, world),
         world=world,
         config=plain(options),
-        after_epoch=lambda: average_buffers(group, world),
+        after_epoch=lambda: share_statistics(group, world),
         watch=lambda batches: watch(batches, "training"),
         names_of=loader.names_of,
         bad=loader.bad,
     )
-
-
-def average_buffers(peers: PeerGroup, world: World) -> None:
-    """Give all ranks the mean of their BatchNorm statistics, those of averaged weights too."""
-    if world.size == 1:
-        return
-    for peer in peers:
-        learning: list[nn.Module] = [] if peer.frozen else [peer.module]
-        averaged = [] if peer.average is None else [peer.average.module]
-        for module in learning + averaged:
-            for name, buffer in module.named_buffers():
-                if name.endswith(("running_mean", "running_var")):
-                    buffer.copy_(distributed.sum_over_ranks(buffer.clone()) / world.size)
 
 
 def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:

@@ -6,8 +6,10 @@ from torch import nn
 
 from common import distributed
 from common.checkpoint import CheckpointError, load_run, read_weights
+from common.distributed import World
 from common.engine import PeerParallelEngine, build_engine
 from common.peers import PeerGroup, RemotePeer
+from common.ranks import SavedRanks
 from common.roles import NonFiniteError
 from common.transfer import KnowledgeTransfer
 from tests.common.test_distributed import ShardedLoader
@@ -226,3 +228,21 @@ def test_broken_weights_end_all_ranks_and_are_not_saved(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["told-0", "told-1"]
     with pytest.raises(CheckpointError, match="no run file"):
         load_run(tmp_path)
+
+
+def scaling(*scales):
+    return [{"scaler": {"scale": scale}} for scale in scales]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seats", "world", "scale"),
+    [
+        (scaling(8.0, 2.0), 2, World(1, 2, 1, HERE.device, seats=2), 2.0),  # its seat's own
+        (scaling(8.0, 8.0, 2.0, 2.0), 2, World(1, 2, 1, HERE.device, seats=2), 2.0),
+        (scaling(8.0, 2.0), 2, HERE, 2.0),  # shared from now on: no peer overflows
+        (scaling(4.0), 1, World(1, 2, 1, HERE.device, seats=2), 4.0),
+        ([{}, {}], 1, World(1, 2, 1, HERE.device, seats=2), 16.0),  # of an older run file
+    ],
+)
+def test_the_scale_to_go_on_with(ranks, seats, world, scale):
+    assert SavedRanks(ranks, seats).scaler(world, {"scale": 16.0})["scale"] == scale

@@ -4,11 +4,13 @@ import pytest
 pytest.importorskip("mlxtend", reason='mlxtend is not installed: pip install -e ".[demo]"')
 pytest.importorskip("sklearn", reason='scikit-learn is not installed: pip install -e ".[demo]"')
 
+from common.peers import PeerGroup
 from saliency import scenes
 from saliency.check import check_data
 from saliency.layouts import open_dataset
 from saliency.pictures import overlay, teaching_pictures, to_bytes
 from saliency.standins import around, pair, recent
+from tests.common.toy import HERE
 from tests.saliency.test_peer import peer_of
 
 
@@ -61,7 +63,7 @@ def test_a_split_is_written_once_and_again_when_it_shall_differ(tmp_path):
 def test_pictures_show_frames_truth_and_every_peer(videos):
     peers = [peer_of(build(), name) for name, build in (("a", recent), ("b", around), ("c", pair))]
     peers[0].module.train()
-    png, caption = teaching_pictures(peers, videos, count=2)
+    png, caption = teaching_pictures(PeerGroup(peers), videos, HERE, count=2)
     assert png.startswith(b"\x89PNG") and "teach the others" in caption
     assert peers[0].module.training
 

@@ -1,0 +1,75 @@
+"""What each process of a saved run knew of itself, for the one that stands in its place now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.distributed import World
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedRanks:
+    """One mapping a process, in rank order.
+
+    Attributes:
+        ranks: As the processes saved them.
+        seats: Over how many processes the peers were laid out; see ``World``.
+    """
+
+    ranks: Sequence[Mapping[str, Any]]
+    seats: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Into how many shares the data was split."""
+        return len(self.ranks) // self.seats
+
+    def of_share(self, world: World) -> list[Mapping[str, Any]]:
+        """Return those of the processes that read this one's share of the data, by seat.
+
+        Nothing, and a warning, where the data was split otherwise.
+        """
+        if self.shards == world.shards:
+            return list(self.ranks[world.shard :: self.shards])
+        _logger.warning(
+            "the run split its data over %d processes, this one over %d: it goes on, but not bit "
+            "for bit",
+            self.shards,
+            world.shards,
+        )
+        return []
+
+    def of_place(self, world: World) -> Mapping[str, Any] | None:
+        """Return that of this process's own place.
+
+        Nothing, and a warning, where the peers were laid out otherwise.
+        """
+        if (self.shards, self.seats) == (world.shards, world.seats):
+            return self.ranks[world.rank]
+        _logger.warning(
+            "the run had its peers in %d processes, this one in %d: what they draw (dropout) "
+            "differs from here on",
+            self.seats,
+            world.seats,
+        )
+        return None
+
+    def scaler(self, world: World, shared: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the state of the loss scaling to go on with.
+
+        Where each peer had a scale of its own and they now share one, or the reverse: the smallest,
+        at which no peer overflowed.
+
+        Args:
+            world: Where this process stands.
+            shared: The state of the run's main process.
+        """
+        if self.seats == world.seats:
+            return self.ranks[world.seat * self.shards].get("scaler", shared)
+        states = [rank.get("scaler", shared) for rank in self.ranks]
+        return min(states, key=lambda state: state.get("scale", 0.0))
