@@ -191,8 +191,8 @@ def is_first() -> bool:
 
 
 def sum_over_team(x: Tensor, world: World) -> Tensor:
-    """Sum a tensor over the processes that hold the other peers, in place."""
-    return x if world.seats == 1 else sum_over_ranks(x, world.team)
+    """Return the sum of a tensor over the processes that hold the other peers."""
+    return x if world.seats == 1 else sum_over_ranks(x.contiguous(), world.team)
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

@@ -105,10 +105,14 @@ class Peer(ABC):
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def distribute(self, world: World, broadcast_buffers: bool = True) -> None:
-        """Wrap the model for data parallelism among the processes that hold it."""
+        """Wrap the model for data parallelism among the processes that hold it.
+
+        What of the model talks to other processes by itself (SyncBatchNorm) is told which: those of
+        its ``process_group``.
+        """
         for part in self.module.modules():
-            if isinstance(part, nn.SyncBatchNorm):
-                part.process_group = world.replicas
+            if hasattr(part, "process_group"):
+                part.process_group = world.replicas  # type: ignore[assignment]
         if world.shards == 1 or self.frozen:
             return
         ids = [world.device.index] if world.device.type == "cuda" else None

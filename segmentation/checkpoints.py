@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.checkpoint import CheckpointError, atomic_write, load_weights, read_file
+from common.peers import Peer
 from segmentation.peer import SegmentorPeer
 
 RECORD = "run.pt"
@@ -28,51 +29,66 @@ _PEER_KEYS = {"model", "optimizer", "scheduler", "iteration"}
 _KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "history", "lessons"}
 
 
-def save(
+def save_peers(
     folder: Path,
-    peers: Sequence[SegmentorPeer],
-    state: Mapping[str, Any],
-    keep: int,
-    final: bool = False,
+    peers: Iterable[SegmentorPeer],
+    iterations: int,
     kept: Callable[[str], Mapping[str, Any]] = lambda name: {},
 ) -> None:
-    """Write every peer's checkpoint, then the record; prune what is old.
+    """Write the checkpoints of the peers that are here; they count once the record names them.
 
     A file that an earlier record names is not written again, so that a kill costs nothing.
 
     Args:
         folder: Of the run.
         peers: Frozen ones are not written: they stay what they were.
-        state: Tensors and plain containers, with ``iteration``, the iterations finished.
-        keep: How many resumable checkpoints stay; 0: all.
-        final: Also give the peers' files the name that Detectron2 gives a run's last.
+        iterations: That are finished.
         kept: Gives by a peer's name what else its file shall hold.
     """
-    file = f"model_{state['iteration'] - 1:07d}.pth"  # Detectron2 counts from 0
     for peer in peers:
         if peer.optimizer is not None:
-            path = folder / peer.name / file
-            _save_peer(path, peer, state["iteration"] - 1, kept(peer.name))
-    record = {"format": FORMAT, "file": file, "peers": [p.name for p in peers], **state}
+            path = folder / peer.name / _file_of(iterations)
+            _save_peer(path, peer, iterations - 1, kept(peer.name))
+
+
+def save_record(
+    folder: Path, learning: Sequence[str], state: Mapping[str, Any], keep: int, final: bool = False
+) -> None:
+    """Write the record, once every peer's checkpoint is written; prune what is old.
+
+    Args:
+        folder: Of the run.
+        learning: Names of the peers that have checkpoints.
+        state: Tensors and plain containers, with ``peers``, the names of all, and ``iteration``,
+            the iterations finished.
+        keep: How many resumable checkpoints stay; 0: all.
+        final: Also give the peers' files the name that Detectron2 gives a run's last.
+    """
+    file = _file_of(state["iteration"])
+    record = {"format": FORMAT, "file": file, **state}
     atomic_write(folder / RECORD, lambda to: torch.save(record, to))
     if final:
-        finish(folder, peers, record)
+        finish(folder, learning, record)
     else:
-        _tag(folder, peers, file)
-    for peer in peers:
-        files = sorted((folder / peer.name).glob("model_[0-9]*.pth"))
+        _tag(folder, learning, file)
+    for name in learning:
+        files = sorted((folder / name).glob("model_[0-9]*.pth"))
         for old in files[:-keep] if keep else ():
             if old.name != file:
                 old.unlink(missing_ok=True)
 
 
-def finish(folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]) -> None:
+def finish(folder: Path, learning: Sequence[str], record: Mapping[str, Any]) -> None:
     """Copy the files that a record names to ``model_final.pth``, where that is not done yet."""
-    for peer in peers:
-        source, to = (folder / peer.name / name for name in (record["file"], FINAL))
-        if peer.optimizer is not None and source != to:
+    for name in learning:
+        source, to = (folder / name / file for file in (record["file"], FINAL))
+        if source != to:
             atomic_write(to, functools.partial(shutil.copyfile, source))
-    _tag(folder, peers, FINAL)
+    _tag(folder, learning, FINAL)
+
+
+def _file_of(iterations: int) -> str:
+    return f"model_{iterations - 1:07d}.pth"  # Detectron2 counts from 0
 
 
 def _save_peer(path: Path, peer: SegmentorPeer, iteration: int, kept: Mapping[str, Any]) -> None:
@@ -86,11 +102,9 @@ def _save_peer(path: Path, peer: SegmentorPeer, iteration: int, kept: Mapping[st
     atomic_write(path, lambda to: torch.save(content, to))
 
 
-def _tag(folder: Path, peers: Sequence[SegmentorPeer], file: str) -> None:
-    for peer in peers:
-        if peer.optimizer is not None:
-            last = folder / peer.name / LAST
-            atomic_write(last, lambda to: to.write_text(file, encoding="utf-8"))
+def _tag(folder: Path, learning: Sequence[str], file: str) -> None:
+    for name in learning:
+        atomic_write(folder / name / LAST, lambda to: to.write_text(file, encoding="utf-8"))
 
 
 def save_plain(
@@ -170,9 +184,9 @@ def refuse_other_settings(
 
 
 def load(
-    folder: Path, peers: Sequence[SegmentorPeer], record: Mapping[str, Any]
+    folder: Path, peers: Sequence[Peer], record: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Bring weights, optimizers and schedules to where the record stands.
+    """Bring the peers that are here to where the record stands, optimizers and schedules too.
 
     Returns:
         What else was kept, by the peers' names.
@@ -209,7 +223,7 @@ def _older(path: Path) -> str:
     )
 
 
-def _load_peer(path: Path, peer: SegmentorPeer, iteration: int) -> dict[str, Any]:
+def _load_peer(path: Path, peer: Any, iteration: int) -> dict[str, Any]:
     content = read_file(path, sums=True)
     if not set(content) >= _PEER_KEYS:
         raise CheckpointError(f"{path}: not a checkpoint of a run; it cannot be resumed")

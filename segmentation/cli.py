@@ -39,6 +39,8 @@ from segmentation.plan import tell_plan
 from segmentation.trainer import (
     METRIC,
     TransferTrainer,
+    check_processes,
+    current_world,
     evaluate_run,
     log_metrics,
     summary_of,
@@ -80,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plan:
             return plan(run, options)
         check_machine(options, run)
+        if not options.eval_only:
+            check_processes(run, options.num_gpus * options.num_machines)
         check_classes({peer.name: peer.cfg for peer in run.peers})
         check_folder(run, options)
     except FAULTS as error:
@@ -160,7 +164,7 @@ def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
         trainer.make_soups()
     if run.cfg.TEST.AUG.ENABLED:
         _report_tta(run, trainer.evaluate(tta=True))
-    if comm.is_main_process() and trainer.history:
+    if trainer.world.leads and trainer.history:
         path = write_report(run, trainer)
         for note in trainer.notes():
             _logger.warning("%s", note)
@@ -175,12 +179,13 @@ def evaluate_only(run: RunConfig, resume: bool = False) -> dict[str, float]:
         for config in (_at_last_checkpoint(run) if resume else run.peers)
     ]
     bad = allowed(run.transfer.MAX_BAD_SAMPLES)
-    metrics = evaluate_run(run, peers, bad=bad)
+    world = current_world(run.cfg.MODEL.DEVICE)
+    metrics = evaluate_run(run, peers, world, bad=bad)
     if comm.is_main_process():
         log_metrics(metrics, [*run.names, "ensemble"])
         write_csv(run.output_dir / "evaluation.csv", [metrics])
     if run.cfg.TEST.AUG.ENABLED:
-        augmented = evaluate_run(run, peers, tta=True, bad=bad)
+        augmented = evaluate_run(run, peers, world, tta=True, bad=bad)
         _report_tta(run, augmented)
         metrics |= augmented
     return metrics
@@ -249,19 +254,26 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
 
 
 def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:
-    """Write OUTPUT_DIR/report.html: each peer before and after, and who taught whom."""
-    return write_run_report(
-        run.output_dir / "report.html",
-        names=run.names,
-        history=[summary_of(row) for row in trainer.history],
-        lessons=trainer.lessons,
-        metric=METRIC,
-        settings=settings(run),
-        events=trainer.guard.events,
-        notes=trainer.notes(),
-        soups=[asdict(soup) for soup in trainer.soups],
-        pictures=[teaching_pictures(list(trainer.peers), run.cfg.DATASETS.TEST[0])],
-    )
+    """Write OUTPUT_DIR/report.html: each peer before and after, and who taught whom.
+
+    The processes that lead the peers' seats must all call it; the main one writes.
+    """
+    picture = teaching_pictures(trainer.peers, run.cfg.DATASETS.TEST[0], trainer.world)
+    path = run.output_dir / "report.html"
+    if trainer.world.is_main:
+        write_run_report(
+            path,
+            names=run.names,
+            history=[summary_of(row) for row in trainer.history],
+            lessons=trainer.lessons,
+            metric=METRIC,
+            settings=settings(run),
+            events=trainer.guard.events,
+            notes=trainer.notes(),
+            soups=[asdict(soup) for soup in trainer.soups],
+            pictures=[picture],
+        )
+    return path
 
 
 def settings(run: RunConfig) -> dict[str, Any]:

@@ -95,6 +95,11 @@ class RunConfig:
         """The peers' names."""
         return [peer.name for peer in self.peers]
 
+    @property
+    def learning(self) -> list[str]:
+        """Names of the peers that are not frozen from the start."""
+        return [peer.name for peer in self.peers if not peer.frozen]
+
 
 def lasting_settings(run: RunConfig) -> dict[str, str]:
     """Return by name what a run cannot change on its way: its data, its batches, its solvers."""
@@ -129,7 +134,7 @@ def transfer_defaults() -> CfgNode:
     node.DETACH_TEACHER = True
     node.MARGIN = 0.0  # by how much a teacher's score must be higher
     node.WARMUP_ITERS = 0  # the weight grows linearly from 0 over these
-    node.ENGINE = "joint"  # or "two-pass": one peer's activations at a time
+    node.ENGINE = "joint"  # or "two-pass", "peer-parallel": see the README
     node.ACCUMULATE = 1  # batches of SOLVER.IMS_PER_BATCH in one iteration
     node.AMP_DTYPE = "float16"  # with SOLVER.AMP.ENABLED
     node.GUARD = "warn"  # of a peer that gets worse than at its start; or "off", "rollback"

@@ -145,7 +145,9 @@ def finetune(folder: Path, group: str, seed: int, arm: str, iterations: int) -> 
         options += ["SOLVER.MAX_ITER", iterations, *_options(seed, "tune", output)]
         run = load_run([CONFIGS / f"{group}.yaml"], options)
         trainer = train(run)
-        picture, caption = teaching_pictures(list(trainer.peers), run.cfg.DATASETS.TEST[0], 6)
+        picture, caption = teaching_pictures(
+            trainer.peers, run.cfg.DATASETS.TEST[0], trainer.world, 6
+        )
         output.with_suffix(".png").write_bytes(picture)
         told = outcome(arm, seed, GROUPS[group], METRIC, trainer.history, trainer.lessons)
         return {**told, "caption": caption}

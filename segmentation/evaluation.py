@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import SemSegEvaluator
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from common import distributed
 from common.broken import BadSamples, Counted, sound
+from common.distributed import World
 from segmentation.data import (
     LeavingOut,
     TestMapper,
@@ -39,12 +41,24 @@ _SEMANTIC = ("sem_seg", "cityscapes_sem_seg", "ade20k_panoptic_seg")
 
 
 class LabelEvaluator(SemSegEvaluator):
-    """Detectron2's evaluator without the file of predictions, which costs more than the rest."""
+    """Detectron2's evaluator without the file of predictions, which costs more than the rest.
 
-    def __init__(self, dataset: str) -> None:
+    Args:
+        dataset: A registered name.
+        replicas: Which ranks look at a part of it each; None: all.
+    """
+
+    def __init__(self, dataset: str, replicas: dist.ProcessGroup | None = None) -> None:
         # its own reader breaks with numpy 2 (copy=False)
-        super().__init__(dataset, sem_seg_loading_fn=self._read)
+        super().__init__(dataset, distributed=False, sem_seg_loading_fn=self._read)
         self._compute_boundary_iou = False  # for which each map would be eroded too
+        self._replicas = replicas
+
+    def evaluate(self) -> dict[str, Any]:
+        """Sum over the ranks, which must all call this; the same on each."""
+        parts = distributed.gather_objects(self._conf_matrix, self._replicas)
+        self._conf_matrix = sum(parts)
+        return super().evaluate()
 
     def _read(self, path: str, **settings: Any) -> np.ndarray:
         labels = read_labels(path, **settings)
@@ -59,6 +73,7 @@ class LabelEvaluator(SemSegEvaluator):
 def evaluate_group(
     peers: Sequence[SegmentorPeer],
     dataset: str,
+    world: World,
     tta: bool = False,
     bad: BadSamples | None = None,
     part: slice = slice(None),
@@ -69,8 +84,9 @@ def evaluate_group(
     share one. Under several ranks each takes its part of the images.
 
     Args:
-        peers: As they are; their modes are put back afterwards.
+        peers: That this process holds, as they are; their modes are put back afterwards.
         dataset: A registered name.
+        world: Where this process stands.
         tta: Average over the sizes and flips of each peer's TEST.AUG; metrics end in ``_TTA``.
         bad: Counts broken files, whose images are left out for all peers alike; None: by itself,
             and none is allowed.
@@ -85,12 +101,12 @@ def evaluate_group(
     """
     bad, done = bad or allowed(), 0
     records = load_datasets([dataset])[part]
-    names = [peer.name for peer in peers] + [ENSEMBLE] * (len(peers) > 1)
-    evaluators = {name: _evaluator(dataset) for name in names}
+    names = [peer.name for peer in peers] + [ENSEMBLE] * (len(peers) * world.seats > 1)
+    evaluators = {name: _evaluator(dataset, world) for name in names}
     for evaluator in evaluators.values():
         evaluator.reset()
     with torch.no_grad(), evaluating(peers):
-        for inputs in _progress(_loader(peers, records, tta, bad)):
+        for inputs in _progress(_loader(peers, records, world, tta, bad)):
             done += 1
             mean: Tensor | None = None
             for peer, sample in zip(peers, inputs, strict=True):
@@ -100,15 +116,17 @@ def evaluate_group(
                     mean = p if mean is None else mean.add_(p)
                 del p  # or it stays while the next one is made
             if mean is not None:
+                mean = distributed.sum_over_team(mean, world)
                 evaluators[ENSEMBLE].process([inputs[0]], [{"sem_seg": mean}])
     bad.share()
-    bad.tell_evaluation(len(records) - sum(distributed.gather_objects(done)), len(records))
+    seen = sum(distributed.gather_objects(done, world.replicas))
+    bad.tell_evaluation(len(records) - seen, len(records))
     found = {name: evaluator.evaluate() for name, evaluator in evaluators.items()}
-    found = distributed.gather_objects(found)[0]
+    found = distributed.merge_over_seats(found, world)
     suffix = "_TTA" if tta else ""
     return {
         f"{name}/{metric}{suffix}": float(value)
-        for name, results in found.items()
+        for name, results in sorted(found.items(), key=lambda item: item[0] == ENSEMBLE)
         for metric, value in results["sem_seg"].items()
     }
 
@@ -145,12 +163,17 @@ def augmented(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
 
 
 def _loader(
-    peers: Sequence[SegmentorPeer], records: list[dict[str, Any]], tta: bool, bad: BadSamples
+    peers: Sequence[SegmentorPeer],
+    records: list[dict[str, Any]],
+    world: World,
+    tta: bool,
+    bad: BadSamples,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield one image after another, as each peer's sample."""
+    """Yield one image after another of this process's part, as each peer's sample."""
     loader = build_detection_test_loader(
         records,
         mapper=LeavingOut(_GroupMapper(peers, tta, bad.most > 0)),
+        sampler=range(world.shard, len(records), world.shards),
         num_workers=peers[0].cfg.DATALOADER.NUM_WORKERS,
     )
     yield from chain.from_iterable(Counted(map(sound, loader), bad, evaluating=True))
@@ -183,14 +206,14 @@ class _GroupMapper:
         return [samples[size] for size in self.geometries]
 
 
-def _evaluator(dataset: str) -> LabelEvaluator:
+def _evaluator(dataset: str, world: World) -> LabelEvaluator:
     """Build what compares label files; Cityscapes' own evaluator needs more, and tells less."""
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
     if kind not in _SEMANTIC:
         raise DataError(
             f"{dataset}: evaluator type {kind!r}; semantic datasets are of {', '.join(_SEMANTIC)}"
         )
-    return LabelEvaluator(dataset)
+    return LabelEvaluator(dataset, world.replicas)
 
 
 @contextmanager

@@ -168,7 +168,8 @@ class Mask2Former(nn.Module):
         instances = [x["instances"].to(self.device) for x in batched_inputs]
         classes = [found.gt_classes for found in instances]
         masks = [pad_masks(found.gt_masks, size) for found in instances]
-        self.criterion.masks = mean_over_ranks(sum(len(found) for found in classes), self.device)
+        count = sum(len(found) for found in classes)
+        self.criterion.masks = mean_over_ranks(count, self.device, self.criterion.process_group)
         others = outputs["aux_outputs"] if self.deep_supervision else []
         with torch.autocast(self.device.type, enabled=False):
             losses = self.criterion(
@@ -266,21 +267,25 @@ class Criterion(Mask2FormerLoss):
 
     Attributes:
         masks: Their mean number over the ranks, at least 1.
+        process_group: Which ranks these are; None: all.
     """
 
     masks: Tensor
+    process_group: dist.ProcessGroup | None = None
 
     def get_num_masks(self, class_labels: Any, device: Any) -> Tensor:
         """Return what was given."""
         return self.masks
 
 
-def mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """Return the mean of a count over all ranks, at least 1, on the device."""
+def mean_over_ranks(
+    count: int, device: torch.device, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Return the mean of a count over the ranks of a group, at least 1, on the device."""
     mean = torch.full((), float(count), device=device)  # without waiting for the device
     if active():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
+        dist.all_reduce(mean, group=group)
+        mean /= dist.get_world_size(group)
     return mean.clamp(min=1)
 
 

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from common.distributed import sum_over_ranks
+from common.distributed import World, merge_over_seats, sum_over_ranks
 from common.peers import Peer
 from common.transfer import PeerOutput, confidence
 from segmentation.data import FORMATS, peer_view
@@ -246,10 +246,14 @@ class SegmentorPeer(Peer):
         self._batches = self._batches + finite
 
 
-def read_losses(peers: Sequence[SegmentorPeer]) -> dict[str, float]:
+def read_losses(peers: Sequence[SegmentorPeer], world: World) -> dict[str, float]:
     """Return the mean of each of the hosts' losses since the last call, over all ranks.
 
     All ranks must call it; it waits for the device, once for all peers.
+
+    Args:
+        peers: That this process holds.
+        world: Where it stands.
 
     Returns:
         ``PEER/LOSS``; a frozen peer has none.
@@ -260,12 +264,14 @@ def read_losses(peers: Sequence[SegmentorPeer]) -> dict[str, float]:
         losses, batches = peer.take_losses()
         sums |= {f"{peer.name}/{name}": x.float() for name, x in losses.items()}
         counts += [batches] * len(losses)
-    if not sums:
-        return {}
-    values = torch.stack(list(sums.values()))
-    told = torch.stack([torch.as_tensor(count, device=values.device) for count in counts])
-    totals, taken = sum_over_ranks(torch.stack([values, told.to(values.dtype)])).tolist()
-    return {name: x / max(n, 1) for name, x, n in zip(sums, totals, taken, strict=True)}
+    means = {}
+    if sums:
+        values = torch.stack(list(sums.values()))
+        told = torch.stack([torch.as_tensor(count, device=values.device) for count in counts])
+        both = torch.stack([values, told.to(values.dtype)])
+        totals, taken = sum_over_ranks(both, world.replicas).tolist()
+        means = {name: x / max(n, 1) for name, x, n in zip(sums, totals, taken, strict=True)}
+    return merge_over_seats(means, world)
 
 
 def find_prediction(module: nn.Module, name: str) -> tuple[str, bool]:

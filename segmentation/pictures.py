@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from common.distributed import World, gather_over_team
+from common.peers import PeerGroup
 from common.report.plots import color_of
 from common.roles import assign_roles
 from segmentation.data import TestMapper, check_labels, load_datasets, read_labels
@@ -28,13 +30,14 @@ _INCH = 1.5
 
 
 def teaching_pictures(
-    peers: Sequence[SegmentorPeer], dataset: str, count: int = 4
+    peers: PeerGroup, dataset: str, world: World, count: int = 4
 ) -> tuple[bytes, str]:
     """Draw a few images: the truth, each peer's prediction, and who does best where.
 
     Args:
         peers: On one device; their modes are put back.
         dataset: A registered name; its first images that can be read are taken.
+        world: Where this process stands; those that lead the peers' seats must all call it.
         count: How many.
 
     Returns:
@@ -42,20 +45,25 @@ def teaching_pictures(
     """
     records = load_datasets([dataset])
     ignore = int(MetadataCatalog.get(dataset).ignore_label)
-    readable = _readable(records, peers, ignore)
+    own = peers.here[0].cfg.INPUT
+    sizes = gather_over_team([(own.MIN_SIZE_TEST, own.MAX_SIZE_TEST)], world)[0]  # the first peer's
+    readable = _readable(records, peers.here, ignore, sizes)
     batches = list(itertools.islice(readable, count))
     colors = _palette(dataset, ignore)
-    columns = ["image", "truth", *(peer.name for peer in peers), "best at each pixel"]
+    columns = ["image", "truth", *peers.names, "best at each pixel"]
     figure = Figure(
         figsize=(_INCH * len(columns), _INCH * len(batches) + 0.4), layout="constrained"
     )
     axes = figure.subplots(len(batches), len(columns), squeeze=False)
     for row, batch in zip(axes, batches, strict=True):
-        predictions, teacher, of_image = _lessons(peers, batch)
+        with torch.no_grad(), evaluating(peers.here):
+            mine = [peer.predict(batch).cpu() for peer in peers.here]
+        logits = gather_over_team(mine, world)
+        teacher, of_image = _lessons(peers.names, logits, batch)
         shown = [
             batch.samples[0]["image"].permute(1, 2, 0).cpu().numpy(),
             colors[batch.target[0].cpu().numpy()],
-            *(colors[prediction.cpu().numpy()] for prediction in predictions),
+            *(colors[z[0].argmax(dim=0).numpy()] for z in logits),
             _teacher_map(teacher, len(peers)),
         ]
         for axis, picture in zip(row, shown, strict=True):
@@ -65,7 +73,7 @@ def teaching_pictures(
         row[-1].set_xlabel(f"image: {of_image}", fontsize=8)
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=8)
-    handles = [Patch(color=color_of(i), label=peer.name) for i, peer in enumerate(peers)]
+    handles = [Patch(color=color_of(i), label=name) for i, name in enumerate(peers.names)]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(peers), fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
@@ -78,7 +86,10 @@ def teaching_pictures(
 
 
 def _readable(
-    records: Iterable[dict[str, Any]], peers: Sequence[SegmentorPeer], ignore: int
+    records: Iterable[dict[str, Any]],
+    peers: Sequence[SegmentorPeer],
+    ignore: int,
+    sizes: tuple[int, int],
 ) -> Iterator[Batch]:
     """Yield one image after another; what is broken was told by the evaluation.
 
@@ -88,7 +99,7 @@ def _readable(
     fault, some = None, False
     for record in records:
         try:
-            batch = _batch(record, peers, ignore)
+            batch = _batch(record, peers, ignore, sizes)
         except DataError as error:
             fault = error
             continue
@@ -98,9 +109,10 @@ def _readable(
         raise fault
 
 
-def _batch(record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int) -> Batch:
-    settings = peers[0].cfg.INPUT
-    sample = TestMapper(settings.MIN_SIZE_TEST, settings.MAX_SIZE_TEST)(record)
+def _batch(
+    record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int, sizes: tuple[int, int]
+) -> Batch:
+    sample = TestMapper(*sizes)(record)
     path, classes = record["sem_seg_file_name"], peers[0].cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     array = read_labels(path, dtype=np.int64)
     check_labels(array, classes, ignore, path)
@@ -109,18 +121,16 @@ def _batch(record: dict[str, Any], peers: Sequence[SegmentorPeer], ignore: int) 
     return make_batch([sample], device, ignore)
 
 
-@torch.no_grad()
-def _lessons(peers: Sequence[SegmentorPeer], batch: Batch) -> tuple[list[Tensor], Tensor, str]:
-    """Return predictions [h, w], the best peer at each pixel [h, w] or -1, and of the image."""
-    with evaluating(peers):
-        logits = [peer.predict(batch) for peer in peers]
-    scores = [dense_score(z, batch.labels, batch.ignore, "pixel") for z in logits]
+def _lessons(peers: Sequence[str], logits: Sequence[Tensor], batch: Batch) -> tuple[Tensor, str]:
+    """Return the best peer at each pixel [h, w] or -1, and the name of the image's."""
+    labels = batch.labels.cpu()
+    scores = [dense_score(z, labels, batch.ignore, "pixel") for z in logits]
     valid = scores[0][1]
     pixel = torch.stack([score for score, _ in scores])
-    image = torch.stack([dense_score(z, batch.labels, batch.ignore)[0] for z in logits])
-    names = [*(peer.name for peer in peers), "nobody"]
+    image = torch.stack([dense_score(z, labels, batch.ignore)[0] for z in logits])
+    names = [*peers, "nobody"]
     best = torch.where(valid, _best(pixel), -1)[0]
-    return [z[0].argmax(dim=0) for z in logits], best, names[int(_best(image)[0])]
+    return best, names[int(_best(image)[0])]
 
 
 def _best(score: Tensor) -> Tensor:

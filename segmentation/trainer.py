@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
 from detectron2.engine import TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
+from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import TensorboardXWriter
@@ -26,11 +27,12 @@ from common.board import Board
 from common.broken import BadSamples, is_worker_death
 from common.checkpoint import read_weights
 from common.distributed import World
-from common.engine import ENGINES
+from common.engine import build_engine
 from common.finite import FiniteCheck, refuse_broken_weights
 from common.guard import Bounds, Guard
 from common.ledger import Ledger
-from common.peers import PeerGroup
+from common.peers import Peer, PeerGroup, RemotePeer
+from common.ranks import SavedRanks
 from common.soup import STATISTICS_BATCHES, Soup, Weights, make_soups, write_soup
 from common.termination import Preempted, Termination
 from common.trainer import load_rng_state, rng_state, write_csv
@@ -90,7 +92,7 @@ class TransferTrainer(TrainerBase):
         if all(peer.frozen for peer in run.peers):
             raise ConfigError("every peer is FROZEN; nothing would be trained")
         self.run = run
-        self.world = current_world(run.cfg.MODEL.DEVICE)
+        self.world = seat_run(run, current_world(run.cfg.MODEL.DEVICE))
         self.ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
         self.folder = run.output_dir
         self.settings = lasting_settings(run)
@@ -104,16 +106,14 @@ class TransferTrainer(TrainerBase):
         records = load_datasets(run.cfg.DATASETS.TRAIN)
         self.dataset = DatasetFromList(records, copy=False)  # one copy for all workers
         seed_all_rng(self.seed)  # of weights that no file gives
-        self.peers = PeerGroup([self._build_peer(peer) for peer in run.peers])
-        self.transfer = build_transfer(run, self.seed + self.world.rank)
+        self.peers = PeerGroup([self._build_peer(i, peer) for i, peer in enumerate(run.peers)])
+        self.transfer = build_transfer(run, self.seed + self.world.shard)
         amp = AMP_DTYPES[run.transfer.AMP_DTYPE] if run.cfg.SOLVER.AMP.ENABLED else None
-        self.engine = ENGINES[run.transfer.ENGINE](
-            self.peers, self.transfer, self.world.device, amp
-        )
+        self.engine = build_engine(run.transfer.ENGINE, self.peers, self.transfer, self.world, amp)
         node = run.transfer
         self.finite = FiniteCheck(self.peers, node.ON_NONFINITE, node.MAX_SKIPS_IN_A_ROW)
         self.engine.finite = self.finite
-        self.ledger = Ledger(self.peers.names, self.world.device)
+        self.ledger = Ledger(self.peers.names, self.world.device, self.world.replicas)
         self.guard = build_guard(run, self.peers, self.transfer)
         self.max_iter = run.cfg.SOLVER.MAX_ITER
         self._data: Iterator[Any] = iter(())
@@ -147,7 +147,7 @@ class TransferTrainer(TrainerBase):
         for peer in self.peers:
             peer.train()
         if not self.history:
-            if self.run.transfer.SOUP and self.world.is_main:
+            if self.run.transfer.SOUP and self.world.leads:
                 for peer in self.learners:
                     checkpoints.save_plain(self.folder, peer, 0, checkpoints.START)
             self.storage.put_scalars(**self._evaluate_at(0), smoothing_hint=False)
@@ -199,13 +199,13 @@ class TransferTrainer(TrainerBase):
             data sets ``PEER/DATASET/...``, of which the first is also under the plain name; with
             ``tta`` names end in ``_TTA``.
         """
-        share_buffers(self.peers)
-        return evaluate_run(self.run, self.peers, tta, self.bad)
+        share_buffers(self.peers, self.world)
+        return evaluate_run(self.run, self.peers.here, self.world, tta, self.bad)
 
     @property
     def learners(self) -> list[SegmentorPeer]:
-        """The peers that learn, or learned until the guard froze them."""
-        return [peer for peer in self.peers if peer.optimizer is not None]
+        """The peers here that learn, or learned until the guard froze them."""
+        return [peer for peer in self.peers.here if peer.optimizer is not None]
 
     def make_soups(self) -> None:
         """Try averages of each peer's start and best, and write ``model_soup.pth``; all ranks call.
@@ -226,7 +226,7 @@ class TransferTrainer(TrainerBase):
         self.soups = make_soups(
             self.peers,
             self.world,
-            [peer.name for peer in self.learners],
+            self.run.learning,
             read=read,
             write=write,
             halves=self._halves,
@@ -237,7 +237,8 @@ class TransferTrainer(TrainerBase):
     def _halves(self, peers: PeerGroup) -> tuple[dict[str, float], dict[str, float]]:
         dataset = self.run.cfg.DATASETS.TEST[0]
         one, other = (
-            evaluate_group(peers, dataset, bad=self.bad, part=slice(i, None, 2)) for i in (0, 1)
+            evaluate_group(peers.here, dataset, self.world, bad=self.bad, part=slice(i, None, 2))
+            for i in (0, 1)
         )
         return one, other
 
@@ -259,21 +260,27 @@ class TransferTrainer(TrainerBase):
         self.finite.check(self.engine.scaler)
         self.bad.share()
         refuse_broken_weights(self.peers, done)
-        share_buffers(self.peers)
+        share_buffers(self.peers, self.world)
         ranks = distributed.gather_objects(
             {
                 "rng": rng_state(self.world.device),
                 "ledger": self.ledger.state_dict(),
                 "transfer": self.transfer.state_dict(),
-                "buffers": {peer.name: peer.own_buffers() for peer in self.peers},
+                "buffers": {peer.name: peer.own_buffers() for peer in self.peers.here},
+                "scaler": self.engine.scaler.state_dict(),
             }
         )
+        if self.world.leads:
+            checkpoints.save_peers(self.folder, self.peers.here, done, self.guard.kept)
+        distributed.barrier()
         if self.world.is_main:
             state = {
+                "peers": self.peers.names,
                 "iteration": done,
                 "seed": self.seed,
                 "settings": self.settings,
                 "ranks": ranks,
+                "seats": self.world.seats,
                 "scaler": self.engine.scaler.state_dict(),
                 "guard": self.guard.state_dict(),
                 "finite": self.finite.state_dict(),
@@ -282,8 +289,8 @@ class TransferTrainer(TrainerBase):
                 "history": self.history,
                 "lessons": self.lessons,
             }
-            keep = self.run.transfer.KEEP
-            checkpoints.save(self.folder, self.peers, state, keep, final, self.guard.kept)
+            keep, learning = self.run.transfer.KEEP, self.run.learning
+            checkpoints.save_record(self.folder, learning, state, keep, final)
         distributed.barrier()
 
     def notes(self) -> list[str]:
@@ -294,7 +301,7 @@ class TransferTrainer(TrainerBase):
         """Give a run that was killed at its very end the files that it lacks."""
         record = checkpoints.find(self.folder) if self.world.is_main else None
         if record is not None:
-            checkpoints.finish(self.folder, self.peers, record)
+            checkpoints.finish(self.folder, self.run.learning, record)
         distributed.barrier()
 
     def _find_record(self) -> dict[str, Any] | None:
@@ -309,8 +316,12 @@ class TransferTrainer(TrainerBase):
         seed = self.run.cfg.SEED
         return seed if seed >= 0 else comm.shared_random_seed() % 2**31
 
-    def _build_peer(self, config: PeerConfig) -> SegmentorPeer:
-        module, cfg = build_with_weights(config)
+    def _build_peer(self, number: int, config: PeerConfig) -> Peer:
+        module, cfg = build_with_weights(config)  # all of them: random weights are drawn in turn
+        if not self.world.holds(number):
+            return RemotePeer(config.name, config.frozen)
+        if self.world.seats > 1:
+            refuse_talk(module, config.name)
         peer = build_peer(config, module, self.run.transfer)
         if peer.optimizer is not None:
             with told_of(f"peer {config.name!r}"):
@@ -320,7 +331,7 @@ class TransferTrainer(TrainerBase):
 
     def _build_hooks(self) -> list[Any]:
         cfg = self.run.cfg
-        built = [hooks.IterationTimer(), PeerSchedules(self.peers), *self._precise_bn()]
+        built = [hooks.IterationTimer(), PeerSchedules(self.peers.here), *self._precise_bn()]
         built.append(Evaluate(cfg.TEST.EVAL_PERIOD, self._evaluate_now))
         built.append(PeriodicSave(self.save, cfg.SOLVER.CHECKPOINT_PERIOD))
         built.append(EndIfAsked(self.termination, self.world, self.save, LOG_PERIOD))
@@ -333,7 +344,7 @@ class TransferTrainer(TrainerBase):
 
     def _precise_bn(self) -> list[hooks.PreciseBN]:
         found = []
-        for peer in self.peers:
+        for peer in self.peers.here:
             settings = peer.cfg.TEST.PRECISE_BN
             if settings.ENABLED and not peer.frozen and get_bn_modules(peer.module):
                 batches = SameBatches(
@@ -348,16 +359,16 @@ class TransferTrainer(TrainerBase):
     def _open_stream(self, done: int = 0, seed: int | None = None) -> Iterator[Any]:
         """Open the data where ``done`` iterations have taken theirs."""
         cfg, transfer = self.run.cfg, self.run.transfer
-        per_rank = per_rank_batch(cfg.SOLVER.IMS_PER_BATCH, self.world.size)
-        masks = any(not peer.dense for peer in self.peers)
+        per_rank = per_rank_batch(cfg.SOLVER.IMS_PER_BATCH, self.world.shards)
+        masks = any(not peer.dense for peer in self.peers.here)
         return build_train_loader(
             self.dataset,
             SharedMapper(cfg, masks),
             batch=per_rank,
             workers=cfg.DATALOADER.NUM_WORKERS,
             seed=self.seed if seed is None else seed,
-            rank=self.world.rank,
-            ranks=self.world.size,
+            rank=self.world.shard,
+            ranks=self.world.shards,
             start=done * transfer.ACCUMULATE * cfg.SOLVER.IMS_PER_BATCH,
             pin=self.world.device.type == "cuda",
             bad=self.bad,
@@ -367,7 +378,12 @@ class TransferTrainer(TrainerBase):
         self.finite.check(self.engine.scaler)
         self.bad.share()
         lessons = self.ledger.read()
-        scalars = read_losses(self.peers) | lessons.scalars() | self.finite.scalars()
+        losses = read_losses(self.peers.here, self.world)
+        scalars = losses | lessons.scalars() | self.finite.scalars()
+        mine = {f"{peer.name}/lr": peer.lr for peer in self.peers.here if not peer.frozen}
+        rates = distributed.merge_over_seats(mine, self.world)  # PeerSchedules tells those here
+        others = {name: rate for name, rate in rates.items() if name not in mine}
+        self.storage.put_scalars(**others, smoothing_hint=False)
         scalars["transfer/weight"] = self.transfer.weight_at(done)
         self.storage.put_scalars(**scalars)
 
@@ -398,8 +414,9 @@ class TransferTrainer(TrainerBase):
             if peer.name not in self.best or value > self.best[peer.name][0]:
                 self.best[peer.name] = [value, iteration]
                 better.append(peer.name)
-                if self.world.is_main and not peer.frozen:
-                    checkpoints.save_plain(self.folder, peer, iteration)
+        for peer in self.peers.here:
+            if peer.name in better and self.world.leads and not peer.frozen:
+                checkpoints.save_plain(self.folder, peer, iteration)
         self.guard.remember(better)
         if self.world.is_main:
             log_metrics(metrics, [*self.peers.names, "ensemble"])
@@ -408,7 +425,7 @@ class TransferTrainer(TrainerBase):
 
     def _resume(self, record: dict[str, Any]) -> None:
         if self.run.transfer.SOUP:
-            checkpoints.check_starts(self.folder, [peer.name for peer in self.learners])
+            checkpoints.check_starts(self.folder, self.run.learning)
         kept = checkpoints.load(self.folder, list(self.peers), record)
         files = {name: self.folder / name / checkpoints.BEST for name in record["best"]}
         files = {name: path for name, path in files.items() if path.is_file()}
@@ -416,26 +433,25 @@ class TransferTrainer(TrainerBase):
         self.start_iter = self.iter = int(record["iteration"])
         self.history, self.lessons = list(record["history"]), list(record["lessons"])
         self.best = {name: list(best) for name, best in record["best"].items()}
-        self.engine.scaler.load_state_dict(record["scaler"])
+        ranks = SavedRanks(record["ranks"], record.get("seats", 1))
+        self.engine.scaler.load_state_dict(dict(ranks.scaler(self.world, record["scaler"])))
         if "finite" in record:
             self.finite.load_state_dict(record["finite"])
         if "bad" in record:
             self.bad.load_state_dict(record["bad"])
         self._data = self._open_stream(self.start_iter)
         _logger.info("resumed after iteration %d", self.start_iter)
-        if len(record["ranks"]) != self.world.size:
-            _logger.warning(
-                "the run had %d processes, this one has %d: it goes on, but not bit for bit",
-                len(record["ranks"]),
-                self.world.size,
-            )
+        share = ranks.of_share(self.world)
+        if not share:
             return
-        mine = record["ranks"][self.world.rank]
-        self.ledger.load_state_dict(mine["ledger"])
-        self.transfer.load_state_dict(mine["transfer"], self.world.device)
-        for peer in self.peers:
-            peer.load_own_buffers(mine["buffers"].get(peer.name, {}))
-        load_rng_state(mine["rng"], self.world.device)
+        self.ledger.load_state_dict(share[0]["ledger"])
+        self.transfer.load_state_dict(share[0]["transfer"], self.world.device)
+        buffers = {name: own for rank in share for name, own in rank["buffers"].items()}
+        for peer in self.peers.here:
+            peer.load_own_buffers(buffers.get(peer.name, {}))
+        mine = ranks.of_place(self.world)
+        if mine is not None:
+            load_rng_state(mine["rng"], self.world.device)
 
 
 def build_peer(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> SegmentorPeer:
@@ -480,15 +496,54 @@ def faults_untold() -> Iterator[None]:
 
 
 @torch.no_grad()
-def share_buffers(peers: Iterable[SegmentorPeer]) -> None:
-    """Give every rank the buffers of the first, which are those that are saved.
+def share_buffers(peers: PeerGroup, world: World) -> None:
+    """Give every rank that holds a peer the buffers of the first, which are those that are saved.
 
     In between, batch norm has its own running statistics on each rank, as in Detectron2.
     """
-    if distributed.active():
-        for peer in peers:
+    if world.shards > 1:
+        first = world.seat * world.shards if world.seats > 1 else 0
+        for peer in peers.here:
             for buffer in peer.module.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+                torch.distributed.broadcast(buffer, src=first, group=world.replicas)
+
+
+def seat_run(run: RunConfig, world: World) -> World:
+    """Lay the peers out over the processes where TRANSFER.ENGINE asks for it."""
+    if run.transfer.ENGINE != "peer-parallel":
+        return world
+    check_processes(run, world.size)
+    return distributed.seat_peers(world, len(run.peers))
+
+
+def check_processes(run: RunConfig, count: int) -> None:
+    """Refuse a number of processes over which the peers cannot be laid out.
+
+    Raises:
+        ConfigError: Says how to start the run.
+    """
+    peers = len(run.peers)
+    if run.transfer.ENGINE == "peer-parallel" and count % peers:
+        raise ConfigError(
+            f"TRANSFER.ENGINE is peer-parallel: {peers} peers in {count} processes; expected a "
+            f"multiple of {peers}: each holds one peer; start it with --num-gpus {peers}"
+        )
+
+
+def refuse_talk(module: nn.Module, name: str) -> None:
+    """Refuse a host's layers that ask all processes, of which some hold other peers.
+
+    Raises:
+        ConfigError: Names the layer.
+    """
+    for part in module.modules():
+        kind = type(part)
+        if isinstance(part, NaiveSyncBatchNorm) or kind.__module__.startswith("mask2former."):
+            raise ConfigError(
+                f"peer {name!r}: {kind.__name__} averages over all processes, and with "
+                "TRANSFER.ENGINE peer-parallel some hold other peers; take SyncBN and "
+                "META_ARCHITECTURE Mask2Former, or another engine"
+            )
 
 
 def current_world(device: str) -> World:
@@ -545,10 +600,11 @@ def per_rank_batch(batch: int, ranks: int) -> int:
 def evaluate_run(
     run: RunConfig,
     peers: Sequence[SegmentorPeer],
+    world: World,
     tta: bool = False,
     bad: BadSamples | None = None,
 ) -> dict[str, float]:
-    """Evaluate peers on each of DATASETS.TEST; see ``TransferTrainer.evaluate``.
+    """Evaluate the peers that are here on each of DATASETS.TEST; see ``TransferTrainer``.
 
     Args:
         bad: Counts broken files; None: by itself, with TRANSFER.MAX_BAD_SAMPLES.
@@ -556,7 +612,7 @@ def evaluate_run(
     bad = bad or allowed(run.transfer.MAX_BAD_SAMPLES)
     metrics: dict[str, float] = {}
     for i, dataset in enumerate(run.cfg.DATASETS.TEST):
-        found = evaluate_group(peers, dataset, tta, bad)
+        found = evaluate_group(peers, dataset, world, tta, bad)
         if len(run.cfg.DATASETS.TEST) > 1:
             for name, value in found.items():
                 peer, metric = name.split("/", 1)

@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from segmentation.errors import DataError
 from segmentation.evaluation import augmented, evaluate_group, predict
+from tests.common.toy import HERE
 from tests.segmentation.toy import make_cfg, make_peer, make_samples
 
 NAME = "by_hand"
@@ -71,7 +72,7 @@ def saying(labels, weight=8.0):
 
 def test_metrics_by_hand(by_hand):
     # one of two pixels of a is called b; what is said of the ignored pixel does not count
-    found = evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand)
+    found = evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand, HERE)
     assert found["one/pACC"] == pytest.approx(100 * 4 / 5)
     assert found["one/IoU-a"] == pytest.approx(50)
     assert found["one/IoU-b"] == pytest.approx(100 * 2 / 3)
@@ -85,7 +86,7 @@ def test_the_ensemble_is_the_mean_of_probabilities(by_hand):
     truth = [[0, 0, 1], [1, 2, 2]]
     wrong = [[1, 1, 2], [2, 0, 0]]
     sure, unsure = Told("sure", saying(truth)), Told("unsure", saying(wrong, weight=1.0))
-    found = evaluate_group([sure, unsure], by_hand)
+    found = evaluate_group([sure, unsure], by_hand, HERE)
     assert found["unsure/pACC"] == 0
     assert found["ensemble/mIoU"] == found["sure/mIoU"] == 100
 
@@ -95,7 +96,7 @@ def test_labels_of_no_class_are_refused(by_hand, label):
     path = DatasetCatalog.get(by_hand)[0]["sem_seg_file_name"]
     Image.fromarray(np.full((2, 3), label, dtype=np.uint8)).save(path)
     with pytest.raises(DataError, match=rf"labels\.png: holds the label {label}; there are 3"):
-        evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand)
+        evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand, HERE)
 
 
 def test_cityscapes_is_evaluated_as_detectron2_registers_it(tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_cityscapes_is_evaluated_as_detectron2_registers_it(tmp_path, monkeypatc
     )
     monkeypatch.setitem(sys.modules, "cityscapesscripts", None)
     logits = 8 * np.eye(19, dtype=np.float32)[[[0, 1, 1], [18, 18, 0]]].transpose(2, 0, 1)
-    found = evaluate_group([Told("one", logits)], "cityscapes_fine_sem_seg_val")
+    found = evaluate_group([Told("one", logits)], "cityscapes_fine_sem_seg_val", HERE)
     assert found["one/pACC"] == pytest.approx(100 * 4 / 5)
     assert found["one/mIoU"] == pytest.approx(100 * (1 / 2 + 1 / 2 + 1) / 3)
     assert found["one/IoU-road"] == pytest.approx(50)
@@ -138,7 +139,7 @@ def test_coco_stuff_has_an_evaluator_as_detectron2_registers_it():
 def test_modes_are_put_back(by_hand):
     peer = Told("one", saying([[0, 1, 1], [1, 2, 0]]))
     peer.module.train()
-    evaluate_group([peer], by_hand)
+    evaluate_group([peer], by_hand, HERE)
     assert peer.module.training
 
 
@@ -146,7 +147,7 @@ def test_a_dataset_of_another_kind_is_refused(by_hand):
     MetadataCatalog.remove(by_hand)
     MetadataCatalog.get(by_hand).set(evaluator_type="coco", ignore_label=255)
     with pytest.raises(DataError, match="by_hand: evaluator type 'coco'"):
-        evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand)
+        evaluate_group([Told("one", saying([[0, 1, 1], [1, 2, 0]]))], by_hand, HERE)
 
 
 def make_sample():

@@ -21,6 +21,7 @@ from segmentation.peer import (
     read_losses,
     to_grid,
 )
+from tests.common.toy import HERE
 from tests.segmentation.original import mended
 from tests.segmentation.toy import ARCHITECTURES, CLASSES, make_peer, make_samples
 
@@ -146,10 +147,10 @@ def test_the_task_loss_is_the_hosts_own(kind):
     torch.manual_seed(1)
     losses = peer.module([peer.view(sample) for sample in batch.samples])
     torch.testing.assert_close(ours, sum(losses.values()), rtol=1e-5, atol=1e-5)
-    assert read_losses([peer]) == pytest.approx(
+    assert read_losses([peer], HERE) == pytest.approx(
         {f"{kind}/{name}": float(loss) for name, loss in losses.items()}, rel=1e-4, abs=1e-4
     )
-    assert read_losses([peer]) == {}
+    assert read_losses([peer], HERE) == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -271,7 +272,7 @@ def test_a_batch_without_labels_teaches_a_dense_peer_nothing(kind):
         gradients = [p.grad for p in peer.module.parameters() if p.grad is not None]
         assert gradients and all(gradient.isfinite().all() for gradient in gradients)
     assert all(not p.grad.any() for p in peers[0].module.parameters())
-    assert set(read_losses(peers[:1]).values()) == {0.0}
+    assert set(read_losses(peers[:1], HERE).values()) == {0.0}
 
 
 @pytest.mark.parametrize(("kind", "dense"), [("fpn", True), ("mask2former", False)])

@@ -9,11 +9,14 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 
 from detectron2.data import MetadataCatalog
 
+from common.peers import PeerGroup
 from segmentation import pictures
 from segmentation.data import load_datasets
 from segmentation.errors import DataError
+from segmentation.evaluation import evaluating
 from segmentation.peer import make_batch
 from segmentation.scenes import colour
+from tests.common.toy import HERE
 from tests.segmentation.toy import make_peer, make_samples
 
 OPTIONS = [
@@ -23,10 +26,10 @@ OPTIONS = [
 
 
 def test_pictures_are_drawn_and_modes_put_back(datasets):
-    peers = [make_peer("fpn", *OPTIONS), make_peer("mask2former", *OPTIONS, seed=1)]
+    peers = PeerGroup([make_peer("fpn", *OPTIONS), make_peer("mask2former", *OPTIONS, seed=1)])
     peers[0].module.train()
     peers[1].module.eval()
-    picture, caption = pictures.teaching_pictures(peers, "scenes_val", count=2)
+    picture, caption = pictures.teaching_pictures(peers, "scenes_val", HERE, count=2)
     image = np.array(Image.open(io.BytesIO(picture)))
     assert image.shape[0] > 200 and image.shape[1] > image.shape[0]
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 100
@@ -35,10 +38,10 @@ def test_pictures_are_drawn_and_modes_put_back(datasets):
 
 
 def test_labels_of_no_class_are_refused(datasets):
-    peers = [make_peer("fpn", *OPTIONS[:-1], 3)]
+    peers = PeerGroup([make_peer("fpn", *OPTIONS[:-1], 3)])
     with pytest.raises(DataError, match=r"\.png: holds the label \d; there are 3 classes"):
         for record in load_datasets(["scenes_val"]):
-            pictures._batch(record, peers, 255)
+            pictures._batch(record, peers.here, 255, (64, 128))
 
 
 def test_labels_have_the_datasets_own_colours_or_some(datasets):
@@ -65,8 +68,10 @@ def test_a_peer_alone_teaches_nobody():
 def test_lessons_leave_out_what_is_ignored():
     batch = make_batch(make_samples(sizes=((48, 64),)), torch.device("cpu"), 255)
     peers = [make_peer("fpn"), make_peer("fpn", seed=1)]
-    predictions, teacher, of_image = pictures._lessons(peers, batch)
-    assert [prediction.shape for prediction in predictions] == [(12, 16)] * 2
+    with torch.no_grad(), evaluating(peers):
+        logits = [peer.predict(batch) for peer in peers]
+    teacher, of_image = pictures._lessons(["a", "b"], logits, batch)
+    assert teacher.shape == (12, 16)
     assert (teacher[:, :2] == -1).all()  # the band that make_samples ignores
     assert (teacher[:, 2:] >= 0).any()
-    assert of_image in ("fpn", "nobody")
+    assert of_image in ("a", "b")

@@ -28,6 +28,7 @@ from segmentation.evaluation import evaluate_group
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
 from segmentation.trainer import TransferTrainer, current_world
+from tests.common.toy import HERE
 from tests.segmentation.runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def test_a_soup_is_the_average_that_one_half_of_the_images_chose(finished, datas
         options += [f"PEER.{peer}.MODEL.WEIGHTS", str(folder / peer / "model_soup.pth")]
     run = load_run([finished / "run.yaml"], options)
     peers = [SegmentorPeer(p.name, build_with_weights(p)[0], p.cfg, frozen=True) for p in run.peers]
-    found = evaluate_group(peers, "scenes_val", part=slice(1, None, 2))
+    found = evaluate_group(peers, "scenes_val", HERE, part=slice(1, None, 2))
     for peer in ("fpn", "deeplab"):
         told = read_file(folder / peer / "model_soup.pth")["soup"]
         measured = told["measured"][told["alphas"].index(told["alpha"])]
