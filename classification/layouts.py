@@ -17,7 +17,8 @@ from classification.options import PeerSpec
 from classification.peer import ClassifierPeer
 from common import distributed
 from common.distributed import World
-from common.probe import time_forward
+from common.peers import Peer
+from common.probe import time_in_turns
 
 _logger = logging.getLogger("train")
 
@@ -92,7 +93,7 @@ def time_layouts(
     device: torch.device,
     repeats: int = 5,
 ) -> dict[str, float]:
-    """Return the median seconds of a copy's forward and backward in both layouts."""
+    """Return the median seconds of copies' forward and backward in both layouts, in turns."""
     common = common_view(views)
     dtype = getattr(torch, spec.options.model_dtype or "float32")
     amp = getattr(torch, run.amp_dtype) if run.amp else None
@@ -100,7 +101,7 @@ def time_layouts(
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(samples, *common.size, generator=generator).to(device)
     target = torch.zeros(samples, dtype=torch.long, device=device)
-    seconds = {}
+    trials: dict[str, tuple[Peer, Any]] = {}
     for name, layout in (
         ("contiguous", torch.contiguous_format),
         ("channels_last", torch.channels_last),
@@ -113,5 +114,5 @@ def time_layouts(
         if not spec.frozen:
             rest = {"optimizer": torch.optim.SGD(tried.parameters(), lr=0.0)}  # never steps
         peer = ClassifierPeer(spec.name, tried, to_view, sample_loss(run), run.score, **rest)
-        seconds[name] = time_forward(peer, (images, target), device, amp, repeats=repeats)
-    return seconds
+        trials[name] = (peer, (images, target))
+    return time_in_turns(trials, device, amp, repeats=repeats)

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.memory import bytes_of, peak_bytes, peak_saved_bytes, saved_bytes, tensors_in
 from common.options import OptionError
 from common.peers import Peer
-from common.probe import autocast, time_forward, untouched
+from common.probe import autocast, time_step, untouched
 from common.transfer import KnowledgeTransfer, PeerOutput
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ _NOT_FAKE = (RuntimeError, NotImplementedError, TypeError, ValueError, Attribute
 
 _ROOM = 0.8  # of a GPU's free memory that a timed step may take
 _ENOUGH = 2**26  # bytes of one peer's output on which the transfer is measured
+_HEAVY = 2**28  # bytes of a sample, from which on one is enough for a timing on a CPU
 
 Draw = Callable[[int, torch.device], Any]
 
@@ -75,7 +76,7 @@ class PeerCost:
         checkpointed: The same under gradient checkpointing; None: on already, or not offered.
         output: What is handed to the transfer.
         shapes: Of that, by name, with the batch first.
-        forward: Seconds without graph; None: not timed.
+        forward: Seconds of the forward; None: not timed.
         train: Seconds with backward.
         scaled_from: Samples that the bytes were measured on; None: the whole batch.
         timed_on: Samples that the seconds were measured on; None: the whole batch.
@@ -127,6 +128,7 @@ def measure_peer(
             on a CPU.
     """
     few = min(few, batch)
+    _logger.info("%s: counting the bytes of a step of %d", peer.name, batch)
     state, update = (0, 0) if peer.optimizer is None else _optimizer_bytes(peer.optimizer)
     measured = _measure(peer, draw, batch, few, device, dtype)
     cost = PeerCost(
@@ -161,15 +163,34 @@ def _timed(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         samples = max(1, min(batch, int(_ROOM * batch * free / max(cost.step.peak, 1))))
-    scale = batch / samples
+    elif cost.step.peak > _HEAVY * batch:
+        samples = 1
+    try:
+        return _timed_on(samples, cost, peer, draw, batch, device, dtype)
+    except ValueError:  # of a batch norm after pooling, which cannot learn from one sample
+        if samples > 1 or few == 1:
+            raise
+        return _timed_on(few, cost, peer, draw, batch, device, dtype)
+
+
+def _timed_on(
+    samples: int,
+    cost: PeerCost,
+    peer: Peer,
+    draw: Draw,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> PeerCost:
+    _logger.info("%s: timing a step of %d on %s", peer.name, samples, device.type)
     with untouched(peer, device):
-        data = draw(samples, device)
-        return replace(
-            cost,
-            forward=scale * time_forward(peer, data, device, dtype, backward=False),
-            train=scale * time_forward(peer, data, device, dtype),
-            timed_on=samples if samples < batch else None,
-        )
+        found = time_step(peer, draw(samples, device), device, dtype)
+    return replace(
+        cost,
+        forward=found.forward * batch / samples,
+        train=found.whole * batch / samples,
+        timed_on=samples if samples < batch else None,
+    )
 
 
 def measure_transfer(
@@ -265,12 +286,14 @@ def _count(
         with torch.set_grad_enabled(not peer.frozen), autocast(device, dtype):
             found[:] = [peer.forward(data)]
 
+    saved: list[int] = []
+
     def step() -> None:
-        forward()
+        saved.append(peak_saved_bytes(forward, known))
         if not peer.frozen:
             found[0].task_loss.backward()
 
-    saved = peak_saved_bytes(forward, known)
+    peak = peak_bytes(step, known)
     parts = {
         name: x
         for name, x in vars(found[0]).items()
@@ -278,9 +301,7 @@ def _count(
     }
     shapes = {name: (x.shape, x.dtype) for name, x in parts.items()}
     output = sum(x.numel() * x.element_size() for x in parts.values())
-    parts.clear()
-    found.clear()
-    return _Measured(Activations(saved, peak_bytes(step, known)), output, shapes, samples)
+    return _Measured(Activations(saved[0], peak), output, shapes, samples)
 
 
 @contextmanager

@@ -368,10 +368,16 @@ def notes(team: TeamCost, device: torch.device, dtype: torch.dtype | None) -> li
     ]
     scaled = {peer.name: peer.scaled_from for peer in team.peers if peer.scaled_from}
     if scaled:
-        told.append(f"Bytes measured on few samples and scaled: {_listed(scaled)}.")
+        told.append(
+            "Bytes of real steps on few samples, scaled to the batch, as the forward looks at "
+            f"values: {_listed(scaled)}."
+        )
     timed = {peer.name: peer.timed_on for peer in team.peers if peer.timed_on}
     if timed:
-        told.append(f"Seconds measured on few samples and scaled: {_listed(timed)}.")
+        told.append(
+            "Seconds of few samples, scaled to the batch; of one step only where it takes long: "
+            f"{_listed(timed)}."
+        )
     if team.reduced:
         told.append("With several processes, the gradients' buckets are counted too.")
     if device.type == "cpu":

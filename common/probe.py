@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,54 +49,90 @@ def untouched(peer: Peer, device: torch.device) -> Iterator[None]:
             p.grad = gradient
 
 
-def time_forward(
+@dataclass(frozen=True)
+class StepTime:
+    """Median seconds of a step: of its forward, and of all of it."""
+
+    forward: float
+    whole: float
+
+
+def time_step(
     peer: Peer,
     batch: Any,
     device: torch.device,
     dtype: torch.dtype | None = None,
     *,
-    backward: bool = True,
     repeats: int = 3,
-    warm_up: int = 1,
-    patience: float = 10.0,
-) -> float:
-    """Return the median seconds of a peer's forward, with its backward where it learns.
+    patience: float = 20.0,
+) -> StepTime:
+    """Time a peer's forward, with its backward where it learns.
+
+    A first step only warms up, unless it takes longer than the patience: then it is what is told.
 
     Args:
         peer: Left as it was.
         batch: On the device.
         device: Of the peer.
         dtype: See ``autocast``.
-        backward: Without it, no graph is made.
         repeats: How often, at most.
-        warm_up: Untimed ones before.
-        patience: Seconds after which no more repeats are begun; one is always made.
+        patience: Seconds after which no more repeats are begun.
     """
-    backward = backward and not peer.frozen
-
-    def once() -> None:
-        with torch.set_grad_enabled(backward), autocast(device, dtype):
-            loss = peer.forward(batch).task_loss
-        if backward:
-            loss.backward()
-            for p in peer.module.parameters():
-                p.grad = None
-
     with untouched(peer, device):
-        for _ in range(warm_up):
-            once()
-        begun, found = time.perf_counter(), [_seconds(once, device)]
-        while len(found) < repeats and time.perf_counter() - begun < patience:
-            found.append(_seconds(once, device))
-    return statistics.median(found)
+        begun, found = time.perf_counter(), [_one_step(peer, batch, device, dtype)]
+        for i in range(repeats):
+            if time.perf_counter() - begun > patience:
+                break
+            found = [*(found if i else []), _one_step(peer, batch, device, dtype)]
+    return StepTime(
+        statistics.median(step.forward for step in found),
+        statistics.median(step.whole for step in found),
+    )
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def time_in_turns(
+    trials: Mapping[str, tuple[Peer, Any]],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    repeats: int = 5,
+    patience: float = 60.0,
+) -> dict[str, float]:
+    """Return the median seconds of several peers' steps, made in turns.
+
+    What else the machine does then hits all of them alike.
+
+    Args:
+        trials: Of each name a peer, left as it was, and its batch on the device.
+        device: Of the peers.
+        dtype: See ``autocast``.
+        repeats: How often each, at most, after one to warm up.
+        patience: Seconds after which no more turns are begun; one is always timed.
+    """
+    begun = time.perf_counter()
+    found: dict[str, list[float]] = {name: [] for name in trials}
+    for turn in range(1 + repeats):
+        if turn > 1 and time.perf_counter() - begun > patience:
+            break
+        for name, (peer, batch) in trials.items():
+            with untouched(peer, device):
+                found[name].append(_one_step(peer, batch, device, dtype).whole)
+    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
+
+
+def _one_step(peer: Peer, batch: Any, device: torch.device, dtype: torch.dtype | None) -> StepTime:
     _wait_for(device)
     begun = time.perf_counter()
-    run()
+    with torch.set_grad_enabled(not peer.frozen), autocast(device, dtype):
+        loss = peer.forward(batch).task_loss
     _wait_for(device)
-    return time.perf_counter() - begun
+    forward = time.perf_counter() - begun
+    if not peer.frozen:
+        loss.backward()
+        for p in peer.module.parameters():
+            p.grad = None
+    _wait_for(device)
+    return StepTime(forward, time.perf_counter() - begun)
 
 
 def _wait_for(device: torch.device) -> None:
