@@ -38,7 +38,8 @@ def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: Wor
             spec.options.pretrained = False
     modules, views = build_modules(specs, options)
     team = measure_team(options, specs, modules, views, world)
-    log_plan(team, options.gpu_mem, Flags(), world, amp_dtype(options))
+    flags = Flags(launch="torchrun --nproc-per-node={} classification/train.py")
+    log_plan(team, options.gpu_mem, flags, world, amp_dtype(options))
 
 
 def measure_team(

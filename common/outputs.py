@@ -282,7 +282,7 @@ def log_plan(
     memory = memory or memory_of(world.device)
     log_table(peer_rows(team))
     _logger.info("")
-    log_table(engine_rows(team, memory, flags))
+    log_table(engine_rows(team, memory))
     for line in ["", *notes(team, world.device, dtype), "", *advise(team, memory, flags)]:
         _logger.info(line)
 

@@ -206,9 +206,9 @@ class Flags:
         engine: With a place for its name.
         checkpointing: Of all peers; empty: not offered.
         batch: With places for the batch and the batches accumulated.
-        launch: What the command begins with, with a place for the processes; empty: the engine
-            peer-parallel is not offered.
-        processes: By how many the batch of the command line is divided.
+        launch: What starts several processes, with a place for how many.
+        processes: By how many the batch of the command line is divided, each with all peers; of
+            the engine peer-parallel, each takes as many as there are peers.
     """
 
     engine: str = "--engine {}"
@@ -303,11 +303,12 @@ def _by_smaller_batches(team: TeamCost, memory: int, flags: Flags) -> str:
 
 def _by_processes(team: TeamCost, memory: int, flags: Flags) -> str:
     cost = engine_costs(team).get("peer-parallel")
-    if cost is None or not flags.launch or not cost.fits(memory):
+    if cost is None or not cost.fits(memory):
         return ""
+    processes = cost.processes * flags.processes
     return (
-        f"On {cost.processes} GPUs, peer-parallel needs {shown_bytes(cost.peak)} on each. Start by "
-        f"{flags.launch.format(cost.processes)} and add: {flags.engine.format(cost.engine)}"
+        f"On {processes} GPUs, peer-parallel needs {shown_bytes(cost.peak)} on each. Start with "
+        f"{flags.launch.format(processes)} and add: {flags.engine.format(cost.engine)}"
     )
 
 
@@ -333,13 +334,8 @@ def peer_rows(team: TeamCost) -> list[dict[str, str]]:
     ]
 
 
-def engine_rows(
-    team: TeamCost, memory: int | None, flags: Flags | None = None
-) -> list[dict[str, str]]:
-    """Return the table of the engines that a task offers."""
-    costs = engine_costs(team)
-    if flags is not None and not flags.launch:
-        costs.pop("peer-parallel", None)
+def engine_rows(team: TeamCost, memory: int | None) -> list[dict[str, str]]:
+    """Return the table of the engines."""
     return [
         {
             "engine": cost.engine,
@@ -351,7 +347,7 @@ def engine_rows(
             "step": _shown_seconds(cost.seconds),
             "samples/s": "-" if cost.seconds is None else f"{team.batch / cost.seconds:.3g}",
         }
-        for cost in costs.values()
+        for cost in engine_costs(team).values()
     ]
 
 

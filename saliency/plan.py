@@ -19,10 +19,10 @@ from saliency.data import ClipBatch
 from saliency.options import PeerSpec
 from saliency.peer import build_modules, build_peers
 
-FLAGS = Flags(launch="")
 
-
-def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: World) -> None:
+def tell_plan(
+    options: argparse.Namespace, specs: Sequence[PeerSpec], world: World, script: str
+) -> None:
     """Log what each peer and each engine needs, and which engine to take.
 
     Nothing is downloaded and no data is read: a model needs the same whatever its weights are.
@@ -31,13 +31,15 @@ def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: Wor
         options: The run's.
         specs: Of its peers.
         world: Of this process; only the main one tells.
+        script: Its name.
 
     Raises:
         OptionError, ModelError: As the run itself would.
     """
     dtype = getattr(torch, options.amp_dtype) if options.amp else None
     team = measure_team(options, [spec.without_weights() for spec in specs], world, dtype)
-    log_plan(team, options.gpu_mem, FLAGS, world, dtype)
+    flags = Flags(launch=f"torchrun --nproc-per-node={{}} saliency/{script}.py")
+    log_plan(team, options.gpu_mem, flags, world, dtype)
 
 
 def measure_team(

@@ -104,7 +104,7 @@ def run(
     options, specs = parse(dataset, script, arguments)
     world = start_world(options.device)
     if options.plan:
-        tell_plan(options, specs, world)
+        tell_plan(options, specs, world, script)
         return None
     if specs:
         world = seat_world(world, options, len(specs))

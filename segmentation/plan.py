@@ -30,7 +30,7 @@ def tell_plan(run: RunConfig, processes: int, memory: int | None) -> None:
 
     Args:
         run: The run's config.
-        processes: Over which SOLVER.IMS_PER_BATCH is split.
+        processes: Of the run.
         memory: Bytes of one GPU; None: of the one here, if any.
 
     Raises:
@@ -41,8 +41,8 @@ def tell_plan(run: RunConfig, processes: int, memory: int | None) -> None:
         engine="TRANSFER.ENGINE {}",
         checkpointing="",
         batch="SOLVER.IMS_PER_BATCH {} TRANSFER.ACCUMULATE {}",
-        launch="",
-        processes=processes,
+        launch="--num-gpus {}",
+        processes=shards_of(run, processes),
     )
     log_plan(measure_team(run, processes), memory, flags, world, amp_dtype(run))
 
@@ -55,7 +55,8 @@ def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
     """
     ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
     device = torch.device(run.cfg.MODEL.DEVICE)
-    batch = per_rank_batch(run.cfg.SOLVER.IMS_PER_BATCH, processes)
+    shards = shards_of(run, processes)
+    batch = per_rank_batch(run.cfg.SOLVER.IMS_PER_BATCH, shards)
     costs, masks = [], False
     for config in run.peers:
         peer = _peer(config, run)
@@ -79,8 +80,14 @@ def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
         batch * bytes_of(random_batch(run, 1, torch.device("cpu"), ignore, masks)),
         transfer,
         run.transfer.ACCUMULATE,
-        reduced=processes > 1,
+        reduced=shards > 1,
     )
+
+
+def shards_of(run: RunConfig, processes: int) -> int:
+    """Return over how many processes the batch is split: those that hold the same peer."""
+    seated = run.transfer.ENGINE == "peer-parallel"
+    return max(1, processes // len(run.peers)) if seated else processes
 
 
 def _peer(config: PeerConfig, run: RunConfig) -> SegmentorPeer:

@@ -322,6 +322,14 @@ def test_where_neither_fits_every_way_out_is_told_with_its_flags():
     assert "torchrun --nproc-per-node=2" in told[3] and "peer-parallel" in told[3]
 
 
+def test_several_processes_with_all_peers_become_as_many_of_each_peer():
+    memory = memory_for(engine_costs(two_peers())["peer-parallel"].peak)
+    flags = Flags(engine="ENGINE {}", launch="--num-gpus {}", processes=2)
+    told = advise(two_peers(reduced=True), memory + 30, flags)
+    assert "On 4 GPUs" in told[-1]
+    assert told[-1].endswith("Start with --num-gpus 4 and add: ENGINE peer-parallel")
+
+
 def test_where_nothing_fits_that_is_told():
     told = advise(two_peers(), 60, Flags())
     assert len(told) == 2 and told[1].startswith("Nothing fits")

@@ -11,7 +11,7 @@ import torch
 from common.memory import peak_saved_bytes, tensors_in
 from segmentation.config import load_run
 from segmentation.models import build_module
-from segmentation.plan import image_size, measure_team, random_batch
+from segmentation.plan import image_size, measure_team, random_batch, shards_of
 from segmentation.train_net import main
 from segmentation.trainer import build_peer
 from tests.segmentation.runs import write_run
@@ -45,3 +45,14 @@ def test_the_command_line_tells_and_writes_nothing(tmp_path, datasets, caplog):
     )
     assert "buckets" in caplog.text
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "shards"),
+    [("joint", 4, 4), ("peer-parallel", 1, 1), ("peer-parallel", 2, 1), ("peer-parallel", 4, 2)],
+)
+def test_processes_of_other_peers_do_not_split_the_batch(
+    tmp_path, datasets, engine, processes, shards
+):
+    run = load_run([write_run(tmp_path, ("fpn", "deeplab"))], ["TRANSFER.ENGINE", engine])
+    assert shards_of(run, processes) == shards
