@@ -9,12 +9,14 @@ from common.distributed import World
 from common.engine import ENGINES
 from common.memory import peak_saved_bytes, tensors_in
 from common.peers import PeerGroup
-from common.planner import SAFETY, engine_costs
+from common.planner import engine_costs
 from common.transfer import KnowledgeTransfer
+from saliency import plan
 from saliency.options import parse
 from saliency.peer import build_modules, build_peers
 from saliency.plan import measure_team, random_batch
 from saliency.train import main
+from tests.common.test_planner import memory_for, two_peers
 
 CPU = torch.device("cpu")
 HERE = World(0, 1, 0, CPU)
@@ -46,11 +48,11 @@ def test_the_command_line_tells_and_writes_nothing(tmp_path, monkeypatch, caplog
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_for_each_peer_is_offered_with_its_command(caplog):
-    options, specs = parse("dhf1k", "train_dhf1k", [*PEERS, "--plan", "-b", "1"])
-    two_pass = engine_costs(measure_team(options, specs, HERE, None))["two-pass"].peak
-    memory = (two_pass - 1) / (1 - SAFETY) / 1024
-    asked = [*PEERS, "--plan", "-b", "1", "--gpu-mem", f"{memory:.4f}K"]
+def test_a_process_for_each_peer_is_offered_with_its_command(monkeypatch, caplog):
+    team = two_peers()
+    monkeypatch.setattr(plan, "measure_team", lambda *given: team)
+    memory = memory_for(engine_costs(team)["two-pass"].peak) - 1
     with caplog.at_level(logging.INFO):
-        assert main("dhf1k", "train_dhf1k", [*asked, "--device", "cpu"]) == 0
+        asked = [*PEERS, "--plan", "--gpu-mem", f"{memory / 1024:.6f}K", "--device", "cpu"]
+        assert main("dhf1k", "train_dhf1k", asked) == 0
     assert "--nproc-per-node=2 saliency/train_dhf1k.py and add: --engine peer-par" in caplog.text
