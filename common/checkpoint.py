@@ -34,7 +34,10 @@ class CheckpointError(ValueError):
 
 
 def save_run(folder: Path, state: Mapping[str, Any], epoch: int, batch: int, keep: int) -> Path:
-    """Write one resumable run file and prune all but the newest ones.
+    """Write one resumable run file; keep it and the newest ones before it.
+
+    Files of a later position are removed: those of a run that went on from an older file, because
+    the newer ones are broken or that was asked for. A resume would take them for the newest.
 
     Args:
         folder: Where run files live.
@@ -48,7 +51,9 @@ def save_run(folder: Path, state: Mapping[str, Any], epoch: int, batch: int, kee
     """
     path = folder / f"run-{epoch:05d}-{batch:08d}.pt"
     atomic_write(path, lambda to: torch.save({"format": RUN_FORMAT, **state}, to))
-    for old in list_runs(folder)[:-keep]:
+    runs = list_runs(folder)
+    end = runs.index(path) + 1
+    for old in runs[end:] + runs[: max(end - keep, 0)]:
         old.unlink(missing_ok=True)
     return path
 

@@ -15,6 +15,7 @@ from common.checkpoint import (
     list_runs,
     load_run,
     load_weights,
+    newest_good_run,
     read_file,
     read_metadata,
     read_weights,
@@ -117,6 +118,16 @@ def test_only_the_newest_run_files_stay_and_the_newest_is_read(tmp_path):
     assert names == ["run-00001-00000007.pt", "run-00002-00000000.pt"]
     assert load_run(tmp_path)["progress"]["epoch"] == 2
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_goes_on_from_an_older_file_keeps_what_it_saves_and_no_later_one(tmp_path):
+    state = {"peers": {}, "progress": {}, "ranks": [], "config": {}}
+    for epoch in (1, 2, 3):
+        save_run(tmp_path, state, epoch, 0, keep=3)
+    (tmp_path / "run-00003-00000000.pt").write_bytes(b"broken")
+    saved = save_run(tmp_path, {**state, "config": {"from": 1}}, 1, 5, keep=1)
+    assert list_runs(tmp_path) == [saved]
+    assert newest_good_run(tmp_path)[1]["config"] == {"from": 1}
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path):
