@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -48,3 +51,25 @@ class Termination:
         if world.size == 1:
             return self.asked
         return any(distributed.gather_objects(self.asked))
+
+
+@contextmanager
+def handed_to_children() -> Iterator[None]:
+    """Hand SIGTERM on to the processes that this one started, instead of dying of it before them.
+
+    Where there are none yet, it has its usual effect.
+    """
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        children = multiprocessing.active_children()
+        for child in children:
+            child.terminate()
+        if not children:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -26,7 +26,7 @@ from common.disk import remove_leftovers, write_text
 from common.outputs import start_logging
 from common.planner import add_plan_options
 from common.report import write_run_report
-from common.termination import EXIT_STATUS, Preempted
+from common.termination import EXIT_STATUS, Preempted, handed_to_children
 from common.trainer import write_csv
 from segmentation import checkpoints
 from segmentation.config import RunConfig, load_run
@@ -123,14 +123,15 @@ def _launch(run: RunConfig, options: argparse.Namespace) -> int:
     """Work in several processes; of those that fail, the first one's line is told."""
     told = multiprocessing.get_context("spawn").SimpleQueue()
     try:
-        launch(
-            _work_and_tell,
-            options.num_gpus,
-            num_machines=options.num_machines,
-            machine_rank=options.machine_rank,
-            dist_url=options.dist_url,
-            args=(run, options, told),
-        )
+        with handed_to_children():
+            launch(
+                _work_and_tell,
+                options.num_gpus,
+                num_machines=options.num_machines,
+                machine_rank=options.machine_rank,
+                dist_url=options.dist_url,
+                args=(run, options, told),
+            )
     except ProcessException as error:
         if getattr(error, "exit_code", None) == EXIT_STATUS:
             return EXIT_STATUS

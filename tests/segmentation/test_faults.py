@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
 
+from common.termination import EXIT_STATUS
 from segmentation.cli import main
 from segmentation.config import load_run
 from segmentation.data import read_labels
@@ -197,6 +201,24 @@ def test_of_two_processes_one_line_is_told(tmp_path, datasets, capfd):
     missing = ["--num-gpus", "2", "PEER.fpn.MODEL.WEIGHTS", "none.pth"]
     line = fails(write_run(tmp_path), *missing, *ONE_STEP, capfd=capfd)
     assert "none.pth: no such file" in line
+
+
+@NO_GPU
+@pytest.mark.slow
+def test_sigterm_saves_a_run_of_two_processes(tmp_path, datasets):
+    run = write_run(tmp_path)
+    asked = ["--config-file", str(run), "--num-gpus", "2", "MODEL.DEVICE", "cpu"]
+    asked += ["SOLVER.MAX_ITER", "1000", "TEST.EVAL_PERIOD", "0"]
+    command = [sys.executable, "segmentation/train_net.py", *asked]
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    while not (tmp_path / "out" / "run.pt").is_file() and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    told = tmp_path / "log.txt"
+    assert process.wait() == EXIT_STATUS, told.read_text()[-3000:]
+    assert "SIGTERM: saved after iteration" in told.read_text()
+    assert torch.load(tmp_path / "out" / "run.pt", weights_only=True)["iteration"] % 20 == 0
 
 
 @NO_GPU
