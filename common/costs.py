@@ -78,7 +78,8 @@ class PeerCost:
         shapes: Of that, by name, with the batch first.
         forward: Seconds of the forward; None: not timed.
         train: Seconds with backward.
-        scaled_from: Samples that the bytes were measured on; None: the whole batch.
+        scaled_from: Samples of the real steps that the bytes are of; None: of the whole batch, on
+            fake tensors.
         timed_on: Samples that the seconds were measured on; None: the whole batch.
     """
 
@@ -144,7 +145,7 @@ def measure_peer(
         checkpointed=_checkpointed(peer, draw, batch, few, device, dtype),
         output=measured.output,
         shapes=measured.shapes,
-        scaled_from=measured.samples if measured.samples < batch else None,
+        scaled_from=measured.real,
     )
     return _timed(cost, peer, draw, batch, few, device, dtype) if timed else cost
 
@@ -245,7 +246,7 @@ class _Measured:
     step: Activations
     output: int
     shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
-    samples: int
+    real: int | None
 
 
 def _measure(
@@ -254,7 +255,7 @@ def _measure(
     with untouched(peer, device):
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, _faked(peer, mode):
-                return _count(peer, draw(batch, device), device, dtype, batch)
+                return _count(peer, draw(batch, device), device, dtype)
         except _NOT_FAKE as error:  # of a fault in the model the real step below tells
             told = str(error).strip().splitlines() or [type(error).__name__]
             _logger.info(
@@ -262,7 +263,7 @@ def _measure(
                 "fake tensors (%s)",
                 *(peer.name, few, batch, told[0][:120]),
             )
-        found = _count(peer, draw(few, device), device, dtype, few)
+        found = _count(peer, draw(few, device), device, dtype)
     scale = batch / few
     step = found.step.scaled(scale, _gradients(peer))
     shapes = {
@@ -277,7 +278,6 @@ def _count(
     data: Any,
     device: torch.device,
     dtype: torch.dtype | None,
-    samples: int,
 ) -> _Measured:
     known = [*tensors_in(peer.module), *tensors_in(data)]
     found: list[PeerOutput] = []
@@ -301,7 +301,7 @@ def _count(
     }
     shapes = {name: (x.shape, x.dtype) for name, x in parts.items()}
     output = sum(x.numel() * x.element_size() for x in parts.values())
-    return _Measured(Activations(saved[0], peak), output, shapes, samples)
+    return _Measured(Activations(saved[0], peak), output, shapes, None)
 
 
 @contextmanager

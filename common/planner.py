@@ -365,7 +365,7 @@ def notes(team: TeamCost, device: torch.device, dtype: torch.dtype | None) -> li
     scaled = {peer.name: peer.scaled_from for peer in team.peers if peer.scaled_from}
     if scaled:
         told.append(
-            "Bytes of real steps on few samples, scaled to the batch, as the forward looks at "
+            "Bytes of a real step on few samples, scaled to the batch, where the forward looks at "
             f"values: {_listed(scaled)}."
         )
     timed = {peer.name: peer.timed_on for peer in team.peers if peer.timed_on}

@@ -1,6 +1,7 @@
 """The faster layout is taken, kept, and trying it changes nothing."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from classification import layouts
 from classification.layouts import choose_layouts, time_layouts
 from classification.options import parse
 from classification.peer import build_modules
+from common import distributed
 from common.distributed import World
 from common.options import OptionError
+from common.probe import time_in_turns
+from tests.common.toy import ToyPeer, make_batch, make_peers
+from tests.launch import launch
 
 CPU = torch.device("cpu")
 HERE = World(0, 1, 0, CPU)
@@ -38,6 +43,48 @@ def test_a_resumed_run_keeps_what_was_chosen(monkeypatch):
     options, specs, modules, views = asked()
     choose_layouts(specs, modules, views, options, HERE, {"a": True})
     assert specs[0].options.channels_last and options.layouts == {"a": True}
+
+
+def _chooses(world, file, seats, chosen):
+    """Choose where every rank measures something else; write down what each then has."""
+    last = 0.5 if world.rank == 0 else 1.5
+    layouts.time_layouts = lambda *given: {"contiguous": 1.0, "channels_last": last}
+    options, specs, modules, views = asked("--auto-layout")
+    if seats > 1:
+        world = distributed.seat_peers(world, seats)
+    choose_layouts(specs, modules, views, options, world, chosen)
+    taken = [spec.options.channels_last for spec in specs]
+    (file / f"{world.rank}.json").write_text(json.dumps([taken, options.layouts]))
+
+
+@pytest.mark.parametrize(
+    ("seats", "chosen", "taken"),
+    [
+        (1, None, [True, True]),  # the first rank's
+        (2, None, [True, False]),  # that of the rank which holds the peer
+        (1, {"a": False, "b": True}, [False, True]),  # the resumed run's
+        (1, {"a": False}, [False, True]),  # a peer of which it had none is tried
+    ],
+)
+def test_all_ranks_take_the_same_choice(tmp_path, seats, chosen, taken):
+    launch(_chooses, 2, tmp_path, seats, chosen)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found == [[taken, dict(zip("ab", taken, strict=True))]] * 2
+
+
+def test_layouts_are_timed_in_turns():
+    order = []
+
+    class Noting(ToyPeer):
+        def forward(self, batch):
+            order.append(self.name)
+            return super().forward(batch)
+
+    trials = {}
+    for name in ("one", "other"):
+        trials[name] = (Noting(name, make_peers(1)[0].module, frozen=True), make_batch(4))
+    assert set(time_in_turns(trials, CPU, repeats=2)) == {"one", "other"}
+    assert order == ["one", "other"] * 3  # the first of each warms up
 
 
 def test_nothing_is_tried_where_nobody_asks(monkeypatch):
