@@ -30,6 +30,7 @@ from common.distributed import World
 from common.engine import build_engine
 from common.options import OptionError, bounds_of, transfer_of
 from common.outputs import (
+    check_resumed,
     finish,
     folder_of,
     plain,
@@ -79,6 +80,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         return Progress()
     state = _resumed_state(options, specs)
     world = seat_world(start(options), options, len(specs))
+    check_resumed(state)
     random_seed(options.seed, 0)
     modules, views = build_modules(specs, options)
     train_set, held_out = open_both(options, views[0].size[0], modules[0].num_classes)

@@ -26,6 +26,7 @@ from common.disk import remove_leftovers, write_text, writing_into
 from common.distributed import World
 from common.options import OptionError
 from common.planner import Flags, TeamCost, advise, engine_rows, memory_of, notes, peer_rows
+from common.ranks import refuse_other_moments
 from common.report import write_run_report
 from common.termination import EXIT_STATUS, Preempted
 from common.trainer import Trainer, Writer
@@ -192,6 +193,16 @@ def _read_newest(options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     options.resume, state = str(found[0]), found[1]
     return state
+
+
+def check_resumed(state: Mapping[str, Any] | None) -> None:
+    """Refuse processes that read different moments of the run to resume. All must call it.
+
+    Raises:
+        CheckpointError: As ``refuse_other_moments``.
+    """
+    progress = {} if state is None else state["progress"]
+    refuse_other_moments(*(progress[name] for name in ("epoch", "batch") if name in progress))
 
 
 def resumed_folder(options: argparse.Namespace) -> Path:

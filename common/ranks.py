@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.distributed import World
+from common.checkpoint import CheckpointError
+from common.distributed import World, gather_objects
 
 _logger = logging.getLogger(__name__)
 
@@ -73,3 +74,27 @@ class SavedRanks:
             return self.ranks[world.seat * self.shards].get("scaler", shared)
         states = [rank.get("scaler", shared) for rank in self.ranks]
         return min(states, key=lambda state: state.get("scale", 0.0))
+
+
+def refuse_other_moments(*moment: int) -> None:
+    """Refuse ranks that would not go on from one moment of a run. All must call it.
+
+    Args:
+        moment: Where this rank would; nothing: it would start the run.
+
+    Raises:
+        CheckpointError: On all ranks; names the first that differs.
+    """
+    moments = gather_objects(moment)
+    for rank, its in enumerate(moments):
+        if its != moments[0]:
+            raise CheckpointError(
+                f"process {rank} would {_told(its)}, process 0 {_told(moments[0])}; they must "
+                "read the same folder: keep it on a file system that all machines share"
+            )
+
+
+def _told(moment: tuple[int, ...]) -> str:
+    if not moment:
+        return "start the run anew"
+    return f"go on from {'-'.join(map(str, moment))} of the run"

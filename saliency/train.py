@@ -28,6 +28,7 @@ from common.distributed import World
 from common.engine import build_engine
 from common.options import OptionError, bounds_of, transfer_of
 from common.outputs import (
+    check_resumed,
     finish,
     folder_of,
     log_table,
@@ -117,6 +118,7 @@ def run(
     if options.sync_bn and world.device.type != "cuda":
         raise OptionError("--sync-bn needs GPUs; leave it out on a CPU")
     state = _resumed_state(options, specs)
+    check_resumed(state)
     torch.manual_seed(options.seed)
     modules, views = build_modules(specs)
     train_set, held_out = open_splits(options, world, bars)
@@ -139,7 +141,7 @@ def run(
     evaluator = build_evaluator(options, held_out, mine, world, packed, watch, bad=bad)
     trainer = _trainer(options, group, loader, evaluator, world, watch)
     if options.soup:
-        trainer.halves = video_halves(options, held_out, views, world, packed, watch, bad=bad)
+        trainer.halves = video_halves(options, held_out, mine, world, packed, watch, bad=bad)
     if state is not None:
         source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)

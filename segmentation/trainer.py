@@ -32,7 +32,7 @@ from common.finite import FiniteCheck, refuse_broken_weights
 from common.guard import Bounds, Guard
 from common.ledger import Ledger
 from common.peers import Peer, PeerGroup, RemotePeer
-from common.ranks import SavedRanks
+from common.ranks import SavedRanks, refuse_other_moments
 from common.soup import STATISTICS_BATCHES, Soup, Weights, make_soups, write_soup
 from common.termination import Preempted, Termination
 from common.trainer import load_rng_state, rng_state, write_csv
@@ -306,6 +306,7 @@ class TransferTrainer(TrainerBase):
 
     def _find_record(self) -> dict[str, Any] | None:
         record = checkpoints.find(self.folder)
+        refuse_other_moments(*([] if record is None else [record["iteration"]]))
         if record is None:
             _logger.warning("no checkpoint of a run in %s: starting anew", self.folder)
         else:

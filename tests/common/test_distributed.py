@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from common import distributed
-from common.checkpoint import load_run
+from common.checkpoint import CheckpointError, load_run
 from common.engine import ENGINES, JointEngine
+from common.ranks import refuse_other_moments
 from common.transfer import KnowledgeTransfer
 from tests.common.toy import HERE, ToyLoader, make_batch, make_peers, make_trainer
 from tests.launch import launch
@@ -165,3 +166,15 @@ def test_two_pass_shares_buffers_as_joint_does(tmp_path):
     for rank in range(2):
         one, two = (torch.load(tmp_path / e / f"rank-{rank}.pt") for e in ("joint", "two-pass"))
         torch.testing.assert_close(one, two)
+
+
+def other_moments(world, moments):
+    with pytest.raises(
+        CheckpointError, match=r"process 1 would start the run anew, process 0 go on"
+    ):
+        refuse_other_moments(*moments[world.rank])
+    refuse_other_moments(3, 20)
+
+
+def test_ranks_that_would_not_go_on_from_one_moment_are_refused():
+    launch(other_moments, 2, [(3, 20), ()])
