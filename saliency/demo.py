@@ -131,7 +131,7 @@ def train(place: Path, split: str, title: str, seed: int, epochs: int, asked: Se
             *("--data-root", str(place / split), "--output", str(place), "--experiment", title),
             *("--epochs", str(epochs), "--val-interval", str(epochs), "--eval-metric", METRIC),
             *("--batch-size", str(BATCH), "--val-batch-size", str(BATCH), "--val-stride", "3"),
-            *("--metrics", "cc", "nss", "auc_judd", "--blur", "0", "--workers", "0"),
+            *("--metrics", "cc", "nss", "auc_judd", "--blur", "0", "--workers", "1"),
             *("--check-depth", "listing", "--seed", str(seed), "--clips-per-video", "2"),
             *("--checkpoint-hist", "1", "--device", "cpu", *asked),
         ],
