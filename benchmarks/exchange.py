@@ -117,7 +117,7 @@ def seen_bytes(batch: int, classes: int) -> dict[str, int]:
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_observe, (folder, batch, classes), nprocs=2)
-        seen = torch.load(Path(folder) / "seen.pt")
+        seen = torch.load(Path(folder) / "seen.pt", weights_only=True)
     for dtype, (calls, hooked, gradients) in seen.items():
         if len(calls) != 1 or calls[0][0] != "all_gather_into_tensor":
             raise RuntimeError(f"expected one all_gather_into_tensor a step, saw {calls}")

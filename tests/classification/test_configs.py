@@ -37,4 +37,4 @@ def test_there_is_a_recipe_for_every_published_run():
 def test_a_demo_config_parses(path):
     more = [] if "pretrain" in path.stem else ["--peer", "resnet18", "--peer", "resnet34"]
     options, _ = parse(["/data", "-c", str(path), *more])
-    assert options.num_classes == 10 and options.workers == 0
+    assert options.num_classes == 10 and options.workers == 1
