@@ -376,6 +376,8 @@ def notes(team: TeamCost, device: torch.device, dtype: torch.dtype | None) -> li
         )
     if team.reduced:
         told.append("With several processes, the gradients' buckets are counted too.")
+    if device.type == "cpu" and dtype is torch.float16:
+        told.append("Steps were made in bfloat16, which takes as many bytes as float16.")
     if device.type == "cpu":
         told.append("Seconds are those of this CPU: they compare engines, and tell no GPU's time.")
     return told

@@ -181,6 +181,18 @@ def test_autocast_halves_what_is_saved_of_linear_layers():
     assert half < 0.65 * full
 
 
+@pytest.mark.parametrize("peer_type", [ToyPeer, LookingPeer])
+def test_on_a_cpu_bfloat16_stands_in_for_float16(peer_type):
+    module = make_peers(1)[0].module
+    peer = peer_type("p", module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+    seen = set()
+    module.register_forward_hook(lambda *given: seen.add(given[-1].dtype))
+    found = measure_peer(peer, draw, BATCH, CPU, torch.float16)
+    assert seen == {torch.bfloat16}
+    assert found.step == measure_peer(peer, draw, BATCH, CPU, torch.bfloat16).step
+    assert "in bfloat16" in " ".join(notes(two_peers(), CPU, torch.float16))
+
+
 class Deep(nn.Module):
     def __init__(self):
         super().__init__()
