@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -164,6 +165,14 @@ def stop() -> None:
 def active() -> bool:
     """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another process is gone, as gloo tells it."""
+    return active() and bool(_LOST.search(str(error)))
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

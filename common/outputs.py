@@ -33,6 +33,11 @@ from common.trainer import Trainer, Writer
 
 _logger = logging.getLogger("train")
 
+_LOST_RANK = (
+    "error: another process of the run has ended; its own error says why, and where there is none "
+    "it was killed, most likely for want of memory; resume from the last run file"
+)
+
 
 def start_logging() -> None:
     """Log plain lines to stderr."""
@@ -62,6 +67,11 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
     except Preempted as end:
         _logger.warning("%s", end)
         return EXIT_STATUS
+    except RuntimeError as error:
+        if not distributed.is_lost_rank(error):
+            raise
+        _logger.error("%s", _LOST_RANK)
+        return 1
     finally:
         distributed.stop()
     return 0
