@@ -1,0 +1,238 @@
+"""Model cards: what a file of weights is, how it was made, and what that is known to be worth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.options import OptionError
+
+CAVEAT = (
+    "A gain over the start is no proof that the peers taught anything: training on for as long "
+    "without them may gain as much. Only an experiment with controls, over seeds, can tell the "
+    "two apart."
+)
+NO_EXPERIMENT = "No such experiment was given for this file."
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one file of a peer's weights did on the held-out data.
+
+    Attributes:
+        about: How these weights came to be, in a sentence.
+        measured_on: Which data.
+        before: The start's metrics, by name with unit.
+        after: These weights' metrics, by the same names.
+        counts: What else was counted against the start, for instance samples fixed and broken.
+        teachers: Share of the samples on which each peer taught this one, in [0, 1].
+    """
+
+    about: str
+    measured_on: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    teachers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that a model card tells, as plain data.
+
+    Attributes:
+        peer: The model's name in its run.
+        model: Its architecture, as its host calls it.
+        about: What it is, in a sentence.
+        front: The hub's metadata, in order; entries that are None are left out.
+        made: Settings of the run that made it.
+        evidence: By the name of the file: ``best``, ``last``, ``soup``.
+        lineage: From what it was made: data, files with their sums.
+        versions: Of the software, and the day.
+        loading: Code that loads a file; ``{file}`` stands for its name.
+        loading_hub: Code that loads it from the hub; ``{repo}`` stands for the repository.
+    """
+
+    peer: str
+    model: str
+    about: str
+    front: Mapping[str, Any]
+    made: Mapping[str, str]
+    evidence: Mapping[str, Evidence]
+    lineage: Mapping[str, str]
+    versions: Mapping[str, str]
+    loading: str
+    loading_hub: str
+
+
+def to_json(card: Card) -> str:
+    """Write a card as JSON, from which other files of the same peer get theirs."""
+    return json.dumps(asdict(card), indent=1)
+
+
+def from_json(text: str, source: Path | str) -> Card:
+    """Read what ``to_json`` wrote.
+
+    Raises:
+        OptionError: Not that; names the source.
+    """
+    try:
+        content = json.loads(text)
+        evidence = {which: Evidence(**told) for which, told in content.pop("evidence").items()}
+        return Card(**content, evidence=evidence)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OptionError(
+            f"{source}: no model card of a run ({error!r}); resume the run: its end writes it"
+        ) from error
+
+
+def card_text(
+    card: Card,
+    which: str,
+    file: str,
+    sha256: str,
+    *,
+    repo: str = "",
+    analysis: Mapping[str, Any] | None = None,
+) -> str:
+    """Write the card of one file in Markdown, with the front matter that the hub reads.
+
+    Args:
+        card: What is told.
+        which: Of ``card.evidence``.
+        file: The file's name.
+        sha256: Of the file.
+        repo: Where on the hub it will be; empty: nowhere.
+        analysis: An experiment's ``analysis.json``, of peers of the same names.
+
+    Raises:
+        OptionError: No such weights, or an experiment that does not know the peer.
+    """
+    if which not in card.evidence:
+        raise OptionError(
+            f"peer {card.peer!r} has no {which!r} weights; it has {', '.join(card.evidence)}"
+        )
+    told = card.evidence[which]
+    parts = [
+        front_matter(card.front),
+        f"# {card.peer}: {card.model}",
+        card.about,
+        "## How it was made",
+        told.about,
+        _taught(told.teachers),
+        _table(("setting", "value"), card.made.items()),
+        "## Evidence",
+        f"Measured on {told.measured_on}.",
+        _table(("", "start", "this file", "change"), _changes(told)),
+        _counted(told.counts),
+        CAVEAT,
+        _effects(analysis, card.peer) if analysis is not None else NO_EXPERIMENT,
+        "## Lineage",
+        _table(("what", "which"), [(f"`{file}`", _sum(sha256)), *card.lineage.items()]),
+        _table(("software", "version"), card.versions.items()),
+        "## How to load it",
+        _code(card.loading.replace("{file}", file)),
+        _code(card.loading_hub.replace("{repo}", repo)) if repo else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def front_matter(front: Mapping[str, Any]) -> str:
+    """Write metadata as YAML, every value quoted as JSON does, which YAML reads too."""
+    lines = []
+    for key, value in front.items():
+        if isinstance(value, (list, tuple)):
+            lines += [f"{key}:", *(f"- {json.dumps(item)}" for item in value)]
+        elif value is not None:
+            lines.append(f"{key}: {json.dumps(value)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _taught(teachers: Mapping[str, float]) -> str:
+    shares = [f"{name} on {100 * share:.1f} %" for name, share in teachers.items() if share > 0]
+    if not shares:
+        return "No peer taught it up to these weights."
+    return f"Taught by: {', '.join(shares)} of the training samples."
+
+
+def _changes(told: Evidence) -> list[tuple[str, str, str, str]]:
+    return [
+        (name, f"{told.before[name]:.4g}", f"{value:.4g}", f"{value - told.before[name]:+.3g}")
+        for name, value in told.after.items()
+    ]
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    told = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    return f"Against the start, {told}." if told else ""
+
+
+def _effects(analysis: Mapping[str, Any], peer: str) -> str:
+    """Tell an experiment's differences to its control, whatever they show."""
+    try:
+        test = analysis["test"]
+        rows = [
+            _effect(arm, effects[peer])
+            for arm, effects in test["peer_gains"].items()
+            if effects.get(peer) is not None
+        ]
+        names, metric, control = list(test["names"]), test["metric"], test["control"]
+        interval = f"{100 * test['level']:g} % interval"
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise OptionError(
+            f"the analysis is not that of an experiment ({error!r}); give the analysis.json that "
+            "experiment.py wrote"
+        ) from error
+    if not rows:
+        raise OptionError(
+            f"the experiment knows no peer {peer!r}, only {', '.join(names)}; give the analysis of "
+            "an experiment with the same names"
+        )
+    head = ("arm", f"gain in {metric} over `{control}`", interval, "seeds", "p (Holm)", "")
+    return (
+        f"An experiment with controls, with peers of these names and starts of each seed's own, "
+        f"measured this peer on a test set (positive is better):\n\n{_table(head, rows)}"
+    )
+
+
+def _effect(arm: str, effect: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = effect["low"], effect["high"]
+    told = "not known" if low is None or high is None else f"{low:+.3g} to {high:+.3g}"
+    shown = "shown" if effect["shown"] else "not shown"
+    gain, p = f"{effect['mean']:+.3g}", f"{effect['p_holm']:.3g}"
+    return arm, gain, told, str(effect["count"]), p, shown
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
+
+
+def _sum(sha256: str) -> str:
+    return f"sha256 `{sha256}`"
+
+
+def file_sum(path: Path) -> str:
+    """Compute the SHA-256 of a file, as ``sha256sum`` does."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def told_sum(path: Path) -> str:
+    """Name a file with its sum; of its path only the last folder, which tells no one's home."""
+    return f"`{Path(path.parent.name, path.name)}`, {_sum(file_sum(path))}"
