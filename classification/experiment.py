@@ -30,6 +30,7 @@ from common import experiment
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.distributed import World
 from common.experiment import Measured, Trained
+from common.options import OptionError
 from common.significance import expected_calibration_error
 
 # what a start's file tells by itself
@@ -53,7 +54,13 @@ class Classification:
 
     def check(self, options: Mapping[str, Any]) -> list[str]:
         """Refuse options that cannot be used; return the peers' names."""
-        return [spec.name for spec in _parsed(options)[1]]
+        asked, specs = _parsed(options)
+        if asked.push_to_hub:
+            raise OptionError(
+                f"push_to_hub {asked.push_to_hub}: the runs of an experiment are not pushed, their "
+                "files would replace one another; push one of them with classification/push.py"
+            )
+        return [spec.name for spec in specs]
 
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
         """Write each peer's weights as they are before training; measure them."""

@@ -344,6 +344,13 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--log-wandb", **flag)
     add("--wandb-project")
     add("--wandb-tags", nargs="+", default=[])
+    add(
+        "--push-to-hub",
+        default="",
+        metavar="ORG/PREFIX",
+        help="at the end, push each learning peer's best weights and their card to the Hugging "
+        "Face hub, as the private repository ORG/PREFIX-PEER",
+    )
     parser.set_defaults(plan=False)
     if script == "train":
         add_plan_options(group)

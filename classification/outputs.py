@@ -38,7 +38,8 @@ FREE_TO_CHANGE = frozenset(
         "resume no_resume_opt output experiment workers pin_mem log_interval log_wandb "
         "wandb_project wandb_tags checkpoint_hist recovery_interval config epochs device data "
         "data_dir num_classes resolved_num_classes pretrained in_place validation_batch_size "
-        "local_rank engine plan gpu_mem layouts on_nonfinite max_skips_in_a_row max_bad_samples"
+        "local_rank engine plan gpu_mem layouts on_nonfinite max_skips_in_a_row max_bad_samples "
+        "push_to_hub origins"
     ).split()
 )
 EXPORT_TOLERANCE = 0.05
@@ -46,6 +47,11 @@ EXPORT_TOLERANCE = 0.05
 
 def write_arguments(folder: Path, options: argparse.Namespace) -> None:
     """Keep the arguments as a YAML file that ``--config`` takes."""
+    write_text(folder / "args.yaml", arguments_text(options))
+
+
+def arguments_text(options: argparse.Namespace) -> str:
+    """Return the arguments as YAML that ``--config`` takes."""
     hidden = (
         "config",
         "resume",
@@ -55,9 +61,10 @@ def write_arguments(folder: Path, options: argparse.Namespace) -> None:
         "plan",
         "gpu_mem",
         "layouts",
+        "push_to_hub",
     )
     content = {name: value for name, value in plain(options).items() if name not in hidden}
-    write_text(folder / "args.yaml", yaml.safe_dump(content, sort_keys=False))
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def metadata(spec: PeerSpec, module: nn.Module, view: View) -> dict[str, str]:
@@ -188,11 +195,15 @@ def check_exports(trainer: Trainer, specs: Sequence[PeerSpec]) -> None:
 
 def reload(model: str, path: Path, described: Mapping[str, str]) -> nn.Module:
     """Build a model from an exported file, by plain timm where timm knows it."""
-    arguments = json.loads(described["model_args"])
-    classes = int(described["num_classes"])
+    arguments = model_arguments(described)
     if timm.is_model(model.split(".")[0]):
-        return timm.create_model(model, checkpoint_path=str(path), num_classes=classes, **arguments)
-    return create_classifier(model, str(path), num_classes=classes, **arguments)
+        return timm.create_model(model, checkpoint_path=str(path), **arguments)
+    return create_classifier(model, str(path), **arguments)
+
+
+def model_arguments(described: Mapping[str, str]) -> dict[str, Any]:
+    """Return what builds the model of an exported file, beside its name."""
+    return {"num_classes": int(described["num_classes"]), **json.loads(described["model_args"])}
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from timm.utils import random_seed
 from torch.utils.data import Dataset
 
-from classification import outputs
+from classification import cards, outputs
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator
 from classification.held_out import split_held_out
@@ -22,6 +22,7 @@ from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import GUARD_DROPS, PeerSpec, parse
 from classification.peer import build_modules, build_peers
 from classification.plan import tell_plan
+from classification.publish import check_push, deliver
 from common import distributed
 from common.broken import BadSampleError, BadSamples
 from common.checkpoint import CheckpointError
@@ -78,6 +79,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     if options.plan:
         tell_plan(options, specs, start(options))
         return Progress()
+    check_push(options, specs)
     state = _resumed_state(options, specs)
     world = seat_world(start(options), options, len(specs))
     check_resumed(state)
@@ -88,6 +90,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         spec.name: outputs.metadata(spec, module, view)
         for spec, module, view in zip(specs, modules, views, strict=True)
     }
+    origins = _origins(specs, modules, world, state)
     classes, bad = modules[0].num_classes, BadSamples(options.max_bad_samples)
     loader = TrainLoader(train_set, common_view(views), options, world, classes, bad)
     shown = zip(specs, modules, views, strict=True) if world.is_main else ()
@@ -102,6 +105,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     trainer = _trainer(
         options, specs, views, peers, loader, held_out, epochs, metadata, world, bars
     )
+    trainer.config["origins"] = origins
     outputs.log_peers(rows, trainer.peers, world)
     if state is not None:
         source = resumed_folder(options)
@@ -114,10 +118,37 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     trainer.writers = outputs.writers(options, trainer.folder, world, trainer.progress.updates)
     progress = trainer.fit()
     outputs.check_exports(trainer, specs)
+    images = cards.Images(len(train_set), len(held_out))
+    cards.write_cards(trainer, specs, options, origins, images)
     if world.is_main:
         finish(trainer, outputs.settings(options))
     distributed.barrier()
+    if world.is_main and options.push_to_hub:
+        _push(trainer, specs, options)
     return progress
+
+
+def _origins(
+    specs: Sequence[PeerSpec],
+    modules: Sequence[Any],
+    world: World,
+    state: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Tell from what the peers start; a resumed run tells what it began with."""
+    if state is not None:
+        return state["config"].get("origins", {})
+    mine = {}
+    if world.is_main:  # the files are read once, however many processes there are
+        shown = zip(specs, modules, strict=True)
+        mine = {spec.name: cards.origin(spec, module) for spec, module in shown}
+    return distributed.gather_objects(mine)[0]
+
+
+def _push(trainer: Trainer, specs: Sequence[PeerSpec], options: argparse.Namespace) -> None:
+    for spec in specs:
+        if not spec.frozen:
+            repo = f"{options.push_to_hub}-{spec.name}"
+            deliver(trainer.folder, [spec.name], repo=repo, private=True)
 
 
 def start(options: argparse.Namespace) -> World:
