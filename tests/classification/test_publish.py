@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from classification.cards import front, origin
+from classification.experiment import Classification
 from classification.options import parse
 from classification.publish import check_push
 from classification.push import main as push_main
@@ -217,6 +218,13 @@ def test_impossible_names_and_foreign_models_are_refused_before_any_work(hub):
     with pytest.raises(OptionError, match="dinov2_vits14_lc is not one of timm's"):
         check_push(*asked("org/x", "dinov2_vits14_lc,name=d"))
     check_push(*asked("org/x", "dinov2_vits14_lc,name=d,frozen=true"))
+
+
+def test_an_experiment_pushes_none_of_its_runs():
+    asked = {"data": "/data", "peers": [{"model": "resnet18"}, {"model": "resnet34"}]}
+    assert Classification().check(asked) == ["resnet18", "resnet34"]
+    with pytest.raises(OptionError, match=r"push_to_hub org/x: .* classification/push\.py"):
+        Classification().check({**asked, "push_to_hub": "org/x"})
 
 
 def test_published_weights_give_base_model_and_licence():
