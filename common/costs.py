@@ -52,11 +52,13 @@ class Activations:
     peak: int
 
     def scaled(self, share: float, gradients: int = 0) -> Activations:
-        """Return what another batch takes; its gradients, of as many bytes, stay as large."""
-        fixed = min(self.peak, gradients)
-        return Activations(
-            math.ceil(self.saved * share), fixed + math.ceil((self.peak - fixed) * share)
-        )
+        """Return what another batch takes; its gradients, of as many bytes, stay as large.
+
+        Where a forward's end is the peak, before there are gradients, it is what is saved at least.
+        """
+        fixed, saved = min(self.peak, gradients), math.ceil(self.saved * share)
+        peak = fixed + math.ceil((self.peak - fixed) * share)
+        return Activations(saved, max(peak, saved))
 
 
 @dataclass(frozen=True)

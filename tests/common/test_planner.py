@@ -154,6 +154,12 @@ class LookingPeer(ToyPeer):
         return super().forward(batch)
 
 
+def test_a_scaled_step_holds_what_is_saved_at_least():
+    assert Activations(60, 100).scaled(4, gradients=40) == Activations(240, 40 + 240)
+    assert Activations(60, 70).scaled(4, gradients=60) == Activations(240, 240)
+    assert Activations(60, 100).scaled(0.5, gradients=40) == Activations(30, 40 + 30)
+
+
 def test_a_forward_that_looks_at_values_is_measured_on_few_samples_and_scaled():
     module = make_peers(1, dropout=0.3)[0].module
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
