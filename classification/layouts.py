@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,12 @@ from classification.options import PeerSpec
 from classification.peer import ClassifierPeer
 from common import distributed
 from common.distributed import World
-from common.peers import Peer
 from common.probe import time_in_turns
 
 _logger = logging.getLogger("train")
 
 MARGIN = 0.03
-"""By what share channels_last must be faster to be taken."""
+"""By what share of the time a choice must be faster to be taken."""
 
 _ON_CPU = 8  # samples of a trial there
 
@@ -49,18 +48,39 @@ def choose_layouts(
         world: Where this process stands.
         chosen: What a resumed run had chosen; such peers are not tried again.
     """
+    asking = {i: spec for i, spec in enumerate(specs) if spec.options.auto_layout}
+
+    def faster(i: int) -> bool:
+        return _is_channels_last_faster(specs[i], modules[i], views, i, run, world)
+
+    run.layouts = decided(asking, faster, world, chosen)
+    for spec in asking.values():
+        spec.options.channels_last = run.layouts[spec.name]
+
+
+def decided(
+    asking: Mapping[int, PeerSpec],
+    faster: Callable[[int], bool],
+    world: World,
+    chosen: Mapping[str, bool] | None,
+) -> dict[str, bool]:
+    """Return by the peers' names what is taken; all ranks must call it.
+
+    Args:
+        asking: The peers that ask, by their numbers.
+        faster: Tries one peer here.
+        world: Where this process stands; the first one that holds a peer decides for all.
+        chosen: What a resumed run had chosen; such peers are not tried again.
+    """
     known = dict(chosen or {})
     mine = {
-        spec.name: _is_channels_last_faster(spec, module, views, i, run, world)
-        for i, (spec, module) in enumerate(zip(specs, modules, strict=True))
-        if spec.options.auto_layout and spec.name not in known and world.holds(i)
+        spec.name: faster(i)
+        for i, spec in asking.items()
+        if spec.name not in known and world.holds(i)
     }
     for found in reversed(distributed.gather_objects(mine)):
         known |= found
-    asking = [spec for spec in specs if spec.options.auto_layout]
-    for spec in asking:
-        spec.options.channels_last = known[spec.name]
-    run.layouts = {spec.name: known[spec.name] for spec in asking}
+    return {spec.name: known[spec.name] for spec in asking.values()}
 
 
 def _is_channels_last_faster(
@@ -94,25 +114,46 @@ def time_layouts(
     repeats: int = 5,
 ) -> dict[str, float]:
     """Return the median seconds of copies' forward and backward in both layouts, in turns."""
+    amp = getattr(torch, run.amp_dtype) if run.amp else None
+    trials = {
+        name: trial(spec, module, views, number, run, device, channels_last)
+        for name, channels_last in (("contiguous", False), ("channels_last", True))
+    }
+    return time_in_turns(trials, device, amp, repeats=repeats)
+
+
+def trial(
+    spec: PeerSpec,
+    module: nn.Module,
+    views: Sequence[View],
+    number: int,
+    run: argparse.Namespace,
+    device: torch.device,
+    channels_last: bool,
+) -> tuple[ClassifierPeer, Any]:
+    """Build a peer of a model's copy to be timed, and a batch of noise, on the device.
+
+    Args:
+        spec: Of the peer.
+        module: Its model, which stays as it is.
+        views: Of all peers.
+        number: Which of them it is.
+        run: The run's options.
+        device: Where it is tried.
+        channels_last: The copy's memory layout.
+    """
     common = common_view(views)
     dtype = getattr(torch, spec.options.model_dtype or "float32")
-    amp = getattr(torch, run.amp_dtype) if run.amp else None
     samples = run.batch_size if device.type == "cuda" else min(run.batch_size, _ON_CPU)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(samples, *common.size, generator=generator).to(device)
     target = torch.zeros(samples, dtype=torch.long, device=device)
-    trials: dict[str, tuple[Peer, Any]] = {}
-    for name, layout in (
-        ("contiguous", torch.contiguous_format),
-        ("channels_last", torch.channels_last),
-    ):
-        tried: Any = copy.deepcopy(module).to(device=device, dtype=dtype)
-        if layout is torch.channels_last:
-            tried.to(memory_format=layout)
-        to_view = ToView(common, views[number], layout is torch.channels_last, dtype).to(device)
-        rest: dict[str, Any] = {"frozen": True}
-        if not spec.frozen:
-            rest = {"optimizer": torch.optim.SGD(tried.parameters(), lr=0.0)}  # never steps
-        peer = ClassifierPeer(spec.name, tried, to_view, sample_loss(run), run.score, **rest)
-        trials[name] = (peer, (images, target))
-    return time_in_turns(trials, device, amp, repeats=repeats)
+    tried: Any = copy.deepcopy(module).to(device=device, dtype=dtype)
+    if channels_last:
+        tried.to(memory_format=torch.channels_last)
+    to_view = ToView(common, views[number], channels_last, dtype).to(device)
+    rest: dict[str, Any] = {"frozen": True}
+    if not spec.frozen:
+        rest = {"optimizer": torch.optim.SGD(tried.parameters(), lr=0.0)}  # never steps
+    peer = ClassifierPeer(spec.name, tried, to_view, sample_loss(run), run.score, **rest)
+    return peer, (images, target)

@@ -231,7 +231,13 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="*")
     add("--head-init-scale", type=float, help="*")
     add("--head-init-bias", type=float, help="*")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="*")
+    add(
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="* auto: try both ways before training and keep the faster one",
+    )
     add("--torchcompile-mode", help="*")
 
     group = parser.add_argument_group("device and distribution")

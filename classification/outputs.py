@@ -38,8 +38,8 @@ FREE_TO_CHANGE = frozenset(
         "resume no_resume_opt output experiment workers pin_mem log_interval log_wandb "
         "wandb_project wandb_tags checkpoint_hist recovery_interval config epochs device data "
         "data_dir num_classes resolved_num_classes pretrained in_place validation_batch_size "
-        "local_rank engine plan gpu_mem layouts on_nonfinite max_skips_in_a_row max_bad_samples "
-        "push_to_hub origins"
+        "local_rank engine plan gpu_mem layouts compiled on_nonfinite max_skips_in_a_row "
+        "max_bad_samples push_to_hub origins"
     ).split()
 )
 EXPORT_TOLERANCE = 0.05
@@ -61,6 +61,7 @@ def arguments_text(options: argparse.Namespace) -> str:
         "plan",
         "gpu_mem",
         "layouts",
+        "compiled",
         "push_to_hub",
     )
     content = {name: value for name, value in plain(options).items() if name not in hidden}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from classification.compiling import AUTO
 from classification.data import View, common_view
 from classification.options import PeerSpec, mixes
 from classification.peer import build_modules, build_peers
@@ -36,6 +37,8 @@ def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: Wor
     for spec in specs:
         if spec.takes_published_weights:
             spec.options.pretrained = False
+        if spec.options.torchcompile == AUTO:  # what a trial will say is not known yet
+            spec.options.torchcompile = None
     modules, views = build_modules(specs, options)
     team = measure_team(options, specs, modules, views, world)
     flags = Flags(launch="torchrun --nproc-per-node={} classification/train.py")

@@ -14,6 +14,7 @@ from timm.utils import random_seed
 from torch.utils.data import Dataset
 
 from classification import cards, outputs
+from classification.compiling import choose_compilation
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator
 from classification.held_out import split_held_out
@@ -96,8 +97,9 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     shown = zip(specs, modules, views, strict=True) if world.is_main else ()
     rows = [outputs.describe(*peer) for peer in shown]
     updates = -(-len(loader) // options.grad_accum_steps)
-    chosen = None if state is None else state["config"].get("layouts")
-    choose_layouts(specs, modules, views, options, world, chosen)
+    chosen = {} if state is None else state["config"]
+    choose_layouts(specs, modules, views, options, world, chosen.get("layouts"))
+    choose_compilation(specs, modules, views, options, world, chosen.get("compiled"))
     peers, epochs = build_peers(specs, modules, views, options, world, updates)
     del modules  # those that other processes hold
     random_seed(options.seed, world.rank)
