@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from classification.data import View
-from classification.layouts import MARGIN, decided, trial
+from classification.layouts import decided, is_faster, trial
 from classification.options import PeerSpec
 from common.distributed import World
 from common.probe import time_in_turns
@@ -66,15 +66,7 @@ def _is_faster(
         reason = str(error).strip().splitlines()[0]
         _logger.warning("%s: not compiled, the compiler fails here: %s", spec.name, reason)
         return False
-    is_faster = seconds["compiled"] < (1 - MARGIN) * seconds["eager"]
-    _logger.info(
-        "%s: forward and backward %.1f ms eager, %.1f ms compiled: %s is taken",
-        spec.name,
-        1e3 * seconds["eager"],
-        1e3 * seconds["compiled"],
-        "compiled" if is_faster else "eager",
-    )
-    return is_faster
+    return is_faster(spec.name, seconds)
 
 
 def time_both(

@@ -51,7 +51,8 @@ def choose_layouts(
     asking = {i: spec for i, spec in enumerate(specs) if spec.options.auto_layout}
 
     def faster(i: int) -> bool:
-        return _is_channels_last_faster(specs[i], modules[i], views, i, run, world)
+        seconds = time_layouts(specs[i], modules[i], views, i, run, world.device)
+        return is_faster(specs[i].name, seconds)
 
     run.layouts = decided(asking, faster, world, chosen)
     for spec in asking.values():
@@ -83,24 +84,19 @@ def decided(
     return {spec.name: known[spec.name] for spec in asking.values()}
 
 
-def _is_channels_last_faster(
-    spec: PeerSpec,
-    module: nn.Module,
-    views: Sequence[View],
-    number: int,
-    run: argparse.Namespace,
-    world: World,
-) -> bool:
-    seconds = time_layouts(spec, module, views, number, run, world.device)
-    ratio = seconds["channels_last"] / seconds["contiguous"]
-    faster = ratio < 1 - MARGIN
+def is_faster(who: str, seconds: Mapping[str, float]) -> bool:
+    """Whether the second of two ways is faster by the margin; logs both.
+
+    Args:
+        who: Name of the peer.
+        seconds: Of each way by its name, the usual one first.
+    """
+    (usual, before), (other, now) = seconds.items()
+    faster = now < (1 - MARGIN) * before
     _logger.info(
-        "%s: forward and backward %.1f ms contiguous, %.1f ms channels_last: %s",
-        spec.name,
-        1e3 * seconds["contiguous"],
-        1e3 * seconds["channels_last"],
-        "channels_last is taken" if faster else "contiguous is taken",
-    )
+        "%s: forward and backward %.1f ms %s, %.1f ms %s: %s is taken",
+        who, 1e3 * before, usual, 1e3 * now, other, other if faster else usual,
+    )  # fmt: skip
     return faster
 
 
