@@ -12,13 +12,11 @@ from classification.compiling import AUTO
 from classification.data import View, common_view
 from classification.options import PeerSpec, mixes
 from classification.peer import build_modules, build_peers
-from common.costs import measure_peer, measure_transfer
+from common.costs import measure_peer
 from common.distributed import World
 from common.memory import bytes_of
-from common.options import OptionError, transfer_of
 from common.outputs import log_plan
-from common.peers import PeerGroup, RemotePeer
-from common.planner import Flags, TeamCost
+from common.planner import Flags, TeamCost, team_of
 
 
 def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: World) -> None:
@@ -80,19 +78,7 @@ def measure_team(
         costs.append(measure_peer(peer, draw, batch, world.device, amp_dtype(options)))
         del peer
         module.to("cpu")  # room for the next
-    try:
-        names = PeerGroup([RemotePeer(spec.name, spec.frozen) for spec in specs]).names
-    except ValueError as error:
-        raise OptionError(str(error)) from error
-    transfer = transfer_of(options, names, [spec.name for spec in specs if spec.frozen])
-    return TeamCost(
-        costs,
-        batch,
-        bytes_of(draw(batch, torch.device("meta"))),
-        measure_transfer(transfer, costs, batch),
-        options.grad_accum_steps,
-        reduced=world.size > 1,
-    )
+    return team_of(options, costs, bytes_of(draw(batch, torch.device("meta"))), world)
 
 
 def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
-from common.costs import Activations, PeerCost
+from common.costs import Activations, PeerCost, measure_transfer
+from common.distributed import World
 from common.engine import kept_peer
+from common.options import OptionError, transfer_of
+from common.peers import PeerGroup, RemotePeer
 
 SAFETY = 0.15
 """Share of the memory that a plan leaves free: fragments that the allocator cannot use, workspaces
@@ -39,6 +42,36 @@ class TeamCost:
     transfer: Activations
     accumulate: int = 1
     reduced: bool = False
+
+
+def team_of(
+    options: argparse.Namespace, costs: Sequence[PeerCost], inputs: int, world: World
+) -> TeamCost:
+    """Join peers that were measured for the run's batches; measures the objective too.
+
+    Args:
+        options: The run's, with those of the transfer.
+        costs: Of the peers, in their order.
+        inputs: Bytes of a batch.
+        world: Of this process.
+
+    Raises:
+        OptionError: Names that cannot be peers', only frozen peers, or an option of the transfer.
+    """
+    try:
+        names = PeerGroup([RemotePeer(cost.name, cost.frozen) for cost in costs]).names
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    transfer = transfer_of(options, names, [cost.name for cost in costs if cost.frozen])
+    batch = options.batch_size
+    return TeamCost(
+        costs,
+        batch,
+        inputs,
+        measure_transfer(transfer, costs, batch),
+        options.grad_accum_steps,
+        reduced=world.size > 1,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from common.costs import measure_peer, measure_transfer
+from common.costs import measure_peer
 from common.distributed import World
 from common.memory import bytes_of
-from common.options import OptionError, transfer_of
 from common.outputs import log_plan
-from common.peers import PeerGroup, RemotePeer
-from common.planner import Flags, TeamCost
+from common.planner import Flags, TeamCost, team_of
 from saliency.clips import ClipView
 from saliency.data import ClipBatch
 from saliency.options import PeerSpec
@@ -71,19 +69,7 @@ def measure_team(
         costs.append(measure_peer(peer, draw, batch, world.device, dtype))
         del peer
         module.to("cpu")  # room for the next
-    try:
-        names = PeerGroup([RemotePeer(spec.name, spec.frozen) for spec in specs]).names
-    except ValueError as error:
-        raise OptionError(str(error)) from error
-    transfer = transfer_of(options, names, [spec.name for spec in specs if spec.frozen])
-    return TeamCost(
-        costs,
-        batch,
-        bytes_of(draw(batch, torch.device("meta"))),
-        measure_transfer(transfer, costs, batch),
-        options.grad_accum_steps,
-        reduced=world.size > 1,
-    )
+    return team_of(options, costs, bytes_of(draw(batch, torch.device("meta"))), world)
 
 
 def random_batch(
