@@ -14,29 +14,48 @@ _TOLERANCE, _ROUNDS = 1e-5, 60
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
-def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> float:
-    """Average the gap between confidence and accuracy over bins of equal width.
+class CalibrationBins:
+    """Sums up how far confidence is from accuracy, however many samples there are.
 
     Args:
-        confidence: Largest probability of each sample [n], in (0, 1].
-        correct: Whether that answer is right [n], bool.
-        bins: How many; each is open below and closed above.
-
-    Returns:
-        Sum over bins of (samples in it / n) * |accuracy - mean confidence|, in [0, 1].
-
-    Raises:
-        ValueError: No sample.
+        bins: Of equal width; each is open below and closed above.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 5.
     """
-    if not len(confidence):
-        raise ValueError("no sample to measure calibration on")
-    confidence = confidence.double()
-    where = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64)
-    gaps.index_add_(0, where.cpu(), (correct.double() - confidence).cpu())
-    return float(gaps.abs().sum()) / len(confidence)
+
+    def __init__(self, bins: int = BINS) -> None:
+        self.gaps = torch.zeros(bins, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, confidence: Tensor, correct: Tensor) -> None:
+        """Take samples in.
+
+        Args:
+            confidence: Largest probability of each [n], in (0, 1].
+            correct: Whether that answer is right [n], bool.
+        """
+        bins = len(self.gaps)
+        confidence = confidence.double()
+        where = (confidence * bins).ceil().long().clamp(1, bins) - 1
+        self.gaps.index_add_(0, where.cpu(), (correct.double() - confidence).cpu())
+        self.count += len(confidence)
+
+    def error(self) -> float:
+        """Return the sum over bins of (its samples / n) * |accuracy - mean confidence|, in [0, 1].
+
+        Raises:
+            ValueError: No sample.
+        """
+        if not self.count:
+            raise ValueError("no sample to measure calibration on")
+        return float(self.gaps.abs().sum()) / self.count
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> float:
+    """Average the gap between confidence and accuracy over bins; see ``CalibrationBins``."""
+    sums = CalibrationBins(bins)
+    sums.add(confidence, correct)
+    return sums.error()
 
 
 def fit_temperature(batches: Batches) -> float:

@@ -105,8 +105,8 @@ def _read(asked: argparse.Namespace, task: Task) -> Experiment:
         raise OptionError(f"--jobs is {asked.jobs}; expected 1 or more")
     experiment = read_experiment(task.read(asked.experiment), asked.experiment)
     experiment = replace(experiment, device=asked.device)
-    seed = experiment.seeds[0]
-    names = task.check(experiment.options(START, seed))
+    for seed in experiment.seeds:  # each may have starts and data of its own
+        names = task.check(experiment.options(START, seed))
     if len(names) != len(experiment.peers):
         raise OptionError(
             f"{asked.experiment}: {len(experiment.peers)} peers stand for {len(names)} models; an "

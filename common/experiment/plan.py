@@ -162,7 +162,8 @@ def read_experiment(content: Any, path: Path) -> Experiment:
     peers = content.get("peers")
     if not isinstance(peers, list) or len(peers) < 2 or not all(map(_is_peer, peers)):
         raise OptionError(
-            f"{path}: peers is {peers!r}; expected a list of two or more {{model: ..., ...}}"
+            f"{path}: peers is {peers!r}; expected a list of two or more, as the training script "
+            "takes them"
         )
     arms = _arms(content, path)
     control = content.get("control", "none")
@@ -184,7 +185,7 @@ def read_experiment(content: Any, path: Path) -> Experiment:
 
 
 def _is_peer(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and "model" in entry
+    return isinstance(entry, Mapping) and bool(entry)
 
 
 def _mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -33,14 +33,18 @@ class Trained:
     Attributes:
         history: Evaluations on the held-out part; the first is the start.
         lessons: Rows of the ledger.
-        chosen: For each peer the epoch of its best weights, and their held-out value.
+        chosen: For each peer the epoch or iteration of its best weights, and their held-out value.
         updates: Optimizer steps made.
+        resumed: It went on from a checkpoint of the task's own loop, so its cost is not known.
+        files: How the weights are called in the folder of a peer, without the task's suffix.
     """
 
     history: Sequence[Mapping[str, float]]
     lessons: Sequence[Mapping[str, float]]
     chosen: Mapping[str, tuple[int, float]]
     updates: int
+    resumed: bool = False
+    files: Mapping[str, str] = field(default_factory=lambda: {"chosen": "best", "last": "last"})
 
 
 class Task(Protocol):
@@ -75,7 +79,7 @@ class Task(Protocol):
         """Return a peer's entry that starts from a file of ``start``, its options kept."""
 
     def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
-        """Train, or go on with the run of that folder; leave ``PEER/best`` and ``PEER/last``."""
+        """Train, or go on with the run of that folder; leave each peer's best and last weights."""
 
     def measure(
         self, options: Mapping[str, Any], files: Mapping[str, Path], start: Mapping[str, Path]

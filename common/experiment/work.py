@@ -21,8 +21,6 @@ from common.experiment.task import Measured, Task, Trained
 from common.options import OptionError
 from common.peers import RESERVED_NAMES
 
-FILES = {"chosen": "best", "last": "last"}
-
 
 def labels_of(experiment: Experiment) -> list[str]:
     """List all jobs, ``ARM:SEED``: the starts, which all others need, then seed by seed."""
@@ -189,7 +187,10 @@ def _measured_cost(
     cost = {"wall_seconds": time.perf_counter() - begun, "cpu_seconds": _cpu_seconds() - cpu}
     if cuda:
         cost["gpu_bytes"] = torch.cuda.max_memory_allocated()
-    return trained, {"updates": trained.updates, **(cost if whole else {})}
+    return trained, {
+        "updates": trained.updates,
+        **(cost if whole and not trained.resumed else {}),
+    }
 
 
 def _cpu_seconds() -> float:
@@ -223,6 +224,9 @@ def _measure(
     task: Task, runs: Mapping[str, _Run], what: str, starts: Mapping[str, Path]
 ) -> Measured:
     """Measure all peers' weights together, whatever run each comes from."""
-    files = {name: run.folder / name / f"{FILES[what]}{task.suffix}" for name, run in runs.items()}
+    files = {
+        name: run.folder / name / f"{run.trained.files[what]}{task.suffix}"
+        for name, run in runs.items()
+    }
     options = next(iter(runs.values())).options
     return task.measure(options, files, starts)
