@@ -17,8 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from classification.digits import mosaic, write_digits, write_splits
+from classification.options import read_yaml
 from classification.train import run
+from common.checkpoint import atomic_write
 from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
 from common.report import comparison_text, write_comparison
 from common.statistics import summarise
@@ -36,6 +40,7 @@ ARMS = {
 }
 QUICK, FULL = (3, 15), (10, 20)  # seeds, and epochs of fine-tuning
 METRIC = "top1"
+TWINS_APART = 1000  # between the seeds of models of one family in one team
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,15 +81,24 @@ def run_all(folder: Path, seeds: int, epochs: int, jobs: int) -> list[dict[str, 
     return [found[key] for key in order]
 
 
-def pretrain(folder: Path, seed: int, name: str) -> float:
-    """Train one peer on its own classes; return its top-1 on all of them. Done once a seed."""
+def pretrain(folder: Path, seed: int, name: str, family: str = "", twin: int = 0) -> float:
+    """Train one peer on its own classes; return its top-1 on all of them. Done once a seed.
+
+    Args:
+        folder: Has the data in ``seed-S/pretrain-NAME``; gets ``seed-S/NAME-run``.
+        seed: Of the split; with ``twin``, of the weights and the order too.
+        name: The peer's.
+        family: Whose settings it takes; its own name's where not given.
+        twin: How many of the team are of its family before it: twins start from other weights.
+    """
     place, data = folder / f"seed-{seed}", folder / f"seed-{seed}" / f"pretrain-{name}"
 
     def make() -> float:
         shutil.rmtree(place / f"{name}-run", ignore_errors=True)
         progress = run(
             [
-                *(str(data), "-c", str(CONFIGS / f"pretrain-{name}.yaml"), "--seed", str(seed)),
+                *(str(data), "-c", str(settings_of(place, name, family or name))),
+                *("--seed", str(seed + TWINS_APART * twin)),
                 *("--output", str(place), "--experiment", f"{name}-run"),
             ],
             bars=False,
@@ -92,6 +106,19 @@ def pretrain(folder: Path, seed: int, name: str) -> float:
         return progress.history[-1][f"{name}/{METRIC}"]
 
     return once(place / f"{name}.json", make)
+
+
+def settings_of(place: Path, name: str, family: str) -> Path:
+    """Return a family's settings; where the peer's name is another, a copy of them in its name."""
+    told = CONFIGS / f"pretrain-{family}.yaml"
+    if name == family:
+        return told
+    settings = read_yaml(told)
+    settings["peers"][0]["name"] = name
+    written = place / f"pretrain-{name}.yaml"
+    text = yaml.safe_dump(settings, sort_keys=False)
+    atomic_write(written, lambda to: to.write_text(text, encoding="utf-8"))
+    return written
 
 
 def finetune(folder: Path, seed: int, arm: str, stronger: str, epochs: int) -> dict[str, Any]:
