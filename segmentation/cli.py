@@ -47,6 +47,7 @@ from segmentation.trainer import (
 )
 
 _logger = logging.getLogger("segmentation")
+_LOGGERS = ("fvcore", "detectron2", "segmentation", "common")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,7 +112,7 @@ def plan(run: RunConfig, options: argparse.Namespace) -> int:
 
 def work(run: RunConfig, options: argparse.Namespace) -> None:
     """Train or evaluate in this process."""
-    _start(run)
+    begin(run)
     with worker_deaths_told():
         if options.eval_only:
             evaluate_only(run, options.resume)
@@ -160,6 +161,7 @@ def _failed(error: object) -> int:
 def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
     """Train as the run says, evaluate with TTA where it is asked for, write the report."""
     trainer = TransferTrainer(run, resume)
+    run = trainer.run
     trainer.train()
     if run.transfer.SOUP:
         trainer.make_soups()
@@ -296,12 +298,12 @@ def settings(run: RunConfig) -> dict[str, Any]:
     return shown
 
 
-def _start(run: RunConfig) -> None:
+def begin(run: RunConfig) -> None:
+    """Make the run's folder, log into it, and write down its configs."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("fvcore", "detectron2", "segmentation", "common"):
+    for name in _LOGGERS:
         setup_logger(str(run.output_dir), distributed_rank=comm.get_rank(), name=name)
-    for name in ("detectron2.evaluation", "detectron2.data.common"):  # say again what is told
-        logging.getLogger(name).setLevel(logging.WARNING)
+    hush()
     for handler in _handlers_of_files():
         handler.handleError = lambda record: None  # a full disk is told by what cannot be saved
     _logger.info("machine:\n%s", collect_env_info())
@@ -315,11 +317,27 @@ def _start(run: RunConfig) -> None:
     write_text(run.output_dir / "transfer.yaml", text)
 
 
+def hush() -> None:
+    """Keep Detectron2 from saying again what is told."""
+    for name in ("detectron2.evaluation", "detectron2.data.common"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def end_logging() -> None:
+    """Close what ``begin`` opened, so that another run of this process has a log of its own."""
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+    setup_logger.cache_clear()
+
+
 def _handlers_of_files() -> list[logging.Handler]:
     """Return what writes Detectron2's log.txt; it tells a traceback for each line it cannot."""
     return [
         handler
-        for name in ("fvcore", "detectron2", "segmentation", "common")
+        for name in _LOGGERS
         for handler in logging.getLogger(name).handlers
         if isinstance(handler, logging.StreamHandler)
         and handler.stream not in (sys.stdout, sys.stderr)

@@ -143,6 +143,7 @@ def transfer_defaults() -> CfgNode:
     node.ON_NONFINITE = "stop"  # or "skip" the iteration; common.finite
     node.MAX_SKIPS_IN_A_ROW = MOST_SKIPS
     node.MAX_BAD_SAMPLES = 0  # broken files that the run may do without; common.broken
+    node.HELD_OUT = 0.0  # share of the training data to evaluate on, in the place of DATASETS.TEST
     node.SOUP = False  # at the end also try averages of each peer's start and best weights
     node.KEEP = 3  # resumable checkpoints that stay on disk; 0: all
     node.PEERS = []
@@ -189,18 +190,42 @@ def load_run(
             "once for every peer"
         )
     shared, specs = _read_files([Path(file) for file in files], allow_unsafe)
+    return _assemble(shared, specs, Path(files[0]), options, allow_unsafe)
+
+
+def load_content(content: Mapping[str, Any], path: Path, options: Sequence[str] = ()) -> RunConfig:
+    """Understand a run file's content as ``load_run`` does.
+
+    Args:
+        content: Nested keys, with TRANSFER.PEERS.
+        path: Names it in errors; configs and weights are looked for beside it.
+        options: See ``load_run``.
+
+    Raises:
+        ConfigError: See ``load_run``.
+    """
+    return _assemble(dict(content), [], path, options, False)
+
+
+def _assemble(
+    shared: dict[str, Any],
+    specs: list[dict[str, Any]],
+    path: Path,
+    options: Sequence[str],
+    allow_unsafe: bool,
+) -> RunConfig:
     transfer, common, own = _split_options(options)
     node = transfer_defaults()
-    _merge(node, shared.pop("TRANSFER", {}), f"{files[0]}: TRANSFER")
+    _merge(node, shared.pop("TRANSFER", {}), f"{path}: TRANSFER")
     _merge_options(node, transfer, "the command line: TRANSFER")
-    specs = specs or [_checked_spec(spec, files[0]) for spec in _listed_peers(node, files[0])]
+    specs = specs or [_checked_spec(spec, path) for spec in _listed_peers(node, path)]
     names = [spec["NAME"] for spec in specs]
-    _check_run(node, names, files[0])
+    _check_run(node, names, path)
     unknown = sorted(set(own) - set(names))
     if unknown:
         raise ConfigError(f"{PEER_PREFIX}{unknown[0]}: no such peer; peers: {', '.join(names)}")
     peers = [
-        _peer_config(spec, shared, common, own.get(spec["NAME"], []), Path(files[0]), allow_unsafe)
+        _peer_config(spec, shared, common, own.get(spec["NAME"], []), path, allow_unsafe)
         for spec in specs
     ]
     _check_shared(peers)
@@ -218,7 +243,7 @@ def _read_files(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a run file's content, and the peers where every file is one."""
     if len(files) == 1:
-        content = _read_yaml(files[0], allow_unsafe)
+        content = read_yaml(files[0], allow_unsafe)
         if "TRANSFER" in content:
             return content, []
     specs: list[dict[str, Any]] = []
@@ -230,7 +255,12 @@ def _read_files(
     return {}, specs
 
 
-def _read_yaml(path: Path, allow_unsafe: bool) -> dict[str, Any]:
+def read_yaml(path: Path, allow_unsafe: bool = False) -> dict[str, Any]:
+    """Read a YAML file and those it has as ``_BASE_``.
+
+    Raises:
+        ConfigError: Missing or broken, or it holds Python to run and is not trusted.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; check --config-file")
     try:
@@ -339,6 +369,10 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
     for key, value in {**least, "ACCUMULATE": 1, "GUARD_PATIENCE": 1}.items():
         if not node[key] >= value:
             raise ConfigError(f"{file}: TRANSFER.{key} is {node[key]}; expected {value} or more")
+    if not 0 <= node.HELD_OUT < 1:
+        raise ConfigError(
+            f"{file}: TRANSFER.HELD_OUT is {node.HELD_OUT}; expected a share from 0 to below 1"
+        )
     for key in ("TEMPERATURE", "GUARD_METRIC_DROP"):
         if not node[key] > 0:
             raise ConfigError(f"{file}: TRANSFER.{key} is {node[key]}; expected more than 0")
@@ -395,7 +429,7 @@ def _find_weights(source: str, run_file: Path) -> str:
 
 
 def _merge_file(cfg: CfgNode, path: Path, allow_unsafe: bool) -> None:
-    content = _read_yaml(path, allow_unsafe)
+    content = read_yaml(path, allow_unsafe)
     if "TRANSFER" in content:
         raise ConfigError(f"{path}: a run file, not the config of one peer")
     if content.get("VERSION", cfg.VERSION) == cfg.VERSION:

@@ -28,7 +28,7 @@ from common.broken import (
     sound,
 )
 from common.seeding import generators_kept, seed_generators
-from segmentation import scenes
+from segmentation import held_out, scenes
 from segmentation.errors import DataError, told_of
 
 FORMATS = ("RGB", "BGR")
@@ -367,6 +367,10 @@ def register(name: str) -> None:
     """
     if name in DatasetCatalog.list():
         return
+    part = held_out.part_of(name)
+    if part is not None:
+        held_out.register_part(part, register)
+        return
     if name.startswith(scenes.PREFIX):
         folder = dataset_root() / scenes.FOLDER
         found = scenes.register_scenes(folder)
@@ -411,18 +415,18 @@ def check_classes(cfgs: Mapping[str, CfgNode]) -> int:
     for cfg in cfgs.values():
         if not (cfg.DATASETS.TRAIN and cfg.DATASETS.TEST):
             raise DataError("no dataset: set DATASETS.TRAIN and DATASETS.TEST")
-        names += [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            names += held_out.sources(name)
     for name in names:
         _check_semantic(name)
-    first = MetadataCatalog.get(names[0])
-    classes, ignore = list(first.stuff_classes), int(first.ignore_label)
+    classes, ignore = _known(names[0])
     for name in names[1:]:
-        other = MetadataCatalog.get(name)
-        if list(other.stuff_classes) != classes or int(other.ignore_label) != ignore:
+        others, other_ignore = _known(name)
+        if others != classes or other_ignore != ignore:
             raise DataError(
-                f"{names[0]} and {name} have other classes ({len(classes)} and "
-                f"{len(other.stuff_classes)}) or ignore other labels ({ignore} and "
-                f"{other.ignore_label}); peers can only teach each other the same classes"
+                f"{names[0]} and {name} have other classes ({len(classes)} and {len(others)}) or "
+                f"ignore other labels ({ignore} and {other_ignore}); peers can only teach each "
+                "other the same classes"
             )
     for peer, cfg in cfgs.items():
         head = cfg.MODEL.SEM_SEG_HEAD
@@ -440,6 +444,21 @@ def check_classes(cfgs: Mapping[str, CfgNode]) -> int:
                 "MODEL.SEM_SEG_HEAD.IGNORE_VALUE"
             )
     return ignore
+
+
+def classes_of(name: str) -> tuple[list[str], int]:
+    """Return a dataset's classes and its ignore label.
+
+    Raises:
+        DataError: Unknown, or no dataset of semantic segmentation.
+    """
+    _check_semantic(name)
+    return _known(name)
+
+
+def _known(name: str) -> tuple[list[str], int]:
+    found = MetadataCatalog.get(name)
+    return list(found.stuff_classes), int(found.ignore_label)
 
 
 def _check_semantic(name: str) -> None:

@@ -90,11 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_splits(folder: Path, seed: int) -> None:
     """Write a seed's scenes, each split with other draws; those of ``val`` of held-out digits."""
     place = folder / scenes.FOLDER
-    for i, (peer, digits) in enumerate(OWN_DIGITS.items()):
-        name = f"s{seed}-pretrain-{peer}"
-        scenes.write_scenes(place, name, SCENES["pretrain"], seed=10 * seed + i, digits=digits)
+    write_pretraining(place, seed)
     scenes.write_scenes(place, f"s{seed}-tune", SCENES["tune"], seed=10 * seed + 9)
     scenes.write_scenes(place, f"s{seed}-val", SCENES["val"], seed=10 * seed, held_out=True)
+
+
+def write_pretraining(folder: Path, seed: int) -> None:
+    """Write the scenes that each peer is pretrained on."""
+    for i, (peer, digits) in enumerate(OWN_DIGITS.items()):
+        name = f"s{seed}-pretrain-{peer}"
+        scenes.write_scenes(folder, name, SCENES["pretrain"], seed=10 * seed + i, digits=digits)
 
 
 def run_all(

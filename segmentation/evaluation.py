@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -77,6 +77,7 @@ def evaluate_group(
     tta: bool = False,
     bad: BadSamples | None = None,
     part: slice = slice(None),
+    watch: Callable[[str, dict[str, Any], Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Evaluate every peer and, of several, the mean of their probabilities.
 
@@ -91,6 +92,8 @@ def evaluate_group(
         bad: Counts broken files, whose images are left out for all peers alike; None: by itself,
             and none is allowed.
         part: Which of the dataset's images; by default all.
+        watch: Called with the name of a peer or ``ensemble``, a sample and the probabilities
+            [C, height, width], which it must leave as they are; those of the ensemble are a sum.
 
     Returns:
         ``PEER/mIoU``, ``fwIoU``, ``mACC``, ``pACC`` and ``PEER/IoU-CLASS``, in percent, the same on
@@ -106,18 +109,22 @@ def evaluate_group(
     for evaluator in evaluators.values():
         evaluator.reset()
     with torch.no_grad(), evaluating(peers):
-        for inputs in _progress(_loader(peers, records, world, tta, bad)):
+        for inputs in _progress(test_samples(peers, records, world, tta, bad)):
             done += 1
             mean: Tensor | None = None
             for peer, sample in zip(peers, inputs, strict=True):
                 p = augmented(peer, sample) if tta else predict(peer, sample)
                 evaluators[peer.name].process([sample], [{"sem_seg": p}])
+                if watch is not None:
+                    watch(peer.name, sample, p)
                 if ENSEMBLE in evaluators:
                     mean = p if mean is None else mean.add_(p)
                 del p  # or it stays while the next one is made
             if mean is not None:
                 mean = distributed.sum_over_team(mean, world)
                 evaluators[ENSEMBLE].process([inputs[0]], [{"sem_seg": mean}])
+                if watch is not None:
+                    watch(ENSEMBLE, inputs[0], mean)
     bad.share()
     seen = sum(distributed.gather_objects(done, world.replicas))
     bad.tell_evaluation(len(records) - seen, len(records))
@@ -162,7 +169,7 @@ def augmented(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
     return total.div_(len(settings.MIN_SIZES) * len(flips))
 
 
-def _loader(
+def test_samples(
     peers: Sequence[SegmentorPeer],
     records: list[dict[str, Any]],
     world: World,

@@ -10,13 +10,7 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; see ``segmentation.cli``, which needs Detectron2 to be there."""
-    compat = importlib.import_module("segmentation.compat")
-    try:
-        compat.require()
-    except compat.MissingDetectron2Error as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return importlib.import_module("segmentation.cli").main(arguments)
+    return importlib.import_module("segmentation.launch").start("segmentation.cli", arguments)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from segmentation.data import (
 )
 from segmentation.errors import FAULTS, ConfigError, told_of
 from segmentation.evaluation import evaluate_group
+from segmentation.held_out import hold_out
 from segmentation.hooks import (
     EndIfAsked,
     Evaluate,
@@ -77,6 +78,7 @@ class TransferTrainer(TrainerBase):
         resume: Go on where the folder's last checkpoint stands, if there is one.
 
     Attributes:
+        run: As given; with TRANSFER.HELD_OUT, on the parts of its training data.
         peers: The group.
         history: One row an evaluation: ``iteration``, and ``PEER/METRIC`` in percent.
         lessons: One row an evaluation but the first: who taught whom since the last.
@@ -91,7 +93,7 @@ class TransferTrainer(TrainerBase):
         super().__init__()
         if all(peer.frozen for peer in run.peers):
             raise ConfigError("every peer is FROZEN; nothing would be trained")
-        self.run = run
+        self.run = run = hold_out(run)
         self.world = seat_run(run, current_world(run.cfg.MODEL.DEVICE))
         self.ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
         self.folder = run.output_dir

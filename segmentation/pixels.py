@@ -1,0 +1,84 @@
+"""What an evaluation tells of single pixels: who is right on which, and how sure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.calibration import CalibrationBins
+from segmentation.data import classes_of, load_datasets, read_labels
+
+
+class PixelRecord:
+    """Watches an evaluation, and keeps of every labelled pixel whether each peer is right.
+
+    One bit a pixel is kept, at the file's resolution; each image begins with a byte of its own.
+
+    Args:
+        dataset: That is evaluated.
+    """
+
+    def __init__(self, dataset: str) -> None:
+        self.ignore = classes_of(dataset)[1]
+        self.files = {
+            record["file_name"]: record["sem_seg_file_name"] for record in load_datasets([dataset])
+        }
+        self._labels: tuple[str, Tensor] = ("", torch.empty(0))
+        self._right: dict[str, list[np.ndarray]] = {}
+        self._bins: dict[str, CalibrationBins] = {}
+
+    def __call__(self, name: str, sample: Mapping[str, Any], probabilities: Tensor) -> None:
+        """Take one image in.
+
+        Args:
+            name: Of the peer, or ``ensemble``.
+            sample: With ``file_name``.
+            probabilities: [C, height, width] at the file's resolution; their sum over C may be any.
+        """
+        labels = self._labels_of(sample["file_name"]).to(probabilities.device)
+        sure, answer = probabilities.max(dim=0)
+        sure = sure / probabilities.sum(dim=0)
+        valid = labels != self.ignore
+        right = (answer == labels)[valid]
+        self._right.setdefault(name, []).append(np.packbits(right.cpu().numpy()))
+        self._bins.setdefault(name, CalibrationBins()).add(sure[valid], right)
+
+    def right(self, name: str) -> Tensor:
+        """Return a peer's bits [n], uint8, eight pixels each."""
+        return torch.from_numpy(np.concatenate(self._right[name]))
+
+    def calibration_error(self, name: str) -> float:
+        """Return a peer's expected calibration error over all pixels, in percent."""
+        return 100 * self._bins[name].error()
+
+    def _labels_of(self, image: str) -> Tensor:
+        file = self.files[image]
+        if self._labels[0] != file:  # of one image all peers speak in turn
+            self._labels = (file, torch.from_numpy(read_labels(file, dtype=np.int64)))
+        return self._labels[1]
+
+
+def flips(before: Tensor, after: Tensor) -> tuple[int, int]:
+    """Count the pixels that turned right, and those that turned wrong.
+
+    Args:
+        before: Bits of a ``PixelRecord`` [n], uint8.
+        after: Of another on the same images.
+
+    Raises:
+        ValueError: They are of other images.
+    """
+    if before.shape != after.shape:
+        raise ValueError(
+            f"bits of {8 * len(before)} and of {8 * len(after)} pixels cannot be compared; measure "
+            "both on the same images"
+        )
+    return _ones(~before & after), _ones(before & ~after)
+
+
+def _ones(bits: Tensor) -> int:
+    return int(np.unpackbits(bits.numpy()).sum())
