@@ -137,6 +137,9 @@ class CachedLogits:
 
     Samples with the label -1, whose files are broken, are left out.
 
+    Attributes:
+        where: The numbers of those that are not [n].
+
     Raises:
         ValueError: Caches of different samples or classes, or none.
     """
@@ -149,19 +152,19 @@ class CachedLogits:
         self.names = [cache.name for cache in caches]
         self.classes = caches[0].classes
         self._labels = caches[0].labels()
-        self._where = (self._labels >= 0).nonzero().flatten()
-        self.count = len(self._where)
+        self.where = (self._labels >= 0).nonzero().flatten()
+        self.count = len(self.where)
 
     def read(self, model: int, start: int, stop: int) -> Tensor:
         """Return one model's logits of the samples from start to stop, [b, C] float32."""
-        where = self._where[start:stop]
+        where = self.where[start:stop]
         first, last = int(where[0]), int(where[-1])
         whole = self.caches[model].read(first, last + 1)
         return whole if len(whole) == len(where) else whole[where - first]
 
     def labels(self) -> Tensor:
         """Return the labels [n]."""
-        return self._labels[self._where]
+        return self._labels[self.where]
 
 
 class ChunkWriter:

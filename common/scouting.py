@@ -226,6 +226,8 @@ class Judge:
         rule: See ``common.roles.assign_roles``.
         score: See ``Survey.score``.
         margin: See ``common.roles.assign_roles``.
+        groups: To which group each sample belongs [n], numbered from 0, as a pixel does to an
+            image: a group has one teacher, by the mean score over it. None: each has its own.
 
     Raises:
         ValueError: A rule that does not exist, or a score that the survey does not have.
@@ -235,6 +237,7 @@ class Judge:
     rule: str = "best"
     score: str = "loss"
     margin: float | None = None
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_rule(self.rule, self.found.names)
@@ -272,7 +275,7 @@ class Judge:
     def _roles(self, chosen: Sequence[int]) -> Tensor:
         score = torch.zeros(len(chosen), self.found.prediction.shape[1])
         if self.compares:
-            score = self.found.score(self.score)[list(chosen)]
+            score = group_means(self.found.score(self.score)[list(chosen)], self.groups)
         names = [self.found.names[i] for i in chosen]
         if self.rule == "random":  # what its draws come to in the mean
             everyone = assign_roles(score, "mutual", names=names, margin=self.margin)
@@ -296,6 +299,21 @@ class Judge:
             accuracy=None if right is None else right.double().mean(dim=1).tolist(),
             oracle=None if right is None else float(right.amax(dim=0).double().mean()),
         )
+
+
+def group_means(values: Tensor, groups: Tensor | None) -> Tensor:
+    """Give every sample the mean over its group.
+
+    Args:
+        values: [k, n].
+        groups: [n], numbered from 0; None: each sample is a group.
+    """
+    if groups is None:
+        return values
+    sizes = torch.bincount(groups)
+    sums = torch.zeros(len(values), len(sizes), dtype=torch.float64)
+    sums.index_add_(1, groups, values.double())
+    return (sums / sizes.clamp(min=1))[:, groups].to(values.dtype)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def survey(
     temperature: float = 1.0,
     calibration: Tensor | None = None,
     seed: int = 0,
+    fit_on: Tensor | None = None,
     watch: Callable[[Sequence[slice]], Sequence[slice]] = lambda stretches: stretches,
 ) -> Survey:
     """Read all models' logits once, a stretch of samples at a time, and keep what teams need.
@@ -129,6 +130,7 @@ def survey(
         calibration: Temperatures of the models from other data [M]; None: with labels they are
             fitted on a random half of the samples.
         seed: Of that half.
+        fit_on: The samples to fit on [n], bool, instead of that half.
         watch: Wraps the stretches, for instance in a progress bar.
 
     Raises:
@@ -139,7 +141,7 @@ def survey(
         _check_labels(labels, source)
     fitted = None
     if labels is not None and calibration is None:
-        fitted = random_half(count, seed)
+        fitted = random_half(count, seed) if fit_on is None else fit_on
         calibration = fit_temperatures(source, labels, fitted)
     tables = _Tables.empty(source, labels is not None, calibration)
     for part in watch(_stretches(source)):

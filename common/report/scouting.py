@@ -33,13 +33,16 @@ _NUMBERED = 16
 _SHOWN = 8
 
 
-def write_scout_report(path: Path | str, outcome: Mapping[str, Any], top: int = 20) -> Path:
+def write_scout_report(
+    path: Path | str, outcome: Mapping[str, Any], top: int = 20, extra: Sequence[Html] = ()
+) -> Path:
     """Write the page.
 
     Args:
         path: The HTML file; written whole or not at all.
         outcome: From ``common.scout_outcome.describe_outcome``, with ``commands`` and ``settings``.
         top: Teams in the table.
+        extra: Sections of the task's own.
 
     Returns:
         Where it lies.
@@ -49,12 +52,13 @@ def write_scout_report(path: Path | str, outcome: Mapping[str, Any], top: int = 
         section(
             "In short",
             tag("p", scout_lead(outcome), class_="lead"),
-            tag("p", CAUTION, class_="caution"),
+            tag("p", outcome.get("caution", CAUTION), class_="caution"),
         ),
         section("Teams", _team_table(outcome, teams), *_predictor_notes(outcome)),
         section("To train them", *(tag("pre", c, class_="scroll") for c in outcome["commands"])),
         section("Who knows what the others do not", figure_grid(_figures(outcome))),
         section("Models", _model_table(outcome)),
+        *extra,
         *_calibration_section(outcome),
         section("Settings", settings_table(outcome["settings"])),
     ]
@@ -65,7 +69,8 @@ def scout_lead(outcome: Mapping[str, Any]) -> str:
     """Say in plain words what was found."""
     count, names = outcome["samples"], outcome["names"]
     kind = "labelled" if outcome["labelled"] else "unlabelled"
-    told = [f"{len(names)} models answered {count} {kind} images, each in its own view."]
+    unit = outcome.get("unit", "images")
+    told = [f"{len(names)} models answered {count} {kind} {unit}, each in its own view."]
     if not outcome["teams"]:
         return " ".join([*told, "No team fits."])
     best = outcome["teams"][0]

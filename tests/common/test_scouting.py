@@ -21,6 +21,7 @@ from common.survey import (
     describe_models,
     describe_pairs,
     ensemble_accuracy,
+    fit_temperatures,
     survey,
 )
 
@@ -267,3 +268,26 @@ def test_what_does_not_fit_is_refused_by_name():
 
 def test_every_predictor_says_what_it_rests_on():
     assert all(len(predictor.why) > 20 for predictor in PREDICTORS.values())
+
+
+def test_a_group_has_one_teacher_by_its_mean_score():
+    source, labels = random_source(models=3)
+    found = survey(source, labels)
+    groups = torch.arange(60) // 20
+    view = Judge(found, "best", groups=groups).view([0, 2])
+    for group in range(3):
+        here = groups == group
+        score = found.log_true[[0, 2]][:, here].double().mean(dim=1)
+        teacher = int(score.argmax())
+        assert bool((view.roles[teacher, 1 - teacher, here] == 1).all())
+        assert bool((view.roles[1 - teacher, teacher, here] == 0).all())
+    alone = Judge(found, "best", groups=torch.arange(60)).judge([0, 2])
+    assert alone.taught == Judge(found, "best").judge([0, 2]).taught
+
+
+def test_temperatures_are_fitted_on_the_samples_asked_for():
+    source, labels = random_source()
+    half = torch.arange(60) < 30
+    found = survey(source, labels, fit_on=half)
+    assert torch.equal(found.fitted, half)
+    assert torch.equal(found.temperature, fit_temperatures(source, labels, half))

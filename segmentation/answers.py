@@ -1,0 +1,222 @@
+"""What segmentors say of a few pixels of every image, computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.distributed import World
+from common.logit_cache import CHUNK, CachedLogits, ChunkWriter, LogitCache, hash_weights
+from common.options import OptionError
+from segmentation.config import PeerConfig, RunConfig
+from segmentation.data import allowed, check_labels, classes_of, load_datasets, read_labels
+from segmentation.errors import FAULTS
+from segmentation.evaluation import evaluating, predict, test_samples
+from segmentation.models import build_with_weights
+from segmentation.peer import SegmentorPeer
+
+_logger = logging.getLogger("scout")
+_BROKEN = -1
+Watch = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels that are scouted on: as many of every image, drawn from those with a label.
+
+    Where an image has fewer, some are drawn twice; an image without any counts nothing.
+
+    Attributes:
+        records: Of the images.
+        classes: Names of the classes.
+        where: Flat positions in the file's image [I, P].
+        labels: Their classes [I, P]; -1 in an image without labels.
+        weight: For how many labelled pixels each of an image's stands [I].
+        key: What decides which pixels these are.
+    """
+
+    records: list[dict[str, Any]]
+    classes: list[str]
+    where: Tensor
+    labels: Tensor
+    weight: Tensor
+    key: str
+
+    @property
+    def each(self) -> int:
+        """Pixels an image."""
+        return self.where.shape[1]
+
+
+def draw_pixels(dataset: str, each: int, images: int | None, seed: int, watch: Watch) -> Pixels:
+    """Draw pixels of a dataset's images, the same for every model.
+
+    Args:
+        dataset: A registered name.
+        each: Pixels of an image; a power of two up to 1024, so that no image is cut in two.
+        images: How many, drawn at random; None: all.
+        seed: Of the draws.
+        watch: Wraps the images, for instance in a progress bar.
+
+    Raises:
+        OptionError: Another number of pixels, or no labelled pixel at all.
+        DataError: Files that are missing or broken.
+    """
+    if each < 1 or CHUNK % each:
+        raise OptionError(f"--pixels {each}: expected a power of two from 1 to {CHUNK}")
+    classes, ignore = classes_of(dataset)
+    records = load_datasets([dataset])
+    if images is not None and images < len(records):
+        order = np.random.default_rng([seed, 3]).permutation(len(records))
+        records = [records[i] for i in sorted(order[:images])]
+    where = torch.zeros(len(records), each, dtype=torch.long)
+    labels = torch.full((len(records), each), _BROKEN)
+    weight = torch.zeros(len(records), dtype=torch.float64)
+    for i, record in enumerate(watch(records, "drawing pixels")):
+        truth = read_labels(record["sem_seg_file_name"], dtype=np.int64)
+        check_labels(truth, len(classes), ignore, record["sem_seg_file_name"])
+        there = np.flatnonzero(truth != ignore)
+        if len(there):
+            draw = np.random.default_rng([seed, 4, i])
+            chosen = np.sort(draw.choice(there, each, replace=len(there) < each))
+            where[i], labels[i] = torch.from_numpy(chosen), torch.from_numpy(truth.flat[chosen])
+            weight[i] = len(there) / each
+    if not bool(weight.any()):
+        raise OptionError(f"{dataset}: no pixel has a label; there is nothing to scout on")
+    return Pixels(records, classes, where, labels, weight, _fingerprint(records, each, seed))
+
+
+def _fingerprint(records: Sequence[dict[str, Any]], each: int, seed: int) -> str:
+    """Hash names and sizes of the files."""
+    digest = hashlib.sha256(f"{each} {seed}".encode())
+    for record in records:
+        for key in ("file_name", "sem_seg_file_name"):
+            path = record[key]
+            told = Path(path).parent.name, Path(path).name, os.path.getsize(path)
+            digest.update(f"{told}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A segmentor that can be scouted.
+
+    Attributes:
+        config: As asked for.
+        parameters: How many it has.
+        weights: Hash of them.
+    """
+
+    config: PeerConfig
+    parameters: int
+    weights: str
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What decides its answers, besides the images."""
+        cfg = self.config.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = cfg.MODEL.DEVICE = ""
+        view = cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        return {"model": cfg.MODEL.dump(), "view": str(view), "weights": self.weights}
+
+
+def inspect(run: RunConfig, skip: bool, watch: Watch) -> list[Candidate]:
+    """Build every model once, for the hash of its weights.
+
+    Args:
+        run: Names them.
+        skip: Go on without those that cannot be had, and say which.
+        watch: Wraps them, for instance in a progress bar.
+
+    Raises:
+        OptionError: Some cannot be had, and ``skip`` is not set (names all of them); or fewer than
+            two can.
+    """
+    found, unfit = [], {}
+    for config in watch(run.peers, "looking at models"):
+        try:
+            found.append(_inspect(config))
+        except (*FAULTS, OptionError) as error:
+            unfit[config.name] = str(error)
+    told = "\n".join(f"  {name}: {reason}" for name, reason in unfit.items())
+    if unfit and not skip:
+        raise OptionError(
+            f"{len(unfit)} of {len(run.peers)} models cannot be scouted:\n{told}\n"
+            "mend them or leave them out; --skip-unfit goes on without them"
+        )
+    if unfit:
+        _logger.warning("left out, for they cannot be scouted:\n%s", told)
+    if len(found) < 2:
+        raise OptionError(f"{len(found)} model(s) left; a team needs two")
+    return found
+
+
+def _inspect(config: PeerConfig) -> Candidate:
+    if not config.cfg.MODEL.WEIGHTS:
+        raise OptionError("has no WEIGHTS; a model that knows nothing teaches nothing")
+    module, _ = build_with_weights(config)
+    count = sum(p.numel() for p in module.parameters())
+    return Candidate(config, count, hash_weights(module.state_dict()))
+
+
+def cached_answers(
+    candidates: Sequence[Candidate], pixels: Pixels, root: Path, world: World, watch: Watch
+) -> CachedLogits:
+    """Return every model's log-probabilities of the pixels, computing those no earlier call has.
+
+    Each sees whole images in its own test geometry; a call that was cut off goes on after its last
+    whole chunk.
+
+    Args:
+        candidates: The models.
+        pixels: What they are asked.
+        root: Of all caches.
+        world: Where this process stands.
+        watch: Wraps the images, for instance in a progress bar.
+    """
+    caches = [
+        LogitCache(
+            root,
+            {**candidate.told, "data": pixels.key},
+            candidate.config.name,
+            pixels.where.numel(),
+            len(pixels.classes),
+        )
+        for candidate in candidates
+    ]
+    lacking = [k for k, cache in enumerate(caches) if cache.missing()]
+    done = len(caches) - len(lacking)
+    _logger.info("answers of %d models known, of %d to be computed", done, len(lacking))
+    for k in lacking:
+        _compute(candidates[k], caches[k], pixels, world, watch)
+    return CachedLogits(caches)
+
+
+@torch.no_grad()
+def _compute(
+    candidate: Candidate, cache: LogitCache, pixels: Pixels, world: World, watch: Watch
+) -> None:
+    config = candidate.config
+    module, cfg = build_with_weights(config)
+    if hash_weights(module.state_dict()) != candidate.weights:
+        raise OptionError(f"{config.name}: its weights changed while it was scouted; run it again")
+    peer = SegmentorPeer(config.name, module, cfg, frozen=True)
+    chunks = cache.missing()
+    images = sorted({i // pixels.each for chunk in chunks for i in cache.samples(chunk)})
+    writer = ChunkWriter(cache, chunks)
+    records = [pixels.records[i] for i in images]
+    with evaluating([peer]):
+        samples = test_samples([peer], records, world, False, allowed())
+        for i, (sample,) in zip(images, watch(samples, config.name), strict=True):
+            p = predict(peer, sample).flatten(1)[:, pixels.where[i].to(world.device)].T
+            writer.add(p.clamp_min(torch.finfo(p.dtype).tiny).log(), pixels.labels[i])

@@ -1,0 +1,376 @@
+"""The command line of ``segmentation/scout.py``: answers, teams, report.
+
+Every model answers the images once, in its own test geometry, and what it says of a few pixels of
+each is kept. From that, teams are ranked by what their members may gain from one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from common.disk import write_text
+from common.logit_cache import CachedLogits
+from common.options import OptionError, check_least
+from common.outputs import log_table, make_writable, progress_bars, run_command
+from common.report.numbers import as_percent
+from common.report.page import Html, data_table, section
+from common.report.scouting import scout_lead, write_scout_report
+from common.scout_outcome import describe_outcome, write_outcome
+from common.scouting import PREDICTORS, Judge, Team, default_predictor, rank_teams
+from common.survey import Survey, random_half, survey
+from segmentation.answers import Pixels, cached_answers, draw_pixels, inspect
+from segmentation.classwise import (
+    class_iou,
+    class_rows,
+    ensemble_answers,
+    flips_by_class,
+    mean_iou,
+    oracle_answers,
+)
+from segmentation.config import RunConfig, load_run
+from segmentation.data import check_classes
+from segmentation.errors import FAULTS
+from segmentation.held_out import hold_out
+from segmentation.trainer import current_world
+
+_logger = logging.getLogger("scout")
+
+_COMMANDS = 3
+_CLASSES_SHOWN = 40
+_HERE = Path("output/scout")
+CAUTION = (
+    "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
+    "about who gains from whom, and it says nothing of how large a gain will be. On classifiers it "
+    "did not order teams by their mean gain; on segmentors it was not tested."
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    built = argparse.ArgumentParser(
+        prog="segmentation/scout.py",
+        description="Choose, before any training, which of several segmentors should teach each "
+        "other. Each answers the images of the first of DATASETS.TEST once (or, with "
+        "TRANSFER.HELD_OUT, those held out of the training data); rule, score and granularity are "
+        "TRANSFER's.",
+        allow_abbrev=False,
+    )
+    add = built.add_argument
+    add(
+        "--config-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a run file with TRANSFER.PEERS; or, repeated, the config of each model",
+    )
+    add("--for", dest="student", metavar="NAME", help="rank by what this model may gain")
+    add("--team-size", type=int, nargs="+", default=[2], metavar="N", help="2, or 2 3")
+    add("--predictor", choices=tuple(PREDICTORS), help="what to rank by; the report explains them")
+    add("--images", type=int, help="scout on so many images, drawn at random")
+    add("--pixels", type=int, default=64, help="of each image, drawn at random; a power of two")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--top", type=int, default=20, help="teams to show")
+    add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
+    add("--skip-unfit", action="store_true", help="go on without models that cannot be scouted")
+    add("--cache", type=Path, default=_HERE / "cache", help="of what models answered")
+    add("--output", type=Path, help="folder of the report")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as of train_net.py")
+    return built
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; bad input ends in one line, not in a traceback."""
+    return run_command(lambda: scout(arguments), (OptionError, *FAULTS))
+
+
+def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str, Any]:
+    """Scout as the arguments say.
+
+    Args:
+        arguments: As on the command line; None: those of the process.
+        bars: Show progress bars where the output is a terminal.
+
+    Returns:
+        What ``scout.json`` holds.
+
+    Raises:
+        OptionError, ConfigError, DataError, CheckpointError, SegmentorError: Bad input.
+    """
+    asked = parser().parse_args(arguments)
+    check_least(asked, {"images": 1, "top": 1, "most_teams": 1, "seed": 0})
+    whole = load_run(asked.config_file, asked.opts)
+    check_classes({peer.name: peer.cfg for peer in whole.peers})
+    run, watch = hold_out(whole), progress_bars(bars)
+    folder = asked.output or _HERE / f"{datetime.now():%Y%m%d-%H%M%S}"
+    make_writable(folder)
+    candidates = inspect(run, asked.skip_unfit, watch)
+    names = [candidate.config.name for candidate in candidates]
+    student = _student(asked.student, names)
+    dataset = run.cfg.DATASETS.TEST[0]
+    pixels = draw_pixels(dataset, asked.pixels, asked.images, asked.seed, watch)
+    world = current_world(run.cfg.MODEL.DEVICE)
+    answers = cached_answers(candidates, pixels, asked.cache, world, watch)
+    view = Answered(answers, pixels, run.transfer.TEMPERATURE, asked.seed)
+    outcome = _outcome(view, run, asked, student)
+    for fact, candidate in zip(outcome["models"], candidates, strict=True):
+        fact["parameters"] = candidate.parameters
+        fact["weights"] = candidate.config.cfg.MODEL.WEIGHTS
+    outcome["commands"] = write_commands(folder, whole, outcome["teams"][:_COMMANDS])
+    outcome["settings"] = _settings(asked, run, dataset)
+    write_outcome(folder, outcome)
+    _write_classes(folder, outcome)
+    report = write_scout_report(folder / "report.html", outcome, asked.top, _sections(outcome))
+    _tell(outcome, asked.top)
+    _logger.info("report: %s", report)
+    return outcome
+
+
+class Answered:
+    """What all models said, compared.
+
+    Args:
+        answers: From ``cached_answers``.
+        pixels: What they were asked.
+        temperature: Of the KL.
+        seed: Of the half of the images that confidences are calibrated on.
+
+    Attributes:
+        found: The survey; its samples are pixels.
+        truth: Class of each pixel [n].
+        image: Which image each is of [n].
+        weight: For how many pixels each stands [n].
+        iou: Each model's by class [C].
+    """
+
+    def __init__(
+        self, answers: CachedLogits, pixels: Pixels, temperature: float, seed: int
+    ) -> None:
+        self.answers, self.classes = answers, pixels.classes
+        self.truth = answers.labels()
+        self.image = answers.where // pixels.each
+        self.weight = pixels.weight[self.image]
+        half = random_half(len(pixels.records), seed)[self.image]  # no image is on both sides
+        self.found: Survey = survey(
+            answers, self.truth, temperature=temperature, seed=seed, fit_on=half
+        )
+        self.iou = [self.iou_of(answer) for answer in self.found.prediction]
+
+    def iou_of(self, answer: Tensor) -> Tensor:
+        """Estimate the IoU of every class [C] of one answer to each pixel [n]."""
+        return class_iou(answer, self.truth, self.weight, len(self.classes))
+
+    def judge(self, run: RunConfig, granularity: str) -> Judge:
+        """Judge by the run's rule, with one teacher an ``image`` or a ``pixel``.
+
+        Raises:
+            OptionError: A score that does not exist here.
+        """
+        node = run.transfer
+        groups = self.image if granularity == "image" else None
+        try:
+            return Judge(self.found, node.RULE, node.SCORE, node.MARGIN or None, groups)
+        except ValueError as error:
+            raise OptionError(f"TRANSFER: {error}") from error
+
+
+def _outcome(
+    view: Answered, run: RunConfig, asked: argparse.Namespace, student: int | None
+) -> dict[str, Any]:
+    granularity = run.transfer.GRANULARITY
+    judges = {kind: view.judge(run, kind) for kind in ("image", "pixel")}
+    predictor = asked.predictor or default_predictor(view.found, run.transfer.RULE)
+    try:
+        ranking = rank_teams(
+            judges[granularity],
+            sorted(set(asked.team_size)),
+            predictor,
+            student=student,
+            most=asked.most_teams,
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    shown = ranking.teams[: asked.top]
+    together = [ensemble_answers(view.answers, team.members) for team in shown]
+    for team, answer in zip(shown, together, strict=True):
+        team.ensemble = float((answer == view.truth).double().mean())
+    outcome = describe_outcome(judges[granularity], ranking, predictor, student, asked.top)
+    for fact, of_class in zip(outcome["models"], view.iou, strict=True):
+        fact["miou"] = mean_iou(of_class)
+    for told, team, answer in zip(outcome["teams"], shown, together, strict=False):
+        told |= _describe(view, judges, team, answer)
+    by_class = flips_by_class(view.found, view.truth, len(view.classes))
+    images = int((torch.bincount(view.image) > 0).sum())
+    return outcome | {
+        "unit": f"pixels of {images} images",
+        "caution": CAUTION,
+        "granularity": granularity,
+        "classes": view.classes,
+        "iou": [of_class.tolist() for of_class in view.iou],
+        "flips_by_class": by_class.tolist(),
+        "best_by_class": class_rows(
+            view.found, view.truth, view.weight, view.classes, shown[0].members, view.iou
+        ),
+    }
+
+
+def _describe(
+    view: Answered, judges: Mapping[str, Judge], team: Team, answer: Tensor
+) -> dict[str, Any]:
+    """Say of a team what pixels alone do not: IoU, and whom an image or a pixel would teach."""
+    names = [view.found.names[i] for i in team.members]
+    oracle = oracle_answers(view.found, team.members, answer, view.truth)
+    return {
+        "miou": dict(zip(names, (mean_iou(view.iou[i]) for i in team.members), strict=True)),
+        "ensemble_miou": mean_iou(view.iou_of(answer)),
+        "oracle_miou": mean_iou(view.iou_of(oracle)),
+        "taught_by": {
+            kind: dict(zip(names, judge.judge(team.members).taught, strict=True))
+            for kind, judge in judges.items()
+        },
+    }
+
+
+def write_commands(folder: Path, run: RunConfig, teams: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write a run file for each team, and each member's whole config; return the commands."""
+    commands = []
+    configs = {peer.name: peer for peer in run.peers}
+    for k, team in enumerate(teams, 1):
+        specs = []
+        for name in team["members"]:
+            path = folder / "configs" / f"{name}.yaml"
+            write_text(path, configs[name].cfg.dump())
+            specs.append({"NAME": name, "CONFIG": str(path), "FROZEN": configs[name].frozen})
+        transfer = yaml.safe_load(run.transfer.dump()) | {"PEERS": specs}
+        content = {"TRANSFER": transfer, "OUTPUT_DIR": f"output/{'_'.join(team['members'])}"}
+        file = folder / f"team-{k}.yaml"
+        write_text(file, yaml.safe_dump(content, sort_keys=False))
+        commands.append(
+            shlex.join(["python", "segmentation/train_net.py", "--config-file", str(file)])
+        )
+    return commands
+
+
+def _student(asked: str | None, names: Sequence[str]) -> int | None:
+    if asked is None:
+        return None
+    if asked not in names:
+        raise OptionError(f"--for {asked}: no such model; there are {', '.join(names)}")
+    return list(names).index(asked)
+
+
+def _settings(asked: argparse.Namespace, run: RunConfig, dataset: str) -> dict[str, Any]:
+    keys = ("RULE", "SCORE", "GRANULARITY", "TEMPERATURE", "MARGIN")
+    return {
+        "data": dataset,
+        **{key: getattr(asked, key) for key in ("images", "pixels", "seed", "team_size")},
+        "for": asked.student,
+        **{key.lower(): run.transfer[key] for key in keys},
+        "cache": str(asked.cache),
+    }
+
+
+def _write_classes(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Write ``classes.csv`` and ``pairs_by_class.csv``."""
+    names, classes = outcome["names"], outcome["classes"]
+    iou = [
+        {"class": kind, **{name: outcome["iou"][i][k] for i, name in enumerate(names)}}
+        for k, kind in enumerate(classes)
+    ]
+    flips = [
+        {"teacher": t, "student": s, "class": kind, "flips": outcome["flips_by_class"][i][j][k]}
+        for i, t in enumerate(names)
+        for j, s in enumerate(names)
+        if i != j
+        for k, kind in enumerate(classes)
+    ]
+    for file, rows in (("classes.csv", iou), ("pairs_by_class.csv", flips)):
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+        write_text(folder / file, text.getvalue())
+
+
+def _sections(outcome: Mapping[str, Any]) -> list[Html]:
+    shown = [team for team in outcome["teams"] if "taught_by" in team]
+    if not shown:
+        return []
+    head = ["Team", "Taught, by image", "Taught, by pixel", "mIoU", "Ensemble", "Oracle"]
+    rows = [
+        [
+            ", ".join(team["members"]),
+            *(_listed(team["taught_by"][kind]) for kind in ("image", "pixel")),
+            _listed(team["miou"], 1),
+            as_percent(team["ensemble_miou"]),
+            as_percent(team["oracle_miou"]),
+        ]
+        for team in shown
+    ]
+    caption = (
+        "Expected share of pixels on which each member is taught, in the order of the names, with "
+        "one teacher an image and one a pixel; and mean intersection over union, estimated from "
+        "the pixels drawn. Oracle: the truth wherever at least one member tells it. The "
+        f"ranking is by {outcome['granularity']}."
+    )
+    return [
+        section("By image and by pixel", data_table(caption, head, rows)),
+        section("Classes of the first team", _class_table(outcome, shown[0])),
+    ]
+
+
+def _class_table(outcome: Mapping[str, Any], team: Mapping[str, Any]) -> Html:
+    members = team["members"]
+    head = ["Class", "Pixels", *(f"{name}: IoU" for name in members)]
+    head += [f"{name}: may learn" for name in members]
+    rows = [
+        [
+            row["class"],
+            as_percent(row["share"]),
+            *(as_percent(row["iou"][name]) for name in members),
+            *(as_percent(row["learns"][name]) for name in members),
+        ]
+        for row in outcome["best_by_class"][:_CLASSES_SHOWN]
+    ]
+    left = max(0, len(outcome["best_by_class"]) - _CLASSES_SHOWN)
+    caption = (
+        "By frequency. May learn: of the class's pixels, those on which the member is wrong and "
+        "another right." + f" {left} rarer classes are in classes.csv." * bool(left)
+    )
+    return data_table(caption, head, rows)
+
+
+def _listed(by_member: Mapping[str, float], digits: int = 0) -> str:
+    return " / ".join(f"{100 * value:.{digits}f}" for value in by_member.values()) + " %"
+
+
+def _tell(outcome: Mapping[str, Any], top: int) -> None:
+    """Log the best teams, and how to train them."""
+    _logger.info("%s", scout_lead(outcome))
+    rows = [
+        {
+            "team": ", ".join(team["members"]),
+            outcome["predictor"]: f"{team['value']:.4f}",
+            "by image": _listed(team["taught_by"]["image"]),
+            "by pixel": _listed(team["taught_by"]["pixel"]),
+            "mIoU": _listed(team["miou"], 1),
+            "ensemble": as_percent(team["ensemble_miou"]),
+            "oracle": as_percent(team["oracle_miou"]),
+        }
+        for team in outcome["teams"][:top]
+    ]
+    log_table(rows)
+    _logger.info("%s", CAUTION)
+    for command in outcome["commands"]:
+        _logger.info("  %s", command)

@@ -1,0 +1,169 @@
+"""Scouting segmentors: pixels that are drawn, answers that are kept, teams by image and pixel."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from common.options import OptionError
+from segmentation import answers, scouting
+from segmentation.answers import draw_pixels
+from segmentation.classwise import class_iou, flips_by_class, mean_iou
+from segmentation.config import load_run
+from segmentation.data import load_datasets, read_labels
+from segmentation.evaluation import evaluating, predict
+from segmentation.keys import value_at
+from segmentation.models import build_with_weights
+from segmentation.peer import SegmentorPeer
+from segmentation.scouting import main, scout
+from tests.segmentation.runs import SHARED, write_peer
+
+
+def plain(items, title):
+    return items
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A run file of three tiny segmentors with weights of their own."""
+    folder = tmp_path_factory.mktemp("models")
+    peers = []
+    for i, (name, kind) in enumerate({"a": "fpn", "b": "deeplab", "c": "fpn"}.items()):
+        spec = {"NAME": name, "CONFIG": write_peer(folder, kind).name}
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**SHARED, "TRANSFER": {"RULE": "none", "PEERS": [spec]}}))
+        torch.manual_seed(i)
+        module, _ = build_with_weights(load_run([path]).peers[0])
+        torch.save(module.state_dict(), folder / f"{name}.pth")
+        peers.append({**spec, "WEIGHTS": f"{name}.pth"})
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**SHARED, "TRANSFER": {"PEERS": peers}}))
+    return path
+
+
+@pytest.fixture
+def scouted(models, datasets, tmp_path):
+    arguments = ["--config-file", str(models), "--pixels", "256", "--team-size", "2", "3"]
+    places = ["--cache", str(models.parent / "cache"), "--output", str(tmp_path / "out")]
+    return [*arguments, *places], scout([*arguments, *places], bars=False)
+
+
+def test_intersection_over_union_by_hand():
+    truth, answer = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 2, 1, 0, 1])
+    weight = torch.tensor([1.0, 1.0, 1.0, 2.0, 1.0])
+    found = class_iou(answer, truth, weight, 3)
+    # class 0: 1 of 1 + 1 missed + 2 told; class 1: 2 of 4; class 2 is nowhere true
+    assert found[:2].tolist() == [0.25, 0.5] and bool(found[2].isnan())
+    assert mean_iou(found) == 0.375
+
+
+def test_pixels_are_drawn_alike_from_those_with_a_label(datasets):
+    first, again, other = (draw_pixels("scenes_val", 64, 2, seed, plain) for seed in (0, 0, 1))
+    assert torch.equal(first.where, again.where) and first.key == again.key
+    assert first.key != other.key
+    assert first.where.shape == (2, 64)
+    for record, where, labels, weight in zip(
+        first.records, first.where, first.labels, first.weight, strict=True
+    ):
+        truth = read_labels(record["sem_seg_file_name"], dtype=np.int64)
+        assert truth.flat[where.numpy()].tolist() == labels.tolist()
+        assert weight * 64 == (truth != 255).sum() and len(set(where.tolist())) == 64
+    with pytest.raises(OptionError, match="power of two"):
+        draw_pixels("scenes_val", 100, None, 0, plain)
+
+
+def test_what_is_told_equals_a_forward_by_hand(models, scouted):
+    _, outcome = scouted
+    pixels = draw_pixels("scenes_val", 256, None, 0, plain)
+    config = load_run([models]).peers[1]
+    module, cfg = build_with_weights(config)
+    peer = SegmentorPeer("b", module, cfg, frozen=True)
+    right, told = [], []
+    with torch.no_grad(), evaluating([peer]):
+        mapper = answers.test_samples
+        samples = mapper(
+            [peer],
+            load_datasets(["scenes_val"]),
+            scouting.current_world("cpu"),
+            False,
+            answers.allowed(),
+        )
+        for (sample,), where, labels in zip(samples, pixels.where, pixels.labels, strict=True):
+            answer = predict(peer, sample).argmax(dim=0).flatten()[where]
+            right.append(answer == labels)
+            told.append(answer)
+    facts = outcome["models"][1]
+    assert facts["accuracy"] == pytest.approx(torch.stack(right).double().mean().item())
+    weight = pixels.weight[:, None].expand(-1, 256).flatten()
+    iou = class_iou(torch.cat(told), pixels.labels.flatten(), weight, 6)
+    assert facts["miou"] == pytest.approx(mean_iou(iou))
+
+
+def test_teams_are_ranked_and_come_with_what_trains_them(models, scouted, tmp_path):
+    _, outcome = scouted
+    teams = outcome["teams"]
+    assert len(teams) == 4 and {len(team["members"]) for team in teams} == {2, 3}
+    values = [team["value"] for team in teams]
+    assert values == sorted(values, reverse=True)
+    for team in teams:
+        assert team["oracle_miou"] >= max(team["ensemble_miou"], *team["miou"].values()) - 1e-9
+        assert set(team["taught_by"]) == {"image", "pixel"}
+        assert team["taught"] == team["taught_by"]["image"]
+        assert sum(team["taught_by"]["pixel"].values()) <= len(team["members"]) - 1 + 1e-9
+    run = load_run([tmp_path / "out/team-1.yaml"])
+    assert run.names == teams[0]["members"] and run.transfer.RULE == "best"
+    original = {peer.name: peer.cfg for peer in load_run([models]).peers}
+    for peer in run.peers:
+        for key in ("MODEL.WEIGHTS", "MODEL.SEM_SEG_HEAD", "SOLVER", "INPUT.FORMAT"):
+            assert value_at(peer.cfg, key) == value_at(original[peer.name], key)
+    assert "By image and by pixel" in (tmp_path / "out/report.html").read_text()
+    told = json.loads((tmp_path / "out/scout.json").read_text())
+    assert told["samples"] == 3 * 256
+    rows = list(csv.DictReader((tmp_path / "out/pairs_by_class.csv").open()))
+    assert len(rows) == 6 * 6
+
+
+def test_answers_are_kept_and_a_further_model_costs_its_own_pass_alone(scouted, monkeypatch):
+    arguments, first = scouted
+    asked = []
+    monkeypatch.setattr(answers, "_compute", lambda *given: asked.append(given))
+    again = scout([*arguments, "TRANSFER.GRANULARITY", "pixel"], bars=False)
+    assert not asked
+    assert [fact["accuracy"] for fact in again["models"]] == [
+        fact["accuracy"] for fact in first["models"]
+    ]
+    assert again["teams"][0]["taught"] == again["teams"][0]["taught_by"]["pixel"]
+
+
+def test_the_ranking_for_one_model_has_it_in_every_team(scouted):
+    arguments, _ = scouted
+    outcome = scout([*arguments, "--for", "b"], bars=False)
+    assert outcome["for"] == "b" and all("b" in team["members"] for team in outcome["teams"])
+
+
+def test_flips_by_class_add_up_to_those_of_all():
+    class Found:
+        correct = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0]]).bool()
+
+    truth = torch.tensor([0, 0, 2, 2])
+    found = flips_by_class(Found, truth, 3)
+    assert found[0, 1].tolist()[::2] == [0.5, 0.5] and bool(found[0, 1, 1].isnan())
+    assert found[1, 0].tolist()[::2] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--for", "x"], "there are a, b, c"),
+        (["PEER.a.MODEL.WEIGHTS", "no.pth"], "a: no.pth: no such file"),
+        (["PEER.a.MODEL.WEIGHTS", ""], "has no WEIGHTS"),
+        (["TRANSFER.RULE", "beste"], "beste"),
+    ],
+)
+def test_faults_end_in_one_line(models, datasets, tmp_path, caplog, more, message):
+    places = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
+    assert main(["--config-file", str(models), *places, *more]) == 1
+    assert message in caplog.text
