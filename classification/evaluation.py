@@ -18,10 +18,12 @@ from torch.utils.data import Dataset, IterableDataset
 from classification.data import ToView, View, eval_loader
 from common import distributed
 from common.broken import BadSamples
+from common.calibration import TemperatureFit
 from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.guard import FLIPS
 from common.peers import PeerGroup
+from common.score_temperatures import ScoreTemperatures
 from common.transfer import confidence
 
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -114,6 +116,7 @@ class PeerEvaluator:
         dtypes: Of each peer's weights.
         watch: Wraps the batches, for instance in a progress bar.
         bad: Counts broken images; None: by itself, and none is allowed.
+        temperatures: Fitted on this data where they are due; None: none are wanted.
     """
 
     def __init__(
@@ -127,9 +130,11 @@ class PeerEvaluator:
         dtypes: Sequence[torch.dtype] | None = None,
         watch: Watch = lambda batches, title: batches,
         bad: BadSamples | None = None,
+        temperatures: ScoreTemperatures | None = None,
     ) -> None:
         self.world = world
         self.bad = bad or BadSamples()
+        self.temperatures = temperatures
         self.amp_dtype = amp_dtype
         self.watch = watch
         self.count = None if isinstance(dataset, IterableDataset) else len(dataset)
@@ -153,9 +158,15 @@ class PeerEvaluator:
     def evaluate(self, peers: PeerGroup) -> dict[str, float]:
         """Measure every peer (its averaged weights, if any); the first call is the baseline."""
         modules = [peer.best_module for peer in peers.here]
+        due = self.temperatures is not None and self.temperatures.due
+        fits = [TemperatureFit(self.world.device) for _ in modules] if due else []
         with brought_to(self.world.device, *modules):
-            scores = self.score(modules)
+            scores = self.score(modules, fits)
         metrics = scores.metrics(peers.names, self.baseline, self.was_valid)
+        if self.temperatures is not None:
+            if due:
+                self.temperatures.fit(fits)
+            metrics |= self.temperatures.metrics()
         if self.baseline is None:
             self.baseline, self.was_valid = scores.correct, scores.valid
         return metrics
@@ -169,8 +180,13 @@ class PeerEvaluator:
         return even.metrics(peers.names, None), odd.metrics(peers.names, None)
 
     @torch.inference_mode()
-    def score(self, modules: Sequence[nn.Module]) -> Scores:
-        """Run the models that are here over the whole split; every rank gets the result of all."""
+    def score(self, modules: Sequence[nn.Module], fits: Sequence[TemperatureFit] = ()) -> Scores:
+        """Run the models that are here over the whole split; every rank gets the result of all.
+
+        Args:
+            modules: In the order of the views.
+            fits: Of each model, fed with what it says of this process's samples; none: nothing.
+        """
         parts: list[list[Tensor]] = [[] for _ in modules]
         summed: list[Tensor] = []
         labels: list[Tensor] = []
@@ -178,6 +194,8 @@ class PeerEvaluator:
             together = None
             for i, z in logits:
                 parts[i].append(_judge(z, target))
+                if fits:
+                    fits[i].add(z[target >= 0], target[target >= 0])
                 p = z.softmax(dim=1)
                 together = p if together is None else together + p
             together = distributed.sum_over_team(together, self.world)
@@ -249,8 +267,11 @@ class PeerEvaluator:
         return Scores(whole[:, 0] > 0, whole[:, 1] > 0, whole[:, 2], right, whole[:, 3], target)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the baseline, for flips after a resume."""
-        return {"baseline": self.baseline, "valid": self.was_valid}
+        """Return the baseline, for flips after a resume, and the temperatures of the scores."""
+        state: dict[str, Any] = {"baseline": self.baseline, "valid": self.was_valid}
+        if self.temperatures is not None:
+            state["temperatures"] = self.temperatures.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a baseline.
@@ -265,6 +286,8 @@ class PeerEvaluator:
                 f"{self.count}; give the run's own data, or start another from its weights"
             )
         self.baseline, self.was_valid = baseline, state.get("valid")
+        if self.temperatures is not None:
+            self.temperatures.load_state_dict(state.get("temperatures"))
 
 
 def _judge(logits: Tensor, target: Tensor) -> Tensor:

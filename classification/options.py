@@ -34,6 +34,7 @@ from common.options import (
     truth,
 )
 from common.planner import add_plan_options
+from common.score_temperatures import WHEN
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,14 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
         "replaces the peers of a YAML file",
     )
     add_transfer_options(group)
+    add(
+        "--calibrate-scores",
+        default="off",
+        choices=WHEN,
+        help="compare the peers' scores with each one's logits divided by a temperature of its "
+        "own, fitted on what the run is evaluated on (give --held-out, so that it is no test set): "
+        "once at the start, or anew at every evaluation; only the choice of the teacher uses it",
+    )
     add_guard_options(group, GUARD_DROPS, flips=True)
     add_soup_option(group)
     add("--trust-remote-code", **flag, help="* run code from a Hugging Face model's repository")
@@ -549,6 +558,11 @@ def _check_ranges(options: argparse.Namespace) -> None:
         raise OptionError(
             "--transfer-classes non-target needs one true class an image; leave mixup and cutmix "
             "out"
+        )
+    if options.bce_loss and options.calibrate_scores != "off":
+        raise OptionError(
+            f"--calibrate-scores {options.calibrate_scores}: a temperature is of a softmax, and "
+            "--bce-loss trains without one; leave one of them out"
         )
     if mixes(options) and options.batch_size % 2:
         raise OptionError(f"mixup needs an even --batch-size, got {options.batch_size}")

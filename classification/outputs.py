@@ -210,9 +210,10 @@ def model_arguments(described: Mapping[str, str]) -> dict[str, Any]:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a reader of the report wants to know of the run."""
     names = (
-        "peers data dataset rule score temperature transfer_weight transfer_warmup_steps "
-        "detach_teacher margin engine guard opt lr lr_base weight_decay sched epochs batch_size "
-        "grad_accum_steps amp amp_dtype mixup cutmix smoothing model_ema seed"
+        "peers data dataset held_out rule score calibrate_scores temperature transfer_weight "
+        "transfer_warmup_steps detach_teacher margin engine guard opt lr lr_base weight_decay "
+        "sched epochs batch_size grad_accum_steps amp amp_dtype mixup cutmix smoothing "
+        "model_ema seed"
     ).split()
     values = plain(options)
     return {name: values[name] for name in names}

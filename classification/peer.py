@@ -45,6 +45,10 @@ class ClassifierPeer(Peer):
         loss: Logits and target -> per-sample loss [B].
         score: ``loss`` or ``confidence``.
         **rest: See ``common.peers.Peer``.
+
+    Attributes:
+        temperature: What its logits are divided by for the score, a scalar on the device; None:
+            they are compared as they are.
     """
 
     def __init__(
@@ -60,15 +64,22 @@ class ClassifierPeer(Peer):
         self.to_view = to_view
         self.loss = loss
         self.score = score
+        self.temperature: Tensor | None = None
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> PeerOutput:
         """Run the model on a batch of the common view; loss and score in float32."""
         images, target = batch
         logits = self.model(self.to_view(images))
-        return classify(logits, target, self.loss, self.score)
+        return classify(logits, target, self.loss, self.score, self.temperature)
 
 
-def classify(logits: Tensor, target: Tensor, loss: SampleLoss, score: str) -> PeerOutput:
+def classify(
+    logits: Tensor,
+    target: Tensor,
+    loss: SampleLoss,
+    score: str,
+    temperature: Tensor | None = None,
+) -> PeerOutput:
     """Turn logits and target into what the transfer needs.
 
     Args:
@@ -76,14 +87,20 @@ def classify(logits: Tensor, target: Tensor, loss: SampleLoss, score: str) -> Pe
         target: [B] int, or [B, C] float.
         loss: Per-sample loss [B].
         score: ``loss``: minus the per-sample loss; ``confidence``: the largest probability.
+        temperature: What the logits are divided by for the score, and for nothing else.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
         per_sample = loss(logits, target)
         detached = logits.detach()
+        if temperature is not None:
+            compared = detached / temperature
+            judged = -loss(compared, target) if score == "loss" else confidence(compared)
+        else:
+            judged = -per_sample.detach() if score == "loss" else confidence(detached)
         return PeerOutput(
             task_loss=per_sample.mean(),
-            score=-per_sample.detach() if score == "loss" else confidence(detached),
+            score=judged,
             logits=logits,
             correct=detached.argmax(dim=1) == hard(target),
             target=target if target.dim() == 1 else None,

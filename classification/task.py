@@ -84,6 +84,9 @@ class TransferTask(TrainingTask):
         peers: Models by name, of the same classes.
         criterion: Per-sample loss (logits [B, C], target) -> [B]; None: cross entropy.
         score: ``loss`` or ``confidence``.
+        temperatures: What each peer's logits are divided by for the score alone, by name, so that
+            the peers' scores can be compared (``common.calibration.fit_temperature`` finds it on
+            held-out data); 1 where a name is missing.
         frozen: Names of the peers that learn nothing.
         data_config: How the loop's images are normalised (``timm.data.resolve_data_config``); where
             given, each peer gets them resized and normalised as its own config asks.
@@ -94,7 +97,7 @@ class TransferTask(TrainingTask):
             ``warmup_steps`` are batches here, for a stock loop does not tell its optimizer steps.
 
     Raises:
-        ValueError: Names or a rule that do not fit.
+        ValueError: Names, a rule or temperatures that do not fit.
         OptionError: Class counts that differ.
     """
 
@@ -104,6 +107,7 @@ class TransferTask(TrainingTask):
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         score: str = "loss",
+        temperatures: Mapping[str, float] | None = None,
         frozen: Sequence[str] = (),
         data_config: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
@@ -120,11 +124,22 @@ class TransferTask(TrainingTask):
             raise OptionError(f"peers must tell the same classes, got {told}")
         self.criterion = criterion or nn.CrossEntropyLoss(reduction="none")
         self.score = score
+        self.temperatures = self._temperatures(temperatures or {})
         self.transfer = KnowledgeTransfer(names=self.names, frozen=frozen, **transfer)
         self.batches = 0
         views = _views(peers, data_config) if data_config is not None else None
         self.trainable_module = PeerEnsemble(peers, views, frozen).to(self.device)
         self.trainable_module.train()
+
+    def _temperatures(self, given: Mapping[str, float]) -> list[Tensor | None]:
+        wrong = {name: t for name, t in given.items() if name not in self.names or not t > 0}
+        if wrong:
+            raise ValueError(
+                f"temperatures {wrong}: expected numbers above 0, by the names of peers: "
+                f"{', '.join(self.names)}"
+            )
+        on_device = [torch.tensor(given.get(name, 1.0), device=self.device) for name in self.names]
+        return [*on_device] if given else [None] * len(self.names)
 
     def prepare_distributed(
         self, device_ids: list[int] | None = None, **ddp_kwargs: Any
@@ -146,7 +161,10 @@ class TransferTask(TrainingTask):
         logits = self.trainable_module(input)
         if isinstance(logits, Tensor):
             return {"loss": self.criterion(logits, target).mean(), "output": logits}
-        outputs = [classify(z, target, self.criterion, self.score) for z in logits]
+        outputs = [
+            classify(z, target, self.criterion, self.score, temperature)
+            for z, temperature in zip(logits, self.temperatures, strict=True)
+        ]
         result = self.transfer(outputs, self.batches)
         self.batches += 1
         told = {"loss": result.total, "output": ensemble([z.detach() for z in logits])}

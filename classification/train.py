@@ -21,7 +21,7 @@ from classification.held_out import split_held_out
 from classification.layouts import choose_layouts
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import GUARD_DROPS, PeerSpec, parse
-from classification.peer import build_modules, build_peers
+from classification.peer import ClassifierPeer, build_modules, build_peers
 from classification.plan import tell_plan
 from classification.publish import check_push, deliver
 from common import distributed
@@ -45,6 +45,7 @@ from common.outputs import (
 )
 from common.peers import Peer, PeerGroup, share_statistics
 from common.roles import NonFiniteError
+from common.score_temperatures import ScoreTemperatures
 from common.trainer import Plan, Progress, Trainer
 
 _logger = logging.getLogger("train")
@@ -258,6 +259,7 @@ def _trainer(
         dtypes=[next(peer.module.parameters()).dtype for peer in group.here],
         watch=watch,
         bad=loader.bad,
+        temperatures=_score_temperatures(options, group, world),
     )
     folder = folder_of(options, group.names, world)
     return Trainer(
@@ -293,6 +295,25 @@ def _trainer(
         bad=loader.bad,
         halves=evaluator.halves if options.soup else None,
     )
+
+
+def _score_temperatures(
+    options: argparse.Namespace, group: PeerGroup, world: World
+) -> ScoreTemperatures | None:
+    """Let every peer be compared at a temperature of its own, where that is asked for."""
+    if options.calibrate_scores == "off":
+        return None
+    if not options.held_out and world.is_main:
+        _logger.warning(
+            "--calibrate-scores: the temperatures are fitted on the split %r, on which the run is "
+            "also evaluated; where its numbers shall be a test, give --held-out SHARE",
+            options.val_split,
+        )
+    temperatures = ScoreTemperatures(group.names, options.calibrate_scores, world)
+    for peer in group.here:
+        if isinstance(peer, ClassifierPeer):
+            peer.temperature = temperatures.of(peer.name)
+    return temperatures
 
 
 def _share_statistics(peers: PeerGroup, how: str, world: World) -> None:

@@ -22,6 +22,7 @@ from common.report.numbers import (
     has_values,
     is_finite,
     listed,
+    number,
     number_format,
     series_of,
 )
@@ -284,6 +285,8 @@ def _run_figures(
         _metric_figure(names, history, metric, events),
         _change_figure(names, history, metric),
     ]
+    if any(has_values(history, f"{name}/score_temperature") for name in names):
+        figures.append(_temperature_figure(names, history))
     for what, title in (("task_loss", "Task loss"), ("transfer_loss", "Transfer loss")):
         if any(has_values(lessons, f"{name}/{what}") for name in names):
             figures.append(_loss_figure(names, lessons, what, title))
@@ -334,6 +337,25 @@ def _change_figure(names: Sequence[str], history: Sequence[Row], metric: str) ->
 
     alt = f"Change of {metric} since the start of {listed(names)}"
     return figure_tag(draw(paint, 2.6), alt, "The same as change since the start.")
+
+
+def _temperature_figure(names: Sequence[str], history: Sequence[Row]) -> Html:
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axhline(1, color="#8a919a", linewidth=1)
+        draw_lines(axes, names, history, "score_temperature")
+        epoch_axis(axes, "temperature of the score", unit_of(history))
+        draw_legend(figure, axes)
+
+    last = ", ".join(
+        f"{name} {number(history[-1].get(f'{name}/score_temperature'), 2)}" for name in names
+    )
+    caption = (
+        "What each peer's logits are divided by before the peers are compared, fitted on the data "
+        f"that the run is evaluated on; above 1: the peer is too sure of itself. Last: {last}."
+    )
+    alt = f"Temperature of the score of {listed(names)}"
+    return figure_tag(draw(paint, 2.6), alt, caption)
 
 
 def _loss_figure(names: Sequence[str], lessons: Sequence[Row], what: str, title: str) -> Html:

@@ -41,8 +41,9 @@ def one_epoch(monkeypatch):
         "--mixup 0.2 --cutmix 0.2 --reprob 0.5 --engine two-pass --rule mutual".split(),
         "--bce-loss --clip-grad 0.1 --clip-mode agc --grad-accum-steps 2 --channels-last".split(),
         "--clip-grad 0.1 --clip-mode value --score confidence --smoothing 0.1 --opt sgd".split(),
+        "--calibrate-scores epoch".split(),
     ],
-    ids=["ema-norm", "mixup-erasing-two-pass", "bce-agc-accumulate", "value-confidence"],
+    ids=["ema-norm", "mixup-erasing-two-pass", "bce-agc-accumulate", "value-confidence", "scores"],
 )
 def test_a_run_does_not_wait_between_its_log_lines(digits, tmp_path, one_epoch, more):
     asked = arguments_of(digits, tmp_path, *more, "--opt-kwargs", "foreach=True", peers=3)

@@ -94,8 +94,9 @@ def test_n_peers_learn_and_leave_files_that_stock_timm_loads(digits, tmp_path, p
         "--sched-on-updates --clip-grad 1 --rule mutual --aa rand-m3".split(),
         "--model-ema --model-ema-decay 0.9 --teachers ema+own --engine two-pass".split(),
         "--sched plateau --patience-epochs 0 --lr-noise 0.3 --epochs 3".split(),
+        "--calibrate-scores epoch --held-out 0.2 --engine two-pass".split(),
     ],
-    ids=["mixup-ema-random", "updates-clip-mutual", "copies-two-pass", "plateau-noise"],
+    ids=["mixup-ema-random", "updates-clip-mutual", "copies-two-pass", "plateau-noise", "scores"],
 )  # fmt: skip
 def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(digits, tmp_path, more):
     whole = arguments_of(

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from common.calibration import COLDEST, expected_calibration_error, fit_temperature
+from common.calibration import (
+    COLDEST,
+    HOTTEST,
+    TemperatureFit,
+    expected_calibration_error,
+    fit_temperature,
+)
 
 
 def test_calibration_error_by_hand():
@@ -69,3 +75,39 @@ def test_temperature_minimises_the_likelihood_and_batches_do_not_matter():
 def test_a_model_without_a_mistake_ends_at_the_limit():
     found = fit_temperature(lambda: [two_classes(1.0, 5, 0)])
     assert found == pytest.approx(COLDEST, rel=0.02)
+
+
+def in_one_pass(batches):
+    fit = TemperatureFit()
+    for logits, labels in batches:
+        fit.add(logits, labels)
+    return fit
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sureness", [0.1, 0.5, 1.0, 3.0, 10.0])
+def test_one_pass_finds_the_same_temperature(seed, sureness):
+    torch.manual_seed(seed)
+    logits = torch.randn(300, 6) * torch.rand(300, 1).mul(4).exp()
+    labels = torch.distributions.Categorical(logits=logits / 6).sample()
+    batches = [(sureness * logits[:77], labels[:77]), (sureness * logits[77:], labels[77:])]
+    expected = fit_temperature(lambda: batches)
+    assert in_one_pass(batches).temperature() == pytest.approx(expected, rel=1e-3)
+
+
+def test_parts_of_the_data_add_up_and_half_precision_is_taken():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(400, 7).half()
+    labels = torch.distributions.Categorical(logits=logits.float() / 2.5).sample()
+    whole = in_one_pass([(logits, labels)])
+    part, rest = (in_one_pass([(logits[p], labels[p])]) for p in (slice(90), slice(90, None)))
+    part.sums += rest.sums
+    torch.testing.assert_close(part.sums, whole.sums, rtol=1e-5, atol=1e-4)
+    assert part.temperature() == pytest.approx(whole.temperature(), rel=1e-4)
+
+
+def test_the_limits_of_one_pass():
+    assert in_one_pass([two_classes(1.0, 5, 0)]).temperature() == COLDEST
+    assert in_one_pass([two_classes(1.0, 1, 4)]).temperature() == HOTTEST
+    with pytest.raises(ValueError, match="no labelled sample"):
+        TemperatureFit().temperature()
