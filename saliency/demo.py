@@ -39,7 +39,7 @@ ARMS = {
 }
 QUICK, FULL = (3, 20), (10, 40)  # seeds, and epochs of fine-tuning
 VIDEOS = {"pretrain": 120, "tune": 12, "val": 24}
-PRETRAINING = {"epochs": 30, "lr": 3e-3}
+PRETRAINING: dict[str, Any] = {"epochs": 30, "lr": 3e-3}
 TUNING = {"lr": 1e-3}
 BATCH = 8
 METRIC = "cc"
@@ -64,14 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_splits(place: Path, seed: int) -> None:
-    """Write a seed's videos, each split with other draws; those of ``val`` of held-out digits."""
+def write_splits(place: Path, seed: int, videos: Mapping[str, int] = VIDEOS) -> None:
+    """Write a seed's videos, each split with other draws; those of ``val`` of held-out digits.
+
+    Args:
+        place: The folder.
+        seed: Of the draws.
+        videos: How many to pretrain on, to fine-tune on, and to measure on.
+    """
     for i, (name, motions) in enumerate(OWN_MOTIONS.items()):
         root = place / f"pretrain-{name}"
-        write_videos(root / "annotation", VIDEOS["pretrain"], 10 * seed + i, motions)
+        write_videos(root / "annotation", videos["pretrain"], 10 * seed + i, motions)
         write_videos(root / "val", 4, 10 * seed + i, motions, True, 601)
-    write_videos(place / "tune" / "annotation", VIDEOS["tune"], 10 * seed + 9)
-    write_videos(place / "tune" / "val", VIDEOS["val"], 10 * seed + 9, held_out=True, first=601)
+    write_videos(place / "tune" / "annotation", videos["tune"], 10 * seed + 9)
+    write_videos(place / "tune" / "val", videos["val"], 10 * seed + 9, held_out=True, first=601)
 
 
 def run_all(folder: Path, seeds: int, epochs: int, jobs: int) -> dict[str, list[dict[str, Any]]]:
@@ -86,15 +92,15 @@ def run_all(folder: Path, seeds: int, epochs: int, jobs: int) -> dict[str, list[
     return {group: [found[key] for key in order if key[0] == group] for group in GROUPS}
 
 
-def pretrain(folder: Path, seed: int, name: str) -> float:
+def pretrain(folder: Path, seed: int, name: str, epochs: int = PRETRAINING["epochs"]) -> float:
     """Train one peer alone on its own videos; return its CC there. Done once a seed."""
     place = folder / f"seed-{seed}"
 
     def make() -> float:
         shutil.rmtree(place / f"{name}-run", ignore_errors=True)
-        epochs, lr = PRETRAINING["epochs"], PRETRAINING["lr"]
-        asked = ["--peer", f"saliency.standins:{name}", "--rule", "none", "--lr", str(lr)]
-        trainer = train(place, f"pretrain-{name}", f"{name}-run", seed, int(epochs), asked)
+        asked = ["--peer", f"saliency.standins:{name}", "--rule", "none"]
+        asked += ["--lr", str(PRETRAINING["lr"])]
+        trainer = train(place, f"pretrain-{name}", f"{name}-run", seed, epochs, asked)
         return trainer.progress.history[-1][f"{name}/{METRIC}"]
 
     return once(place / f"{name}.json", make)

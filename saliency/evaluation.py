@@ -24,6 +24,7 @@ from saliency.metrics import METRICS, SaliencyMetrics, Scores, resize_and_blur
 from saliency.peer import check_output
 
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
+OnFrames = Callable[[str, Sequence[tuple[int, int]], Tensor], None]
 _logger = logging.getLogger("train")
 
 ENSEMBLE = "ensemble"
@@ -143,6 +144,7 @@ class SaliencyEvaluator:
         watch: Wraps the batches, for instance in a progress bar.
         on_maps: Called with a model's name, the targets (video, frame), and its maps [B, h, w] at
             the ground truth's size.
+        on_scores: Called with a model's name, the targets, and each one's scores [B, metrics].
     """
 
     def __init__(
@@ -157,7 +159,8 @@ class SaliencyEvaluator:
         flags: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int = 0,
         watch: Watch = lambda batches, title: batches,
-        on_maps: Callable[[str, Sequence[tuple[int, int]], Tensor], None] | None = None,
+        on_maps: OnFrames | None = None,
+        on_scores: OnFrames | None = None,
     ) -> None:
         self.loader = loader
         self.world = world
@@ -169,6 +172,7 @@ class SaliencyEvaluator:
         self.seed = seed
         self.watch = watch
         self.on_maps = on_maps
+        self.on_scores = on_scores
         self.videos = loader.dataset.videos
         shuffled = "auc_shuffled" in self.names
         self.others = OtherFixations(self.videos, seed, loader.bad) if shuffled else None
@@ -210,11 +214,13 @@ class SaliencyEvaluator:
             numbers = [frame for _, frame in batch.targets]
             for name, sizes in found.items():
                 maps, at_looks = sizes[0], sizes[-1]
-                running[name].update(
+                values = running[name].update(
                     maps, batch.maps, *looks, video=video, numbers=numbers, pred_looks=at_looks
                 )
                 if self.on_maps is not None:
                     self.on_maps(name, batch.targets, maps)
+                if self.on_scores is not None:
+                    self.on_scores(name, batch.targets, values)
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
         replicas = self.world.replicas

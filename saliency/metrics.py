@@ -321,7 +321,7 @@ class SaliencyMetrics:
         video: str | int | Sequence[str | int | None] | None = None,
         numbers: Sequence[int] | None = None,
         pred_looks: Tensor | None = None,
-    ) -> None:
+    ) -> Tensor:
         """Add a batch of frames.
 
         Args:
@@ -335,6 +335,9 @@ class SaliencyMetrics:
                 many frames this object has seen before.
             pred_looks: Predicted maps [B, h, w] of the fixations' size, for the metrics that need
                 those; None: ``pred``.
+
+        Returns:
+            Every frame's scores [B, metrics], NaN where one is not defined.
 
         Raises:
             ValueError: Maps that a metric needs and that are missing, shapes that differ, or a
@@ -353,6 +356,7 @@ class SaliencyMetrics:
         sums = values.masked_fill(~defined, 0.0)
         entries = torch.cat([sums, defined.to(values.dtype), frames], dim=1)
         self._state.index_add_(0, rows, entries)
+        return values
 
     def merge(self, other: SaliencyMetrics) -> None:
         """Add the frames of another one with the same metrics and flags.

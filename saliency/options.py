@@ -92,6 +92,10 @@ class PeerSpec:
         options = argparse.Namespace(**{**vars(self.options), "backbone": None})
         return replace(self, checkpoint=None, options=options)
 
+    def loaded_from(self, file: Path) -> PeerSpec:
+        """Return the same peer with the weights of a file."""
+        return replace(self.without_weights(), checkpoint=str(file))
+
 
 def add_data_options(parser: argparse.ArgumentParser, dataset: str | None) -> None:
     """Add where the data is and how it is read.
@@ -161,6 +165,14 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML of options")
     add_data_options(parser, dataset)
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="evaluate on a share of the training videos, which are not trained on, instead of the "
+        "validation split; drawn by --seed",
+    )
     add_peer_options(parser, training=True)
     group = parser.add_argument_group("transfer")
     add_transfer_options(group)
@@ -222,7 +234,7 @@ def parse(
         SystemExit: As argparse does, for flags.
     """
     parser = build_parser(dataset, script)
-    options = parse_over_file(parser, arguments, _read_yaml)
+    options = parse_over_file(parser, arguments, read_yaml)
     options.dataset = dataset or options.dataset
     _check(options)
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
@@ -319,7 +331,12 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
     ]
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file into plain containers.
+
+    Raises:
+        OptionError: Not plain YAML.
+    """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -347,6 +364,8 @@ def _check(options: argparse.Namespace) -> None:
             "max_skips_in_a_row": 0,
         },
     )
+    if not 0 <= options.held_out < 1:
+        raise OptionError(f"--held-out is {options.held_out}; expected 0 or more, below 1")
     if options.map_size and min(options.map_size) < 1:
         raise OptionError(f"--map-size is {options.map_size}; expected a height and a width")
     if not any(getattr(options, term) for term in LOSS_TERMS):

@@ -55,6 +55,7 @@ from saliency.evaluation import (
     metrics_for,
     needs_fixations,
 )
+from saliency.held_out import split_held_out
 from saliency.layouts import VideoSet, open_dataset
 from saliency.models import ModelError
 from saliency.options import (
@@ -159,29 +160,45 @@ def run(
 
 
 def open_splits(options: argparse.Namespace, world: World, bars: bool) -> tuple[VideoSet, VideoSet]:
-    """List both splits, and look at all their files before anything is built.
+    """List what to train on and what to evaluate on, after a look at all their files.
+
+    Returns:
+        The training split and the validation split; with ``--held-out`` the training split in two
+        parts, and the validation split is not touched.
+
+    Raises:
+        DataError: Shows what is wrong.
+        OptionError: A held-out part that leaves nothing to train on.
+    """
+    names = ("train",) if options.held_out else ("train", "val")
+    splits = [open_dataset(options.dataset, options.data_root, name) for name in names]
+
+    def look() -> None:
+        check_videos(options, splits, progress=bars and sys.stderr.isatty())
+
+    on_main(world, look, (DataError,))
+    if options.held_out:
+        return split_held_out(splits[0], options.held_out, options.seed)
+    return splits[0], splits[1]
+
+
+def check_videos(
+    options: argparse.Namespace, splits: Sequence[VideoSet], progress: bool = False
+) -> None:
+    """Look at all files of splits, and tell how many there are.
 
     Raises:
         DataError: Shows what is wrong.
     """
-    splits = (
-        open_dataset(options.dataset, options.data_root, "train"),
-        open_dataset(options.dataset, options.data_root, "val"),
+    check_data(
+        splits,
+        depth=options.check_depth,
+        progress=progress,
+        most_broken=options.max_bad_samples,
     )
-
-    def look() -> None:
-        check_data(
-            splits,
-            depth=options.check_depth,
-            progress=bars and sys.stderr.isatty(),
-            most_broken=options.max_bad_samples,
-        )
-        for split in splits:
-            frames = sum(len(video) for video in split.videos)
-            _logger.info("%s: %d videos, %d frames", split, len(split.videos), frames)
-
-    on_main(world, look, (DataError,))
-    return splits
+    for split in splits:
+        frames = sum(len(video) for video in split.videos)
+        _logger.info("%s: %d videos, %d frames", split, len(split.videos), frames)
 
 
 def pack(
@@ -382,9 +399,10 @@ def _writers(
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a reader of the report wants to know of the run."""
     names = (
-        "peers dataset data_root rule score temperature transfer_weight transfer_warmup_steps "
-        "detach_teacher margin engine guard opt lr weight_decay sched epochs batch_size "
-        "clips_per_video grad_accum_steps map_size amp amp_dtype ema seed val_stride blur"
+        "peers dataset data_root held_out rule score temperature transfer_weight "
+        "transfer_warmup_steps detach_teacher margin engine guard opt lr weight_decay sched "
+        "epochs batch_size clips_per_video grad_accum_steps map_size amp amp_dtype ema seed "
+        "val_stride blur"
     ).split()
     values = plain(options)
     terms = {f"loss: {term}": values[term] for term in LOSS_TERMS if values[term]}

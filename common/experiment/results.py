@@ -72,7 +72,8 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
 
     Returns:
         Plain containers. ``test`` and ``other`` are ``common.statistics.corrected`` summaries of
-        the primary weights and of the others, ``calibration`` of the calibration error.
+        the primary weights and of the others, ``calibration`` of the calibration error, ``beside``
+        of the task's other metrics.
     """
     names = list(found[0]["epochs"])
     arms = [arm for arm in experiment.arms if any(row["arm"] == arm for row in found)]
@@ -106,6 +107,12 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
             if which != primary
         },
         "calibration": compare(primary, CALIBRATION, True) if calibrated else None,
+        "beside": {
+            metric: compare(primary, metric, lower)
+            for metric, lower in getattr(task, "others", {}).items()
+            if all(f"{name}/{metric}" in row[primary]["metrics"] for row in found for name in names)
+        },
+        "flips": getattr(task, "flips", None),
         "classes": _class_gains(experiment, task, found, names),
         "curves": {
             arm: mean_rows([r["history"] for r in found if r["arm"] == arm]) for arm in arms
@@ -217,6 +224,7 @@ def comparison_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
         (analysis["primary"], analysis["test"]),
         *analysis["other"].items(),
         *([("calibration", analysis["calibration"])] if analysis["calibration"] else []),
+        *((analysis["primary"], beside) for beside in analysis["beside"].values()),
     ):
         tested = [
             (arm, summary["control"], {**effects, **summary["peer_gains"][arm]})

@@ -55,6 +55,10 @@ class Task(Protocol):
         metric: The one that counts.
         lower_is_better: Of it.
         suffix: Of exported weights.
+        others: Metrics that the report shows beside it, each with whether lower is better. A task
+            that has none may leave this out.
+        flips: What ``fixed`` and ``broken`` count, if not samples that turned right and wrong. May
+            be left out.
     """
 
     module: str

@@ -142,7 +142,7 @@ def _train(experiment: Experiment, task: Task, arm: str, seed: int) -> dict[str,
         "history": _merged([run.trained.history for run in _distinct(runs)]),
         "lessons": [] if alone else list(runs[names[0]].trained.lessons),
         "cost": _sum(spent),
-        **{what: _measure(task, runs, what, files).plain() for what in MEASURES},
+        **{what: _measure(task, runs, what, files, peers).plain() for what in MEASURES},
     }
 
 
@@ -221,12 +221,17 @@ def _merged(histories: list[Any]) -> list[dict[str, float]]:
 
 
 def _measure(
-    task: Task, runs: Mapping[str, _Run], what: str, starts: Mapping[str, Path]
+    task: Task,
+    runs: Mapping[str, _Run],
+    what: str,
+    starts: Mapping[str, Path],
+    peers: list[dict[str, Any]],
 ) -> Measured:
     """Measure all peers' weights together, whatever run each comes from."""
     files = {
         name: run.folder / name / f"{run.trained.files[what]}{task.suffix}"
         for name, run in runs.items()
     }
-    options = next(iter(runs.values())).options
+    # of a peer that was trained alone, the options name no other
+    options = {**next(iter(runs.values())).options, "peers": peers}
     return task.measure(options, files, starts)

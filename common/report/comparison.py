@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.report.comparison_figures import before_after_figure, flips_figure, forest
+from common.report.comparison_figures import (
+    FLIPS_ARE,
+    before_after_figure,
+    flips_figure,
+    forest,
+)
 from common.report.effects import (
     SHORT_TARGETS,
     TARGET_NAMES,
@@ -313,8 +318,13 @@ def _versus_section(summary: Mapping[str, Any]) -> list[Html]:
     return [section(f"{chosen} against the other arms", data_table(caption, head, rows))]
 
 
-def peers_table(summary: Mapping[str, Any]) -> Html:
-    """Show every peer of every arm before and after."""
+def peers_table(summary: Mapping[str, Any], flips_are: str | None = None) -> Html:
+    """Show every peer of every arm before and after.
+
+    Args:
+        summary: From ``common.statistics.summarise``.
+        flips_are: What fixed and broken count; None: samples that turned right, and wrong.
+    """
     flips = has_flips(summary)
     rows: list[list[object]] = []
     for arm, values in summary["arms"].items():
@@ -333,7 +343,7 @@ def peers_table(summary: Mapping[str, Any]) -> Html:
     head = ["Arm", "Peer", "Before", "After", "Gain over control"]
     if flips:
         head += ["Fixed", "Broken"]
-        caption += " Fixed and broken: samples that turned right, and wrong, mean over seeds."
+        caption += f" Fixed and broken: {flips_are or FLIPS_ARE}, mean over seeds."
     return data_table(caption, head, [row[: len(head)] for row in rows], labels=2)
 
 

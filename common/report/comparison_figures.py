@@ -15,6 +15,8 @@ from common.report.numbers import Row, as_count
 from common.report.page import Html, figure_tag
 from common.report.plots import COLORS, draw, short_name
 
+FLIPS_ARE = "samples that turned right, and wrong"
+
 
 def forest(summary: Mapping[str, Any]) -> list[Html]:
     """Draw the gain of every arm over the control with its interval; filled where shown."""
@@ -91,8 +93,8 @@ def _slope(axes: Axes, y: int, peer: Row) -> None:
     axes.plot(after, y, "o", color=COLORS[0], label="after")
 
 
-def flips_figure(summary: Mapping[str, Any]) -> list[Html]:
-    """Draw how many samples each arm fixed and broke."""
+def flips_figure(summary: Mapping[str, Any], flips_are: str | None = None) -> list[Html]:
+    """Draw how many samples each arm fixed and broke; ``flips_are``: what was counted instead."""
     names, arms = summary["names"], list(summary["arms"])
     peers = {arm: summary["arms"][arm]["peers"] for arm in arms}
     if not has_flips(summary):
@@ -118,7 +120,7 @@ def flips_figure(summary: Mapping[str, Any]) -> list[Html]:
         for arm in arms
         for name, peer in peers[arm].items()
     )
-    caption = "Samples that training turned right (fixed) and wrong (broken), mean over seeds."
+    caption = f"Fixed and broken: {flips_are or FLIPS_ARE}, mean over seeds."
     rows = math.ceil(len(names) / 2)
     return [figure_tag(draw(paint, 0.5 + rows * (0.6 + 0.26 * len(arms))), alt, caption)]
 

@@ -61,9 +61,10 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
         *_pairs_section(summary),
         section(
             "Before and after",
-            peers_table(summary),
-            figure_grid([before_after_figure(summary), *flips_figure(summary)]),
+            peers_table(summary, analysis["flips"]),
+            figure_grid([before_after_figure(summary), *flips_figure(summary, analysis["flips"])]),
         ),
+        *_beside_section(analysis),
         *_others_sections(analysis),
         *_class_section(analysis),
         *_calibration_section(analysis),
@@ -262,6 +263,14 @@ def _others_sections(analysis: Analysis) -> list[Html]:
             parts.append(data_table(caption, ["Arm", *analysis["names"]], epochs))
         found.append(section(f"At {WEIGHTS[which]}", *parts))
     return found
+
+
+def _beside_section(analysis: Analysis) -> list[Html]:
+    summaries = analysis["beside"].values()
+    if not summaries:
+        return []
+    about = "The same weights by other metrics. No claim above rests on these tables."
+    return [section("Other metrics", tag("p", about), *map(effects_table, summaries))]
 
 
 def _class_section(analysis: Analysis) -> list[Html]:

@@ -1,0 +1,194 @@
+"""Experiments on video saliency models: arms over seeds, chosen on held-out videos, with tests.
+
+python saliency/experiment.py saliency/configs/experiments/videos.yaml --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from common import experiment
+from common.checkpoint import atomic_write, read_file, save_weights
+from common.distributed import World
+from common.experiment import Measured, Trained
+from common.options import OptionError
+from common.outputs import start_world
+from saliency.clips import ClipView
+from saliency.evaluation import flatten
+from saliency.layouts import VideoSet, open_dataset
+from saliency.options import PeerSpec, parse, read_yaml
+from saliency.peer import build_modules
+from saliency.train import FAULTS, build_evaluator, check_videos, open_splits, run
+
+SCRIPT = "train"
+
+
+class Saliency:
+    """How ``common.experiment`` runs ``train.py``; the validation split is the test set."""
+
+    module = "saliency.experiment"
+    metric = "cc"
+    lower_is_better = False
+    suffix = ".pth"
+    others: Mapping[str, bool] = {
+        "kldiv": True,
+        "similarity": False,
+        "nss": False,
+        "auc_judd": False,
+    }
+    flips = (
+        "frames of the test set, in percent, that a peer predicts better, and worse, than at its "
+        "start, by CC"
+    )
+
+    def read(self, path: Path) -> Any:
+        """Read a YAML file; see ``common.experiment.Task``."""
+        return read_yaml(path)
+
+    def check(self, options: Mapping[str, Any]) -> list[str]:
+        """Refuse options that cannot be used; return the peers' names."""
+        asked, specs = _parsed(options)
+        if asked.eval_metric != self.metric:
+            raise OptionError(
+                f"eval_metric {asked.eval_metric}: the tests of an experiment are about "
+                f"{self.metric}, so that chooses the epoch too; leave it out"
+            )
+        if not Path(asked.data_root).expanduser().is_dir():
+            raise OptionError(f"data_root {asked.data_root}: no such folder")
+        return [spec.name for spec in specs]
+
+    def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
+        """Write each peer's weights as they are before training; measure them."""
+        asked, specs = _parsed(options)
+        world = start_world(asked.device)
+        torch.manual_seed(asked.seed)
+        modules, views = build_modules(specs)
+        for spec, module in zip(specs, modules, strict=True):
+            save_weights(files[spec.name], module.state_dict())
+        names = [spec.name for spec in specs]
+        _, held_out = open_splits(asked, world, bars=False)
+        found = {}
+        for what, videos in (("held_out", held_out), ("test", test_videos(asked))):
+            found[what], frames = measured(asked, videos, modules, views, names, world)
+        for name in names:
+            atomic_write(_frames(files[name]), lambda to, x=frames[name]: torch.save({"cc": x}, to))
+        return found
+
+    def started(self, peer: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
+        """Return a peer's entry that starts from a file of ``start``, its options kept."""
+        kept = {key: value for key, value in peer.items() if key != "backbone"}
+        return {**kept, "name": name, "checkpoint": str(file)}
+
+    def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
+        """Train, or go on with the run of that folder."""
+        where = ["--output", str(folder.parent), "--experiment", folder.name]
+        arguments = [*_arguments(options, folder / "options.yaml"), *where, "--resume", "auto"]
+        trainer = run(None, SCRIPT, arguments, bars=False)
+        if trainer is None:
+            raise OptionError("check_data and plan train nothing; leave them out")
+        progress = trainer.progress
+        chosen = {name: (best.epoch, best.value) for name, best in progress.best.items()}
+        return Trained(progress.history, progress.lessons, chosen, progress.updates)
+
+    def measure(
+        self, options: Mapping[str, Any], files: Mapping[str, Path], start: Mapping[str, Path]
+    ) -> Measured:
+        """Measure exported weights on the test set."""
+        asked, specs = _parsed(options)
+        specs = [spec for spec in specs if spec.name in files]
+        specs = [spec.loaded_from(files[spec.name]) for spec in specs]
+        modules, views = build_modules(specs)
+        names = [spec.name for spec in specs]
+        world = start_world(asked.device)
+        found, frames = measured(asked, test_videos(asked), modules, views, names, world)
+        for name in names:
+            before = read_file(_frames(start[name]))["cc"]
+            found.metrics |= {f"{name}/{k}": x for k, x in moved(before, frames[name]).items()}
+        return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; bad input ends in one line, not in a traceback."""
+    return experiment.main(Saliency(), FAULTS, arguments)
+
+
+def _parsed(options: Mapping[str, Any]) -> tuple[argparse.Namespace, list[PeerSpec]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return parse(None, SCRIPT, _arguments(options, Path(folder) / "options.yaml"))
+
+
+def _arguments(options: Mapping[str, Any], file: Path) -> list[str]:
+    text = yaml.safe_dump({"eval_metric": Saliency.metric, **options}, sort_keys=False)
+    atomic_write(file, lambda to: to.write_text(text, encoding="utf-8"))
+    return ["-c", str(file)]
+
+
+def test_videos(options: argparse.Namespace) -> VideoSet:
+    """List the validation split, after a look at its files; no epoch is chosen on it."""
+    videos = open_dataset(options.dataset, options.data_root, "val")
+    check_videos(options, [videos], progress=False)
+    return videos
+
+
+def measured(
+    options: argparse.Namespace,
+    videos: VideoSet,
+    modules: Sequence[nn.Module],
+    views: Sequence[ClipView],
+    names: Sequence[str],
+    world: World,
+) -> tuple[Measured, dict[str, Tensor]]:
+    """Measure models.
+
+    Returns:
+        The means, and for each model CC by frame, float [n], NaN where it is not defined; the
+        frames come in the split's order.
+    """
+    found: dict[str, dict[tuple[int, int], Tensor]] = {}
+
+    def keep(name: str, targets: Sequence[tuple[int, int]], values: Tensor) -> None:
+        at = evaluator.names.index(Saliency.metric)
+        found.setdefault(name, {}).update(zip(targets, values[:, at].cpu(), strict=True))
+
+    evaluator = build_evaluator(options, videos, views, world, on_scores=keep)
+    for module in modules:
+        module.to(world.device)
+    scores = evaluator.score(modules, views, names)
+    frames = {name: torch.stack([found[name][k] for k in sorted(found[name])]) for name in names}
+    return Measured(flatten(scores)), frames
+
+
+def moved(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Say how many frames a peer predicts better, and worse, than before.
+
+    Args:
+        before, after: Scores by frame [n], larger is better; NaN where not defined.
+
+    Returns:
+        ``fixed`` and ``broken``, in percent of the frames where both are defined.
+    """
+    known = ~(before.isnan() | after.isnan())
+    gain = (after - before)[known]
+    return {
+        "fixed": 100 * (gain > 0).double().mean().item(),
+        "broken": 100 * (gain < 0).double().mean().item(),
+    }
+
+
+def _frames(start: Path) -> Path:
+    """Say where a start's CC by frame lies, beside its weights."""
+    return start.with_suffix(".frames.pt")
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # see saliency/train.py
+    sys.exit(main())
