@@ -29,6 +29,7 @@ from common.report import write_run_report
 from common.termination import EXIT_STATUS, Preempted, handed_to_children
 from common.trainer import write_csv
 from segmentation import checkpoints
+from segmentation.cards import write_cards
 from segmentation.config import RunConfig, load_run
 from segmentation.data import allowed, check_classes
 from segmentation.errors import FAULTS, ConfigError
@@ -172,6 +173,7 @@ def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
         for note in trainer.notes():
             _logger.warning("%s", note)
         _logger.info("report: %s", path)
+        write_cards(trainer)
     return trainer
 
 

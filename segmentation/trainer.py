@@ -60,6 +60,7 @@ from segmentation.hooks import (
 )
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer, make_batch, read_losses
+from segmentation.weights import origin_of
 
 _logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class TransferTrainer(TrainerBase):
         history: One row an evaluation: ``iteration``, and ``PEER/METRIC`` in percent.
         lessons: One row an evaluation but the first: who taught whom since the last.
         best: Each peer's best mIoU and its iteration.
+        origins: What each peer started from, in words; empty where that was not kept.
         soups: What averages of start and best were worth, after ``make_soups``.
 
     Raises:
@@ -103,6 +105,7 @@ class TransferTrainer(TrainerBase):
         self.history: list[dict[str, float]] = []
         self.lessons: list[dict[str, float]] = []
         self.best: dict[str, list[float]] = {}
+        self.origins = self._tell_origins(record)
         self.bad = allowed(run.transfer.MAX_BAD_SAMPLES)
         self.soups: list[Soup] = []
         records = load_datasets(run.cfg.DATASETS.TRAIN)
@@ -280,6 +283,7 @@ class TransferTrainer(TrainerBase):
                 "peers": self.peers.names,
                 "iteration": done,
                 "seed": self.seed,
+                "origins": self.origins,
                 "settings": self.settings,
                 "ranks": ranks,
                 "seats": self.world.seats,
@@ -314,6 +318,16 @@ class TransferTrainer(TrainerBase):
         else:
             checkpoints.refuse_other_settings(self.folder, record, self.settings)
         return record
+
+    def _tell_origins(self, record: dict[str, Any] | None) -> dict[str, str]:
+        """Tell what each peer starts from, or what was told at the run's start."""
+        if record is not None:
+            return dict(record.get("origins", {}))
+        return (
+            {peer.name: origin_of(peer.cfg.MODEL.WEIGHTS) for peer in self.run.peers}
+            if self.world.leads
+            else {}
+        )
 
     def _draw_seed(self) -> int:
         seed = self.run.cfg.SEED

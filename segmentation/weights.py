@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from common.card import told_sum
 from common.checkpoint import CheckpointError, load_weights, read_weights
 from segmentation.mask2former import load_transformers
 
@@ -137,6 +138,18 @@ def load_peer_weights(module: nn.Module, source: str, who: str) -> None:
     if given > len(own) / 2:
         load_weights(module, weights, f"{who}: {source}")  # refuses, and says what differs
     _load_backbone(module, to_detectron2(weights), f"{who}: {source}")
+
+
+def origin_of(weights: str) -> str:
+    """Tell in words what a peer starts from; asked at a run's start, when the file is what it was.
+
+    Args:
+        weights: MODEL.WEIGHTS.
+    """
+    if not weights:
+        return "no file: random weights"
+    path = Path(weights).expanduser()
+    return told_sum(path) if path.is_file() else f"published weights `{weights}`"
 
 
 def _read(source: str) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Whole runs through the command line's own functions."""
 
+import csv
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -17,10 +19,11 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
+from common.card import file_sum, from_json
 from common.checkpoint import CheckpointError, read_file
 from common.guard import STOPPED, UNTAUGHT
 from common.soup import average_weights
-from segmentation import checkpoints
+from segmentation import cards, checkpoints
 from segmentation.cli import check_machine, main, parser, write_report
 from segmentation.config import load_run
 from segmentation.errors import ConfigError
@@ -89,6 +92,64 @@ def test_a_soup_is_the_average_that_one_half_of_the_images_chose(finished, datas
         measured = told["measured"][told["alphas"].index(told["alpha"])]
         assert found[f"{peer}/mIoU"] == pytest.approx(measured)
     assert "<h2>Soup" in (folder / "report.html").read_text()
+
+
+def test_each_learning_peer_gets_a_card(finished, tmp_path, caplog):
+    out = finished / "out"
+    rows = list(csv.DictReader((out / "summary.csv").open()))
+    for name, other in (("fpn", "deeplab"), ("deeplab", "fpn")):
+        folder = out / name
+        card = from_json((folder / "card.json").read_text(), folder)
+        assert set(card.evidence) == {"best", "last", "soup"}
+        values = [float(row[f"{name}/mIoU"]) for row in rows]
+        for which, value in (("best", max(values)), ("last", values[-1])):
+            told = card.evidence[which]
+            assert told.before["mIoU (%)"] == pytest.approx(values[0])
+            assert told.after["mIoU (%)"] == pytest.approx(value)
+            assert "3 images of `scenes_val`" in told.measured_on
+        assert 0 < card.evidence["last"].teachers[other] < 1
+        assert card.lineage["its start"] == "no file: random weights"
+        text = (folder / "README.md").read_text()
+        assert file_sum(folder / "model_best.pth") in text and "10 images to train on" in text
+        config = hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()
+        assert config in text
+    copy = tmp_path / "fpn"
+    shutil.copytree(out / "fpn", copy)
+    assert cards.main([str(copy), "--which", "last"]) == 0
+    assert file_sum(copy / "model_final.pth") in (copy / "README.md").read_text()
+    assert cards.main([str(copy), "--analysis", str(tmp_path / "no.json")]) == 1
+    assert "no.json: no such file" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_file_loads_as_its_card_says(finished):
+    folder = finished / "out/fpn"
+    text = (folder / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    told = f"{code}\nprint(type(model).__name__)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", told], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "SemanticSegmentor"
+    assert "not in the checkpoint" not in done.stdout + done.stderr
+
+
+def test_a_card_tells_the_sum_of_the_start_and_the_held_out_part(datasets, tmp_path):
+    path = write_run(tmp_path, ("fpn",), RULE="none", HELD_OUT=0.3)
+    run = load_run([path])
+    module, _ = build_with_weights(run.peers[0])
+    torch.save(module.state_dict(), tmp_path / "start.pth")
+    options = ["MODEL.WEIGHTS", str(tmp_path / "start.pth"), "SOLVER.MAX_ITER", "1"]
+    trainer = TransferTrainer(load_run([path], options))
+    (tmp_path / "start.pth").unlink()  # what it was has been told already
+    trainer.train()
+    card = cards.describe(trainer, trainer.run.peers[0])
+    assert "start.pth" in card.lineage["its start"] and "sha256" in card.lineage["its start"]
+    assert "`scenes_train` without 30 % held out, 7 images" in card.lineage["data"]
+    assert "3 images of 30 % of `scenes_train`" in card.evidence["last"].measured_on
+    assert TransferTrainer(load_run([path]), resume=False).origins["fpn"].endswith("random weights")
 
 
 def test_a_resume_for_a_soup_needs_the_start(finished, datasets, tmp_path):

@@ -1,0 +1,252 @@
+"""Model cards of segmentors: written beside each learning peer's files at a run's end.
+
+    python -m segmentation.cards OUTPUT_DIR/PEER --analysis analysis.json
+
+writes the card anew, with what an experiment showed of a peer of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import numpy as np
+import torch
+
+from common.card import Card, Evidence, card_text, file_sum, from_json, to_json
+from common.disk import write_text
+from common.options import OptionError
+from common.outputs import run_command
+from common.soup import Soup
+from segmentation import checkpoints
+from segmentation.config import PeerConfig, RunConfig
+from segmentation.data import classes_of, load_datasets
+from segmentation.held_out import part_of, sources
+from segmentation.keys import value_at
+from segmentation.trainer import METRIC, TransferTrainer
+
+CARD, README, CONFIG = "card.json", "README.md", "config.yaml"
+FILES = {"best": checkpoints.BEST, "last": checkpoints.FINAL, "soup": checkpoints.SOUP}
+
+Row = Mapping[str, float]
+
+_METRICS = {
+    METRIC: "mIoU (%)",
+    "fwIoU": "fwIoU (%)",
+    "mACC": "mean accuracy of classes (%)",
+    "pACC": "pixel accuracy (%)",
+}
+_TRANSFER = (
+    "RULE SCORE GRANULARITY WEIGHT TEMPERATURE MARGIN DETACH_TEACHER WARMUP_ITERS ENGINE GUARD "
+    "ACCUMULATE HELD_OUT"
+).split()
+_OWN = (
+    "SOLVER.MAX_ITER SOLVER.IMS_PER_BATCH SOLVER.OPTIMIZER SOLVER.BASE_LR "
+    "SOLVER.BACKBONE_MULTIPLIER SOLVER.WEIGHT_DECAY SOLVER.LR_SCHEDULER_NAME SOLVER.AMP.ENABLED "
+    "INPUT.CROP.SIZE INPUT.MIN_SIZE_TRAIN SEED"
+).split()
+_LOADING = """from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from segmentation.config import base_config  # of peer-transfer
+
+cfg = base_config()
+cfg.merge_from_file("config.yaml")
+model = build_model(cfg)
+DetectionCheckpointer(model).load("{file}")"""
+
+
+def write_cards(trainer: TransferTrainer) -> None:
+    """Write ``README.md`` and ``card.json`` of every learning peer that this process leads.
+
+    Args:
+        trainer: After ``train``, and ``make_soups`` where it is asked for.
+    """
+    if not trainer.world.leads:
+        return
+    run, here = trainer.run, [peer.name for peer in trainer.peers.here]
+    for config in run.peers:
+        if config.frozen or config.name not in here:
+            continue
+        card, folder = describe(trainer, config), trainer.folder / config.name
+        write_text(folder / CARD, to_json(card))
+        best = folder / FILES["best"]
+        write_text(folder / README, card_text(card, "best", best.name, file_sum(best)))
+
+
+def describe(trainer: TransferTrainer, config: PeerConfig) -> Card:
+    """Collect all that the card of one peer tells."""
+    run, name = trainer.run, config.name
+    others = ", ".join(f"`{other.name}`" for other in run.peers if other is not config) or "nobody"
+    made = {key.lower(): run.transfer[key] for key in _TRANSFER}
+    made |= {key: value_at(config.cfg, key) for key in _OWN}
+    kind = config.cfg.MODEL.META_ARCHITECTURE
+    return Card(
+        peer=name,
+        model=kind,
+        about=(
+            f"A semantic segmentor of {len(classes_of(run.cfg.DATASETS.TEST[0])[0])} classes, "
+            f"fine-tuned on {_names(run.cfg.DATASETS.TRAIN)} side by side with {others} by peer "
+            f"transfer: for every {run.transfer.GRANULARITY} the rule below says which of the "
+            "peers teaches which."
+        ),
+        front={
+            "library_name": "detectron2",
+            "pipeline_tag": "image-segmentation",
+            "tags": ["image-segmentation", "detectron2", "peer-transfer"],
+        },
+        made={key: str(value) for key, value in made.items()},
+        evidence=_evidence(trainer, name),
+        lineage={
+            **{_title(other, name): _start(trainer, other) for other in run.peers},
+            "data": f"{_names(run.cfg.DATASETS.TRAIN)}, {len(trainer.dataset)} images to train on",
+            f"configuration (`{CONFIG}`)": f"sha256 `{_config_sum(run, config)}`",
+        },
+        versions=_versions(),
+        loading=_LOADING,
+        loading_hub="",
+    )
+
+
+def _names(datasets: Sequence[str]) -> str:
+    told = ", ".join(f"`{name}`" for dataset in datasets for name in sources(dataset))
+    part = part_of(datasets[0])
+    if part is None:
+        return told
+    share = f"{100 * part.share:g} %"
+    return f"{told} without {share} held out" if part.kind == "rest" else f"{share} of {told}"
+
+
+def _title(other: PeerConfig, name: str) -> str:
+    if other.name == name:
+        return "its start"
+    kind = other.cfg.MODEL.META_ARCHITECTURE
+    return f"peer `{other.name}` ({kind}{', frozen' if other.frozen else ''}), start"
+
+
+def _start(trainer: TransferTrainer, config: PeerConfig) -> str:
+    return trainer.origins.get(config.name, "not recorded")
+
+
+def _evidence(trainer: TransferTrainer, name: str) -> dict[str, Evidence]:
+    value, iteration = trainer.best[name]
+    rows = [row for row in trainer.history if row["iteration"] == iteration]
+    chosen = next((row for row in rows if row[f"{name}/{METRIC}"] == value), rows[0])
+    dataset = trainer.run.cfg.DATASETS.TEST[0]
+    where = f"{len(load_datasets([dataset]))} images of {_names([dataset])}"
+    start = " (0: the start itself, which no later one beat)" if iteration == 0 else ""
+    about = f"The weights after iteration {int(iteration)} of {trainer.max_iter}, the best by mIoU"
+    optimistic = f"{where}, which also chose it: what they say of this file is optimistic"
+    last = trainer.history[-1]
+    found = {
+        "best": _of_row(trainer, name, chosen, f"{about}{start}.", optimistic),
+        "last": _of_row(trainer, name, last, "The weights after the last iteration.", where),
+    }
+    for soup in trainer.soups:
+        if soup.peer == name:
+            found["soup"] = _of_soup(soup, found["best"], where)
+    return found
+
+
+def _of_row(trainer: TransferTrainer, name: str, row: Row, about: str, where: str) -> Evidence:
+    start = trainer.history[0]
+    lessons = [x for x in trainer.lessons if x["iteration"] <= row["iteration"]]
+    return Evidence(
+        about,
+        where,
+        before={title: start[f"{name}/{key}"] for key, title in _METRICS.items()},
+        after={title: row[f"{name}/{key}"] for key, title in _METRICS.items()},
+        teachers={
+            teacher: sum(x[f"transfer/{teacher}->{name}/share"] for x in lessons) / len(lessons)
+            for teacher in trainer.peers.names
+            if teacher != name and lessons
+        },
+    )
+
+
+def _of_soup(soup: Soup, best: Evidence, where: str) -> Evidence:
+    title = _METRICS[soup.metric]
+    return Evidence(
+        f"An average of {100 * soup.alpha:g} % of the best weights and the rest of the start's.",
+        f"every second one of {where}; the others chose the average",
+        before={title: soup.measured_at(0.0)},
+        after={title: soup.measured_at(soup.alpha)},
+        teachers=best.teachers,
+    )
+
+
+def _config_sum(run: RunConfig, config: PeerConfig) -> str:
+    path = run.output_dir / config.name / CONFIG
+    text = path.read_bytes() if path.is_file() else config.cfg.dump().encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("peer-transfer")
+    except PackageNotFoundError:
+        own = "not installed, run from its sources"
+    return {
+        "peer-transfer": own,
+        "torch": str(torch.__version__),
+        "detectron2": detectron2.__version__,
+        "numpy": np.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def rewrite(folder: Path, which: str, analysis: Path | None) -> Path:
+    """Write a peer's card for another of its files, or with what an experiment showed.
+
+    Args:
+        folder: Of the peer, with ``card.json``.
+        which: Of ``FILES``.
+        analysis: An experiment's ``analysis.json``.
+
+    Returns:
+        The card.
+
+    Raises:
+        OptionError: Files that are missing or not what they should be.
+    """
+    paths = [folder / CARD, folder / FILES[which], *([analysis] if analysis else [])]
+    for path in paths:
+        if not path.is_file():
+            raise OptionError(f"{path}: no such file")
+    card = from_json((folder / CARD).read_text(encoding="utf-8"), folder / CARD)
+    known: dict[str, Any] | None = None
+    if analysis is not None:
+        try:
+            known = json.loads(analysis.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OptionError(f"{analysis}: cannot be read as JSON ({error})") from error
+    file = folder / FILES[which]
+    write_text(folder / README, card_text(card, which, file.name, file_sum(file), analysis=known))
+    return folder / README
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; bad input ends in one line, not in a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m segmentation.cards", description="Write the model card of a peer anew."
+    )
+    parser.add_argument("folder", type=Path, help="OUTPUT_DIR/PEER of a finished run")
+    parser.add_argument("--which", choices=tuple(FILES), default="best", help="which file")
+    parser.add_argument("--analysis", type=Path, help="analysis.json of an experiment")
+    asked = parser.parse_args(arguments)
+    return run_command(
+        lambda: sys.stdout.write(f"{rewrite(asked.folder, asked.which, asked.analysis)}\n"),
+        (OptionError,),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
