@@ -20,10 +20,11 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from classification.images import BrokenImageError, name_of, read_image
 from classification.options import mixes
+from common.ahead import ReadAhead
 from common.broken import (
     BadSample,
     BadSamples,
@@ -161,7 +162,7 @@ class Draw(NamedTuple):
     epoch: int
 
 
-class EpochSampler(Sampler[Draw]):
+class EpochOrder:
     """Orders an epoch's samples; the order and seeds depend on seed and epoch alone.
 
     Shards take every ``world.shards``-th sample of one common order, so that the union of what the
@@ -176,24 +177,15 @@ class EpochSampler(Sampler[Draw]):
     def __init__(self, order: Any, world: World) -> None:
         self.order = order
         self.world = world
-        self.epoch = 0
-        self.start = 0
-
-    def set_epoch(self, epoch: int, start: int) -> None:
-        """Prepare an epoch, without this rank's first ``start`` samples."""
-        self.epoch, self.start = epoch, start
-        self.order.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[Draw]:
-        yield from self.draws(self.start, None)
 
     def __len__(self) -> int:
-        return len(self.order) - self.start
+        return len(self.order)
 
-    def draws(self, start: int, stop: int | None) -> Iterator[Draw]:
-        """Yield this rank's samples ``start`` to ``stop`` of the running epoch."""
+    def draws(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Draw]:
+        """Yield this rank's samples ``start`` to ``stop`` of an epoch."""
+        self.order.set_epoch(epoch)
         for k, index in enumerate(itertools.islice(self.order, start, stop), start):
-            yield Draw(int(index), k * self.world.shards + self.world.shard, self.epoch)
+            yield Draw(int(index), k * self.world.shards + self.world.shard, epoch)
 
 
 class SeededDataset(Dataset):
@@ -356,13 +348,11 @@ class TrainLoader:
                 )
             _refuse_bad_of_stream(options)
             dataset.set_loader_cfg(num_workers=options.workers)
-            sampler, source = None, dataset
             samples = len(dataset) // world.shards
         else:
-            sampler = EpochSampler(_order(dataset, options, world), world)
-            source = SeededDataset(dataset, options.seed, self.bad.most)
-            samples = len(sampler)
-        self.source = source
+            self.order = EpochOrder(_order(dataset, options, world), world)
+            self.source = SeededDataset(dataset, options.seed, self.bad.most)
+            samples = len(self.order)
         self.batches = samples // self.batch_size
         if options.train_batches_per_epoch:
             self.batches = min(self.batches, options.train_batches_per_epoch)
@@ -371,21 +361,10 @@ class TrainLoader:
                 f"{samples} training samples for each of {world.shards} processes do not fill one "
                 f"batch of {self.batch_size}; lower --batch-size"
             )
-        self.sampler = sampler
-        self._generator = torch.Generator()
-        loader = DataLoader(
-            source,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=options.workers,
-            collate_fn=collate,
-            pin_memory=options.pin_mem,
-            drop_last=True,
-            persistent_workers=options.workers > 0,
-            generator=self._generator,
-        )
+        reading = {"collate_fn": collate, "pin_memory": options.pin_mem}
+        self._loader = self._stream(reading) if self.streaming else self._ahead(reading)
         self._prefetch = PrefetchLoader(
-            Counted(loader, self.bad),
+            Counted(self._loader, self.bad),
             mean=view.mean,
             std=view.std,
             channels=view.size[0],
@@ -403,14 +382,37 @@ class TrainLoader:
         )
         self.mixup = _mixup(options, num_classes)
 
+    def _ahead(self, reading: dict[str, Any]) -> ReadAhead:
+        return ReadAhead(
+            self.source,
+            self.order.draws,
+            self.batch_size,
+            self.batches,
+            seed=self.options.seed,
+            workers=self.options.workers,
+            **reading,
+        )
+
+    def _stream(self, reading: dict[str, Any]) -> DataLoader:
+        self._generator = torch.Generator()
+        return DataLoader(
+            self.dataset,
+            batch_size=self.batch_size,
+            num_workers=self.options.workers,
+            drop_last=True,
+            persistent_workers=self.options.workers > 0,
+            generator=self._generator,
+            **reading,
+        )
+
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Prepare an epoch, without its first ``start`` batches."""
+        """Prepare an epoch, without its first ``start`` batches; it may be read from now on."""
         self.epoch, self.start = epoch, start
-        self._generator.manual_seed(self.options.seed + epoch)
         if self.streaming:
+            self._generator.manual_seed(self.options.seed + epoch)
             self.dataset.set_epoch(epoch)
         else:
-            self.sampler.set_epoch(epoch, start * self.batch_size)
+            self._loader.set_epoch(epoch, start)
         if self.mixup is not None and self.options.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < self.options.mixup_off_epoch
 
@@ -440,7 +442,8 @@ class TrainLoader:
         places = range(start, start + self.batch_size)
         if self.streaming:
             return [f"sample {k} of the stream of process {self.world.shard}" for k in places]
-        return [self._name(draw) for draw in self.sampler.draws(start, places.stop)]
+        draws = self.order.draws(self.epoch, start, places.stop)
+        return [self._name(draw) for draw in draws]
 
     def _name(self, draw: Draw) -> str:
         """Return the file of a draw, or of what took its place."""

@@ -49,7 +49,7 @@ class Loader(Protocol):
     """Batches on the device, in an order that depends on nothing but seed and epoch."""
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Prepare an epoch's order, without its first ``start`` batches."""
+        """Prepare an epoch, without its first ``start`` batches; it may be read from now on."""
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""
@@ -217,6 +217,7 @@ class Trainer:
         """
         with self.termination:
             if not self.progress.history:
+                self.loader.set_epoch(self.progress.epoch, self.progress.batch)  # read meanwhile
                 if self.halves is not None:
                     self._export("start", self._learners)
                 self.on_baseline(self._evaluate(0))

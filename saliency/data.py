@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from common.ahead import ReadAhead
 from common.broken import (
     BadSample,
     BadSamples,
@@ -329,7 +330,7 @@ class EvalClips(ClipDataset):
         return self.sample(*target)
 
 
-class EpochOrder(Sampler[Draw]):
+class EpochOrder:
     """Orders an epoch's samples; the order depends on seed and epoch alone.
 
     Shards take every ``world.shards``-th sample of one common order, and equally many: where it
@@ -345,21 +346,15 @@ class EpochOrder(Sampler[Draw]):
         self.order = DistributedSampler(
             dataset, num_replicas=world.shards, rank=world.shard, shuffle=True, seed=seed
         )
-        self.epoch = 0
-        self.start = 0
-
-    def set_epoch(self, epoch: int, start: int) -> None:
-        """Prepare an epoch, without this rank's first ``start`` samples."""
-        self.epoch, self.start = epoch, start
-        self.order.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[Draw]:
-        for k, index in enumerate(self.order):
-            if k >= self.start:
-                yield Draw(int(index), self.epoch)
 
     def __len__(self) -> int:
-        return len(self.order) - self.start
+        return len(self.order)
+
+    def draws(self, epoch: int, start: int = 0) -> Iterator[Draw]:
+        """Yield this rank's samples of an epoch, without the first ``start``."""
+        self.order.set_epoch(epoch)
+        for index in islice(self.order, start, None):
+            yield Draw(int(index), epoch)
 
 
 class TrainLoader:
@@ -410,27 +405,24 @@ class TrainLoader:
             fixations=fixations,
             reader=FrameReader(packed),
         )
-        self.seed = seed
         self.videos = videos.videos
         self.device = world.device
-        self.order = EpochOrder(dataset, world, seed)
-        self.batch_size = batch_size
-        self.batches = -(-len(self.order) // batch_size)
-        self._generator = torch.Generator()
-        loader = DataLoader(
+        order = EpochOrder(dataset, world, seed)
+        self.batches = -(-len(order) // batch_size)
+        self._loader = ReadAhead(
             _Replacing(dataset, self.bad.most),
-            batch_size=batch_size,
-            sampler=self.order,
-            generator=self._generator,
-            persistent_workers=workers > 0,
-            **_reading(workers, world, _join),
+            order.draws,
+            batch_size,
+            self.batches,
+            seed=seed,
+            workers=workers,
+            **_reading(world, _join),
         )
-        self._batches = Counted(loader, self.bad)
+        self._batches = Counted(self._loader, self.bad)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Prepare an epoch, without its first ``start`` batches."""
-        self.order.set_epoch(epoch, start * self.batch_size)
-        self._generator.manual_seed(self.seed + epoch)
+        """Begin to read an epoch, without its first ``start`` batches."""
+        self._loader.set_epoch(epoch, start)
 
     def __len__(self) -> int:
         return self.batches
@@ -522,7 +514,8 @@ class EvalLoader:
             _LeavingOut(self.dataset),
             batch_sampler=self.batches,
             generator=torch.Generator().manual_seed(0),
-            **_reading(self.workers, self.world, _join_by_size),
+            num_workers=self.workers,
+            **_reading(self.world, _join_by_size),
         )
         self._loader = Counted(loader, self.bad, evaluating=True)
 
@@ -639,10 +632,9 @@ def _window(views: Sequence[ClipView], stride: int) -> int:
     return before + after + 1 + stride
 
 
-def _reading(workers: int, world: World, join: Callable[..., Any]) -> Mapping[str, Any]:
+def _reading(world: World, join: Callable[..., Any]) -> Mapping[str, Any]:
     """Return what training and evaluation loaders share."""
     return {
-        "num_workers": workers,
         "collate_fn": join,
         "pin_memory": world.device.type == "cuda",
         "worker_init_fn": _one_thread,

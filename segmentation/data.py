@@ -177,8 +177,8 @@ def class_masks(labels: torch.Tensor, ignore: int) -> Instances:
     Returns:
         ``gt_classes`` [K] and ``gt_masks`` bool [K, H, W].
     """
-    present = labels.unique()
-    present = present[present != ignore]
+    counts = torch.bincount(labels[labels != ignore])  # unique() sorts, which takes far longer
+    present = counts.nonzero().flatten()
     instances = Instances(tuple(labels.shape))
     instances.gt_classes = present
     instances.gt_masks = labels == present.view(-1, 1, 1)
@@ -265,12 +265,17 @@ class SeededRecords(Dataset):
         self.records, self.mapper, self.seed, self.most = records, mapper, seed, most
 
     def __getitem__(self, drawn: tuple[int, int]) -> Any:
-        position, index = drawn
+        return self.__getitems__([drawn])[0]
 
+    def __getitems__(self, drawn: Sequence[tuple[int, int]]) -> list[Any]:
+        """Return a batch's samples; torch's loader asks for them at once."""
+        with generators_kept():
+            return [self._sample(position, index) for position, index in drawn]
+
+    def _sample(self, position: int, index: int) -> Any:
         def read(index: int) -> dict[str, Any]:
-            with generators_kept():
-                seed_generators(self.seed, position)
-                return self.mapper(self.records[index])
+            seed_generators(self.seed, position)
+            return self.mapper(self.records[index])
 
         def other(attempt: int) -> int:
             return other_index(len(self.records), self.seed, position, attempt)
