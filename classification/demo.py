@@ -127,18 +127,24 @@ def finetune(folder: Path, seed: int, arm: str, stronger: str, epochs: int) -> d
 
     def make() -> dict[str, Any]:
         shutil.rmtree(place / title, ignore_errors=True)
-        peers = []
-        for name in OWN_CLASSES:
-            file = place / f"{name}-run" / name / "last.safetensors"
-            peers += ["--peer", f"{file},name={name}"]
-        rule = f"one_way:{stronger}" if arm == "one_way" else arm
-        asked = [str(place / "tune"), "-c", str(CONFIGS / "finetune.yaml"), *peers]
-        asked += ["--rule", rule, "--seed", str(seed), "--epochs", str(epochs)]
-        asked += ["--output", str(place), "--experiment", title]
-        progress = run(asked, bars=False)
+        progress = run(tuning(place, title, seed, arm, stronger, epochs), bars=False)
         return _result(arm, seed, progress.history, progress.lessons)
 
     return once(place / f"{title}.json", make)
+
+
+def tuning(
+    place: Path, title: str, seed: int, arm: str, stronger: str, epochs: int, *more: str
+) -> list[str]:
+    """Return the arguments of ``classification/train.py`` that fine-tune both peers of a seed."""
+    peers = []
+    for name in OWN_CLASSES:
+        file = place / f"{name}-run" / name / "last.safetensors"
+        peers += ["--peer", f"{file},name={name}"]
+    rule = f"one_way:{stronger}" if arm == "one_way" else arm
+    asked = [str(place / "tune"), "-c", str(CONFIGS / "finetune.yaml"), *peers]
+    asked += ["--rule", rule, "--seed", str(seed), "--epochs", str(epochs)]
+    return [*asked, "--output", str(place), "--experiment", title, *more]
 
 
 def _result(

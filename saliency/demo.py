@@ -113,11 +113,7 @@ def finetune(folder: Path, group: str, seed: int, arm: str, epochs: int) -> dict
 
     def make() -> dict[str, Any]:
         shutil.rmtree(place / title, ignore_errors=True)
-        asked = ["--rule", arm, "--lr", str(TUNING["lr"])]
-        for name in GROUPS[group]:
-            weights = place / f"{name}-run" / name / "last.pth"
-            asked += ["--peer", f"saliency.standins:{name},checkpoint={weights}"]
-        trainer = train(place, "tune", title, seed, epochs, asked)
+        trainer = train(place, "tune", title, seed, epochs, tuning(place, group, arm))
         picture, caption = teaching_pictures(trainer.peers, trainer.evaluator.videos, trainer.world)
         (place / f"{title}.png").write_bytes(picture)
         progress = trainer.progress
@@ -126,6 +122,15 @@ def finetune(folder: Path, group: str, seed: int, arm: str, epochs: int) -> dict
         return {**told, "caption": caption}
 
     return once(place / f"{title}.json", make)
+
+
+def tuning(place: Path, group: str, arm: str) -> list[str]:
+    """Return what fine-tunes a group of a seed, of ``train``'s arguments."""
+    asked = ["--rule", arm, "--lr", str(TUNING["lr"])]
+    for name in GROUPS[group]:
+        weights = place / f"{name}-run" / name / "last.pth"
+        asked += ["--peer", f"saliency.standins:{name},checkpoint={weights}"]
+    return asked
 
 
 def train(place: Path, split: str, title: str, seed: int, epochs: int, asked: Sequence[str]) -> Any:

@@ -142,13 +142,9 @@ def finetune(folder: Path, group: str, seed: int, arm: str, iterations: int) -> 
 
     def make() -> dict[str, Any]:
         shutil.rmtree(output, ignore_errors=True)
-        rule, granularity, _ = ARMS[arm]
-        options = ["TRANSFER.RULE", rule, "TRANSFER.GRANULARITY", granularity]
-        for name in GROUPS[group]:
-            weights = str(place / name / name / "model_final.pth")
-            options += [f"PEER.{name}.MODEL.WEIGHTS", weights]
-        options += ["SOLVER.MAX_ITER", iterations, *_options(seed, "tune", output)]
-        run = load_run([CONFIGS / f"{group}.yaml"], options)
+        run = load_run(
+            [CONFIGS / f"{group}.yaml"], tuning(folder, group, seed, arm, iterations, output)
+        )
         trainer = train(run)
         picture, caption = teaching_pictures(
             trainer.peers, run.cfg.DATASETS.TEST[0], trainer.world, 6
@@ -158,6 +154,18 @@ def finetune(folder: Path, group: str, seed: int, arm: str, iterations: int) -> 
         return {**told, "caption": caption}
 
     return once(output.with_suffix(".json"), make)
+
+
+def tuning(
+    folder: Path, group: str, seed: int, arm: str, iterations: int, output: Path
+) -> list[Any]:
+    """Return the keys and values with which a group of a seed is fine-tuned."""
+    rule, granularity, _ = ARMS[arm]
+    options = ["TRANSFER.RULE", rule, "TRANSFER.GRANULARITY", granularity]
+    for name in GROUPS[group]:
+        weights = str(folder / f"seed-{seed}" / name / name / "model_final.pth")
+        options += [f"PEER.{name}.MODEL.WEIGHTS", weights]
+    return [*options, "SOLVER.MAX_ITER", iterations, *_options(seed, "tune", output)]
 
 
 def _options(seed: int, split: str, output: Path) -> list[Any]:
