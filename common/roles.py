@@ -52,7 +52,10 @@ def assign_roles(
         NonFiniteError: A score that is not finite (names the peer and the sample).
 
     Source: Jain et al., TMLR 2025 (``best``); Zhang et al., CVPR 2018 (``mutual``); Hinton et al.,
-    2015 (``one_way``). Unlike the published two-model script, a tie at the top teaches nobody.
+    2015 (``one_way``); Jacobs et al., "Adaptive mixtures of local experts", 1991 (``mixture``: the
+    softmax of all scores; with minus the cross entropy it is how likely each peer is the one that
+    the sample is from, and a sample's lessons weigh N - 1 in all, as under ``best``). Unlike the
+    published two-model script, a tie at the top teaches nobody.
     Teachers are weighed by their per-sample loss as in Zhang et al., ICASSP 2022 (confidence-aware
     multi-teacher distillation), but against each student's own: with minus the cross entropy as
     score, 1 - exp(-gap) is by what share the student's probability of the true class falls short.
@@ -155,6 +158,10 @@ def _mutual(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
     return allowed.to(score.dtype) / (score.shape[0] - 1)
 
 
+def _mixture(score: Tensor, gap: Tensor, allowed: Tensor) -> Tensor:
+    return score.softmax(dim=0).unsqueeze(1) * allowed
+
+
 def _one_way(score: Tensor, allowed: Tensor, teacher: int) -> Tensor:
     weight = torch.zeros(allowed.shape, dtype=score.dtype, device=score.device)
     weight[teacher] = allowed[teacher].to(score.dtype)
@@ -172,6 +179,7 @@ _RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "best": _best,
     "better": _better,
     "better_sum": _better_sum,
+    "mixture": _mixture,
     "mutual": _mutual,
     "none": _none,
 }

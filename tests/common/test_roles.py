@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.roles import RULES, assign_roles
+from common.roles import RULES, assign_roles, with_own
 
 # three peers, four samples: a winner, another winner, a tie at the top, a tie below the top
 SCORE = torch.tensor([[3.0, 1.0, 2.0, 5.0], [2.0, 4.0, 2.0, 1.0], [1.0, 3.0, 0.0, 1.0]])
@@ -41,6 +41,21 @@ def test_better_sum():
     assert taught(roles, 0) == {(0, 1): 1, (0, 2): 1, (1, 2): 1}
 
 
+def test_mixture_weighs_by_the_likelihood_of_the_true_class():
+    probability = torch.tensor([[0.6, 0.1], [0.3, 0.1], [0.1, 0.2]])
+    roles = assign_roles(probability.log(), "mixture")
+    w = {(0, 1): 0.6, (0, 2): 0.6, (1, 0): 0.3, (1, 2): 0.3, (2, 0): 0.1, (2, 1): 0.1}
+    assert taught(roles, 0) == w
+    assert taught(roles, 1)[2, 0] == 0.5  # what counts is how likely one is against the others
+    torch.testing.assert_close(roles.sum(dim=(0, 1)), torch.full((2,), 2.0))  # N - 1, as under best
+
+
+def test_with_own_copies_every_student_of_a_mixture_learns_from_all_of_it():
+    roles = with_own(assign_roles(SCORE, "mixture"))
+    torch.testing.assert_close(roles.sum(dim=0), torch.ones(3, 4))
+    torch.testing.assert_close(roles[:, 0], SCORE.softmax(dim=0))
+
+
 def test_mutual_one_way_none():
     everyone = {(t, s): 0.5 for t in range(3) for s in range(3) if t != s}
     assert taught(assign_roles(SCORE, "mutual"), 2) == everyone
@@ -61,7 +76,7 @@ def test_random_is_uniform_seeded_and_one_teacher_a_sample():
     assert ((teaches.mean(dim=1) - 0.25).abs() < 0.03).all()
 
 
-@pytest.mark.parametrize("rule", ["best", "better", "mutual", "one_way:0", "random"])
+@pytest.mark.parametrize("rule", ["best", "better", "mixture", "mutual", "one_way:0", "random"])
 def test_margin_silences_small_gaps(rule):
     generator = torch.Generator().manual_seed(0)
     roles = assign_roles(SCORE, rule, margin=1.5, generator=generator)

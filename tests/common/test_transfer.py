@@ -12,7 +12,7 @@ from common.roles import assign_roles
 from common.transfer import KnowledgeTransfer, PeerOutput, confidence, pairwise_kl
 
 GOLDEN = json.loads(Path(__file__).with_name("objective_golden.json").read_text())["cases"]
-RULES = ["best", "better", "better_sum", "mutual", "one_way:1", "none"]
+RULES = ["best", "better", "better_sum", "mixture", "mutual", "one_way:1", "none"]
 
 
 def golden_logits(case):
@@ -180,7 +180,7 @@ def test_a_frozen_peer_teaches_and_learns_nothing():
 
 def test_permuting_peers_permutes_the_result():
     logits, labels, order = random_logits(4, 6, 5), torch.arange(6) % 5, [2, 0, 3, 1]
-    for rule in ("best", "better", "better_sum", "mutual"):
+    for rule in ("best", "better", "better_sum", "mixture", "mutual"):
         transfer = KnowledgeTransfer(rule)
         plain = transfer(classify(logits, labels))
         mixed = transfer(classify([logits[i] for i in order], labels))
