@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from common.report.numbers import number
-from common.report.page import bullets, data_table, section, settings_table, write_page
+from common.report.page import (
+    Html,
+    Summary,
+    bullets,
+    data_table,
+    section,
+    settings_section,
+    write_page,
+)
 from saliency.layouts import VideoSet
 from saliency.metrics import Scores
 
@@ -55,7 +63,12 @@ def write_evaluation_report(
         if flags
     ]
     shown = {name: value for name, value in settings.items() if name not in _HIDDEN}
-    body = [
+    summary = Summary(
+        kind="Evaluation",
+        verdict=_verdict(scores),
+        facts={"Models": len(scores), "Videos": len(first.videos), "Frames": first.frames},
+    )
+    sections = [
         section(
             "Scores",
             data_table(f"Means over {first.frames} frames of {videos}.", head, by_frame),
@@ -63,16 +76,25 @@ def write_evaluation_report(
             bullets(notes),
         ),
         section("Videos", _hardest(scores)),
-        section("Settings", settings_table(shown)),
+        settings_section(shown),
     ]
-    return write_page(path, f"Evaluation: {videos.name}, {videos.split}", body)
+    return write_page(path, f"{videos.name}, {videos.split}", summary, sections)
+
+
+def _verdict(scores: Mapping[str, Scores]) -> list[str]:
+    """Say which model does best."""
+    found = {name: its.mean["cc"] for name, its in scores.items()}
+    best = max(found, key=lambda name: found[name])
+    if len(found) == 1:
+        return [f"{best} reaches a CC of {number(found[best], 4)} in the mean over frames."]
+    return [f"{best} does best, with a CC of {number(found[best], 4)} in the mean over frames."]
 
 
 def _cells(means: Mapping[str, float], metrics: Sequence[str]) -> list[str]:
     return [number(means[name], 4) for name in metrics]
 
 
-def _hardest(scores: Mapping[str, Scores]) -> Any:
+def _hardest(scores: Mapping[str, Scores]) -> Html:
     """Show the videos with the lowest CC, in the mean of all models."""
     names = list(scores)
     rows = []

@@ -25,7 +25,7 @@ from common.logit_cache import CachedLogits
 from common.options import OptionError, check_least
 from common.outputs import log_table, make_writable, progress_bars, run_command
 from common.report.numbers import as_percent
-from common.report.page import Html, data_table, section
+from common.report.page import Html, Section, data_table, section
 from common.report.scouting import scout_lead, write_scout_report
 from common.scout_outcome import describe_outcome, write_outcome
 from common.scouting import PREDICTORS, Judge, Team, default_predictor, rank_teams
@@ -303,7 +303,7 @@ def _write_classes(folder: Path, outcome: Mapping[str, Any]) -> None:
         write_text(folder / file, text.getvalue())
 
 
-def _sections(outcome: Mapping[str, Any]) -> list[Html]:
+def _sections(outcome: Mapping[str, Any]) -> list[Section]:
     shown = [team for team in outcome["teams"] if "taught_by" in team]
     if not shown:
         return []

@@ -18,21 +18,32 @@ from common.report.effects import (
     TARGET_NAMES,
     has_flips,
     interval_text,
+    shown_words,
     spread_text,
     summary_format,
 )
 from common.report.lessons import anybody_taught, heat_map, pair_lessons, teaching_over_time
-from common.report.numbers import MISSING, Row, aligned, as_float, as_percent, listed, number
+from common.report.numbers import (
+    MISSING,
+    Row,
+    aligned,
+    as_float,
+    as_percent,
+    listed,
+    number,
+)
 from common.report.page import (
     Html,
+    Section,
+    Summary,
     bullets,
     data_table,
     figure_grid,
-    figure_tag,
-    paragraphs,
+    long_table,
     picture_section,
+    picture_tag,
     section,
-    settings_table,
+    settings_section,
     tag,
     write_page,
 )
@@ -92,21 +103,34 @@ def write_comparison(
         chosen=chosen,
         chance=chance,
     )
-    body = [
-        section("In short", *_comparison_words(summary), *paragraphs(notes)),
-        section("What was compared", arms_table(summary, descriptions), *_examples(data_examples)),
-        section("Gains over the control", _gains_table(summary), figure_grid(forest(summary))),
+    few = _few_seeds(summary)
+    first = Summary(
+        kind="Comparison",
+        verdict=shown_words(summary),
+        facts={
+            "Peers": len(names),
+            "Arms": len(summary["arms"]),
+            "Seeds": len(summary["seeds"]),
+            "Measured by": metric,
+        },
+        cautions=few,
+        about=" ".join([_about(summary), *notes]),
+    )
+    sections = [
+        section("Gains over the control", *forest(summary), _gains_table(summary)),
+        section("In words", bullets(comparison_sentences(summary)[len(few) :])),
         *_versus_section(summary),
+        section("What was compared", arms_table(summary, descriptions), *_examples(data_examples)),
         section(
             "Before and after",
-            peers_table(summary),
             figure_grid([before_after_figure(summary), *flips_figure(summary)]),
+            peers_table(summary),
         ),
         *comparison_teaching(summary),
         *picture_section(pictures),
-        section("Settings", settings_table(settings)),
+        settings_section(settings),
     ]
-    return write_page(path, title, body)
+    return write_page(path, title, first, sections)
 
 
 def comparison_text(summary: Mapping[str, Any]) -> str:
@@ -240,17 +264,13 @@ def _number_of_comparisons(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _comparison_words(summary: Mapping[str, Any]) -> list[Html]:
-    few = _few_seeds(summary)
-    sentences = comparison_sentences(summary)[len(few) :]
+def _about(summary: Mapping[str, Any]) -> str:
     seeds = len(summary["seeds"])
-    lead = (
+    return (
         f"{listed(summary['names'])}: {len(summary['arms'])} ways to train from the same start "
         f"({listed(summary['arms'])}), over {seeds} seed{'s' * (seeds != 1)}. An effect is called "
         f"shown only where its interval excludes zero and at least {ENOUGH_SEEDS} seeds tell."
     )
-    caution = [tag("p", sentence, class_="caution") for sentence in few]
-    return [tag("p", lead, class_="lead"), *caution, bullets(sentences)]
 
 
 def arms_table(summary: Mapping[str, Any], descriptions: Mapping[str, str]) -> Html:
@@ -270,7 +290,7 @@ def _examples(data_examples: tuple[bytes, str] | None) -> list[Html]:
     if data_examples is None:
         return []
     image, caption = data_examples
-    return [figure_tag(image, caption, caption, kind="png")]
+    return [picture_tag(image, caption)]
 
 
 def _gains_table(summary: Mapping[str, Any]) -> Html:
@@ -300,7 +320,7 @@ def _gains_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     return ["Arm", *(SHORT_TARGETS[what] for what in targets)], rows
 
 
-def _versus_section(summary: Mapping[str, Any]) -> list[Html]:
+def _versus_section(summary: Mapping[str, Any]) -> list[Section]:
     chosen = summary["chosen"]
     if chosen is None or not summary["versus"]:
         return []
@@ -344,7 +364,8 @@ def peers_table(summary: Mapping[str, Any], flips_are: str | None = None) -> Htm
     if flips:
         head += ["Fixed", "Broken"]
         caption += f" Fixed and broken: {flips_are or FLIPS_ARE}, mean over seeds."
-    return data_table(caption, head, [row[: len(head)] for row in rows], labels=2)
+    cut = [row[: len(head)] for row in rows]
+    return long_table("Every arm and peer", caption, head, cut, labels=2)
 
 
 def _peer_row(
@@ -356,7 +377,7 @@ def _peer_row(
     return [arm, who, *spreads, interval_text(gain, summary), *flips]
 
 
-def comparison_teaching(summary: Mapping[str, Any]) -> list[Html]:
+def comparison_teaching(summary: Mapping[str, Any]) -> list[Section]:
     """Show who taught whom in every arm; nothing where nobody did."""
     names = summary["names"]
     lessons = {arm: values["lessons"] for arm, values in summary["arms"].items()}
@@ -392,4 +413,5 @@ def _teaching_table(names: Sequence[str], lessons: Mapping[str, Sequence[Row]]) 
         "Of all samples, how many a teacher taught a student, mean over seeds. Gap: the teacher's "
         "score minus the student's. Last column: of the samples taught."
     )
-    return data_table(caption, [*head, "Teacher right, student wrong"], rows, labels=2)
+    head.append("Teacher right, student wrong")
+    return long_table("Every arm and pair", caption, head, rows, labels=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from common.report.numbers import MISSING, Row, Show, number_format
+from common.report.numbers import MISSING, Row, Show, listed, number_format
 from common.statistics import FLIPS
 
 TARGET_NAMES = {
@@ -33,6 +33,31 @@ def interval_text(effect: Row | None, summary: Mapping[str, Any]) -> str:
     if effect["low"] is None:
         return mean
     return f"{mean} [{show(effect['low'], sign=True)}, {show(effect['high'], sign=True)}]"
+
+
+def shown_words(summary: Mapping[str, Any]) -> list[str]:
+    """Say in a sentence or two which arms are shown to be better or worse than the control.
+
+    Args:
+        summary: From ``common.statistics.summarise``, or ``corrected``.
+
+    Returns:
+        A sentence for the better and one for the worse arms, or one that nothing is shown.
+    """
+    told = []
+    for verdict, sign in (("better", 1), ("worse", -1)):
+        found = {
+            arm: [
+                SHORT_TARGETS.get(what, what)
+                for what, effect in {**effects, **summary["peer_gains"][arm]}.items()
+                if effect is not None and effect["shown"] and sign * effect["mean"] > 0
+            ]
+            for arm, effects in summary["gains"].items()
+        }
+        arms = [f"{arm} ({', '.join(targets)})" for arm, targets in found.items() if targets]
+        if arms:
+            told.append(f"Shown to be {verdict} than {summary['control']}: {listed(arms)}.")
+    return told or [f"No arm is shown to be better or worse than {summary['control']}."]
 
 
 def summary_format(summary: Mapping[str, Any]) -> Show:

@@ -3,30 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.report.comparison import arms_table, comparison_teaching, peers_table
-from common.report.comparison_figures import before_after_figure, flips_figure, forest, panels_of
-from common.report.effects import SHORT_TARGETS, TARGET_NAMES, interval_text, summary_format
-from common.report.numbers import MISSING, Row, epochs_of, is_finite, listed, number, series_of
+from common.report.comparison_figures import (
+    before_after_figure,
+    effects_figure,
+    flips_figure,
+    forest,
+)
+from common.report.effects import (
+    SHORT_TARGETS,
+    TARGET_NAMES,
+    interval_text,
+    shown_words,
+    summary_format,
+)
+from common.report.numbers import (
+    MISSING,
+    Row,
+    difference_unit,
+    epochs_of,
+    is_finite,
+    listed,
+    number,
+    series_of,
+    with_unit,
+)
 from common.report.page import (
     Html,
+    Panel,
+    Section,
+    Summary,
     bullets,
     data_table,
     figure_grid,
     figure_tag,
+    folded,
+    long_table,
     section,
-    settings_table,
+    settings_section,
     tag,
     write_page,
 )
-from common.report.plots import color_of, draw, draw_legend, epoch_axis, short_name
-from common.statistics import ENOUGH_SEEDS
+from common.report.plots import (
+    color_of,
+    draw,
+    draw_legend,
+    epoch_axis,
+    marker_of,
+    name_axis,
+    short_name,
+    zero_line,
+)
+from common.report.style import AXIS, INK
+from common.statistics import ENOUGH_SEEDS, unit_of
 
 Analysis = Mapping[str, Any]
 WEIGHTS = {
@@ -34,6 +72,7 @@ WEIGHTS = {
     "last": "the last epoch",
 }
 MANY_CLASSES = 30
+MOST_COLOURS = 6
 
 
 def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
@@ -48,21 +87,33 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
         Where it lies.
     """
     summary = analysis["test"]
-    body = [
-        section("In short", *_words(analysis)),
-        section("What was compared", arms_table(summary, analysis["about"])),
+    first = Summary(
+        kind="Experiment",
+        verdict=[*shown_words(summary), _counted(analysis)],
+        facts={
+            "Peers": len(summary["names"]),
+            "Arms": len(summary["arms"]),
+            "Seeds": len(summary["seeds"]),
+            "Measured by": summary["metric"],
+        },
+        cautions=cautions(analysis),
+        about=_about(analysis),
+    )
+    sections = [
         section(
             f"Gains over {summary['control']}",
             tag("p", f"Measured on the test set at {WEIGHTS[analysis['primary']]}."),
+            *forest(summary),
             effects_table(summary),
-            p_table(summary, analysis["together"]),
-            figure_grid(forest(summary)),
+            folded("p-values", p_table(summary, analysis["together"])),
         ),
+        *_claims_section(analysis),
         *_pairs_section(summary),
+        section("What was compared", arms_table(summary, analysis["about"])),
         section(
             "Before and after",
-            peers_table(summary, analysis["flips"]),
             figure_grid([before_after_figure(summary), *flips_figure(summary, analysis["flips"])]),
+            peers_table(summary, analysis["flips"]),
         ),
         *_beside_section(analysis),
         *_others_sections(analysis),
@@ -71,9 +122,9 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
         *_curves_section(analysis),
         *comparison_teaching(summary),
         section("Cost", _cost_table(analysis)),
-        section("Settings", settings_table(analysis["settings"])),
+        settings_section(analysis["settings"]),
     ]
-    return write_page(path, title, body)
+    return write_page(path, title, first, sections)
 
 
 def experiment_sentences(analysis: Analysis) -> list[str]:
@@ -85,26 +136,36 @@ def experiment_sentences(analysis: Analysis) -> list[str]:
     Returns:
         Sentences; the last one counts what is not shown.
     """
-    summary = analysis["test"]
-    tested = list(_tested(summary))
-    told = [_claim(*one, summary) for one in tested if one[3]["shown"]]
-    if analysis["calibration"]:
-        calibration = analysis["calibration"]
-        kept = [one for one in _tested(calibration) if one[3]["shown"]]
-        told += [_claim(*one, calibration) for one in kept]
-        tested += _tested(calibration)
-    rest = len(tested) - len(told)
-    told.append(
+    return [*_claims(analysis), _counted(analysis)]
+
+
+def _claims(analysis: Analysis) -> list[str]:
+    return [
+        _claim(*one, summary)
+        for summary in _summaries(analysis)
+        for one in _tested(summary)
+        if one[3]["shown"]
+    ]
+
+
+def _counted(analysis: Analysis) -> str:
+    tested = [one for summary in _summaries(analysis) for one in _tested(summary)]
+    rest = sum(not effect["shown"] for *_, effect in tested)
+    return (
         f"{rest} of {len(tested)} comparisons are not shown to differ from zero; that is no "
         "proof that they do not."
     )
-    return told
+
+
+def _summaries(analysis: Analysis) -> list[Mapping[str, Any]]:
+    """Return what claims may rest on: the test set's metric, and its calibration."""
+    return [analysis["test"], *([analysis["calibration"]] if analysis["calibration"] else [])]
 
 
 def _tested(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Row]]:
     """Yield arm, what it is compared with, target and effect."""
-    for arm, effects in summary["gains"].items():
-        for what, effect in {**effects, **summary["peer_gains"][arm]}.items():
+    for arm, effects in _every_effect(summary).items():
+        for what, effect in effects.items():
             if effect is not None:
                 yield arm, summary["control"], what, effect
     for pair in summary["pairs"]:
@@ -153,7 +214,7 @@ def cautions(analysis: Analysis) -> list[str]:
     return found
 
 
-def _words(analysis: Analysis) -> list[Html]:
+def _about(analysis: Analysis) -> str:
     summary = analysis["test"]
     seeds = len(summary["seeds"])
     families = (
@@ -161,15 +222,13 @@ def _words(analysis: Analysis) -> list[Html]:
         if analysis["together"]
         else "all arms, for each target by itself"
     )
-    lead = (
+    return (
         f"{listed(summary['names'])}: {len(summary['arms'])} arms from the same starts, over "
         f"{seeds} seed{'s' * (seeds != 1)}. Epochs and settings were chosen on a held-out part of "
         "the training data; the test set was measured at the end alone. An effect is called shown "
         f"where at least {ENOUGH_SEEDS} seeds tell and its p-value, corrected by Holm's method "
         f"over {families}, is at most {1 - summary['level']:.2g}."
     )
-    shown = [tag("p", sentence, class_="caution") for sentence in cautions(analysis)]
-    return [tag("p", lead, class_="lead"), *shown, bullets(experiment_sentences(analysis))]
 
 
 def _columns(summary: Mapping[str, Any]) -> list[str]:
@@ -180,40 +239,30 @@ def _heads(columns: Sequence[str]) -> list[str]:
     return [SHORT_TARGETS.get(what, what) for what in columns]
 
 
-def _starred(effect: Row | None, summary: Mapping[str, Any]) -> str:
+def _starred(summary: Mapping[str, Any], effect: Row | None) -> str:
     star = " *" if effect is not None and effect["shown"] else ""
     return interval_text(effect, summary) + star
 
 
 def effects_table(summary: Mapping[str, Any]) -> Html:
     """Show every arm's gains with their intervals."""
-    columns = _columns(summary)
-    rows = []
-    for arm, effects in summary["gains"].items():
-        every = {**effects, **summary["peer_gains"][arm]}
-        rows.append([arm, *(_starred(every.get(what), summary) for what in columns)])
     turned = "; positive is better" if summary["lower_is_better"] else ""
     caption = (
         f"Gain in {summary['metric']} over {summary['control']} with the same seed{turned}: mean "
         f"over seeds and {100 * summary['level']:g} % interval (Student's t, uncorrected). A star: "
         "shown, after correction. Strongest and weakest: at the start of each seed."
     )
-    return data_table(caption, ["Arm", *_heads(columns)], rows)
+    return _cells_table(caption, "Arm", _every_effect(summary), summary, partial(_starred, summary))
 
 
 def p_table(summary: Mapping[str, Any], together: bool) -> Html:
     """Show every arm's p-values, and what correction makes of them."""
-    columns = _columns(summary)
-    rows = []
-    for arm, effects in summary["gains"].items():
-        every = {**effects, **summary["peer_gains"][arm]}
-        rows.append([arm, *(_p_cell(every.get(what)) for what in columns)])
     over = "all cells of this table" if together else "the arms of each column"
     caption = (
         "p-values of the paired sign-flip test over seeds, two-sided; behind the arrow corrected "
         f"by Holm's method over {over}. {_exactness(summary)}"
     )
-    return data_table(caption, ["Arm", *_heads(columns)], rows)
+    return _cells_table(caption, "Arm", _every_effect(summary), summary, _p_cell)
 
 
 def _p_cell(effect: Row | None) -> str:
@@ -229,27 +278,54 @@ def _exactness(summary: Mapping[str, Any]) -> str:
     return f"Sign patterns were drawn; the p-values' standard error is at most {error:.4f}."
 
 
-def _pairs_section(summary: Mapping[str, Any]) -> list[Html]:
+def _claims_section(analysis: Analysis) -> list[Section]:
+    claims = _claims(analysis)
+    return [section("Shown, one by one", bullets(claims))] if claims else []
+
+
+def _pairs_section(summary: Mapping[str, Any]) -> list[Section]:
     if not summary["pairs"]:
         return []
-    columns = _columns(summary)
-    rows = []
-    for pair in summary["pairs"]:
-        effects = pair["effects"]
-        cells = [
-            f"{_starred(effects.get(what), summary)}; {_p_cell(effects.get(what))}"
-            for what in columns
-        ]
-        rows.append([f"{pair['first']} minus {pair['second']}", *cells])
-    caption = (
-        "Differences between arms with the same seed, with interval, p-value and, behind the "
-        "arrow, the p-value corrected over these comparisons."
+    found = {f"{pair['first']} - {pair['second']}": pair["effects"] for pair in summary["pairs"]}
+    label = f"difference in {summary['metric']}"
+    gains = (
+        "Differences between arms with the same seed: mean over seeds and interval. A star: shown, "
+        "after correction."
     )
-    table = data_table(caption, ["Difference", *_heads(columns)], rows)
-    return [section("Direct comparisons", table)]
+    chances = "p-values of the differences; behind the arrow corrected over these comparisons."
+    return [
+        section(
+            "Direct comparisons",
+            *effects_figure(found, summary["targets"], label, summary),
+            _cells_table(gains, "Difference", found, summary, partial(_starred, summary)),
+            folded("p-values", _cells_table(chances, "Difference", found, summary, _p_cell)),
+        )
+    ]
 
 
-def _others_sections(analysis: Analysis) -> list[Html]:
+def _cells_table(
+    caption: str,
+    named: str,
+    found: Mapping[str, Mapping[str, Row | None]],
+    summary: Mapping[str, Any],
+    cell: Callable[[Row | None], str],
+) -> Html:
+    """Lay out effects, a row for each of ``found`` and a column for each target and peer."""
+    columns = _columns(summary)
+    rows = [
+        [name, *(cell(effects.get(what)) for what in columns)] for name, effects in found.items()
+    ]
+    return data_table(caption, [named, *_heads(columns)], rows)
+
+
+def _every_effect(summary: Mapping[str, Any]) -> dict[str, dict[str, Row | None]]:
+    """Return each arm's effects on targets and peers."""
+    return {
+        arm: {**effects, **summary["peer_gains"][arm]} for arm, effects in summary["gains"].items()
+    }
+
+
+def _others_sections(analysis: Analysis) -> list[Section]:
     found = []
     for which, summary in analysis["other"].items():
         about = f"The same runs at {WEIGHTS[which]}. No claim above rests on this table."
@@ -265,7 +341,7 @@ def _others_sections(analysis: Analysis) -> list[Html]:
     return found
 
 
-def _beside_section(analysis: Analysis) -> list[Html]:
+def _beside_section(analysis: Analysis) -> list[Section]:
     summaries = analysis["beside"].values()
     if not summaries:
         return []
@@ -273,7 +349,7 @@ def _beside_section(analysis: Analysis) -> list[Html]:
     return [section("Other metrics", tag("p", about), *map(effects_table, summaries))]
 
 
-def _class_section(analysis: Analysis) -> list[Html]:
+def _class_section(analysis: Analysis) -> list[Section]:
     arm = analysis["test"]["chosen"] or next(iter(analysis["classes"]), None)
     gains = analysis["classes"].get(arm)
     if not gains:
@@ -289,25 +365,34 @@ def _class_section(analysis: Analysis) -> list[Html]:
         half = MANY_CLASSES // 2
         kinds = [*kinds[:half], *kinds[-half:]]
         caption += f" The {half} smallest and the {half} largest; all are in analysis.json."
-    names = analysis["names"]
+    plot = _class_plot(analysis, {name: gains[name] for name in analysis["names"]}, kinds)
+    alt = "; ".join(f"class {kind}: {mean[kind]:+.2f}" for kind in kinds)
+    return [section("Every class", figure_grid([figure_tag([Panel(plot, alt)], caption)]))]
+
+
+def _class_plot(
+    analysis: Analysis, gains: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
+) -> str:
+    summary = analysis["test"]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            at = np.arange(len(kinds)) + (i - (len(names) - 1) / 2) * width
-            values = [gains[name].get(kind, math.nan) for kind in kinds]
-            axes.bar(at, values, width, color=color_of(i), label=short_name(name, names))
-        axes.axhline(0, color="#8a919a", linewidth=1)
-        axes.set_xticks(range(len(kinds)), kinds, rotation=90 if len(kinds) > 12 else 0)
-        axes.set_ylabel(f"gain in {analysis['test']['metric']}")
+        zero_line(axes, upright=True)
+        for i, (name, of_peer) in enumerate(gains.items()):
+            values = [of_peer.get(kind, math.nan) for kind in kinds]
+            label = short_name(name, list(gains))
+            axes.plot(values, range(len(kinds)), marker_of(i), color=color_of(i), label=label)
+        name_axis(axes, kinds)
+        axes.grid(True, axis="y")
+        axes.set_ylabel("class")
+        unit = difference_unit(summary["metric"])
+        axes.set_xlabel(f"gain in {summary['metric']} over {summary['control']} ({unit})")
         draw_legend(figure, axes)
 
-    alt = "; ".join(f"class {kind}: {mean[kind]:+.2f}" for kind in kinds)
-    return [section("Every class", figure_grid([figure_tag(draw(paint, 2.8), alt, caption)]))]
+    return draw(paint, 0.7 + 0.2 * len(kinds))
 
 
-def _calibration_section(analysis: Analysis) -> list[Html]:
+def _calibration_section(analysis: Analysis) -> list[Section]:
     summary = analysis["calibration"]
     if summary is None:
         return []
@@ -317,38 +402,66 @@ def _calibration_section(analysis: Analysis) -> list[Html]:
         for name, peer in values["peers"].items():
             gain = summary["peer_gains"].get(arm, {}).get(name)
             told = [show(peer[when]["mean"]) for when in ("before", "after")]
-            rows.append([arm, name, *told, _starred(gain, summary), _p_cell(gain)])
+            rows.append([arm, name, *told, _starred(summary, gain), _p_cell(gain)])
     caption = (
         "Expected calibration error in percent, on the test set, 15 bins; mean over seeds. Less "
         f"is better. Gain over {summary['control']}: positive is better calibrated."
     )
     head = ["Arm", "Peer", "Before", "After", "Gain over control", "p"]
-    return [section("Calibration", data_table(caption, head, rows, labels=2))]
+    table = long_table("Every arm and peer", caption, head, rows, labels=2)
+    return [section("Calibration", *forest(summary, by_peer=True), table)]
 
 
-def _curves_section(analysis: Analysis) -> list[Html]:
-    curves, names, metric = analysis["curves"], analysis["names"], analysis["test"]["metric"]
+def _curves_section(analysis: Analysis) -> list[Section]:
+    curves, metric = analysis["curves"], analysis["test"]["metric"]
     arms = [arm for arm, rows in curves.items() if len(rows) > 1]
     if not arms:
         return []
+    told = _told_apart(analysis["test"], arms)
+    panels = [
+        Panel(
+            _curve_plot({arm: curves[arm] for arm in arms}, told, name, metric),
+            f"Held-out {metric} of {name} over training, for {listed(arms)}",
+            name,
+        )
+        for name in analysis["names"]
+    ]
+    rest = len(arms) - len(told)
+    caption = f"{metric} on the held-out part of the training data, mean over seeds."
+    if rest:
+        caption += f" The {rest} other arm{'s' * (rest != 1)} in pale lines."
+    return [section("Training", figure_tag(panels, caption))]
+
+
+def _told_apart(summary: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
+    """Choose the arms that get a colour: all of a few, else the control and what is most asked."""
+    if len(arms) <= MOST_COLOURS:
+        return list(arms)
+    asked = [summary["control"], summary["chosen"], summary["chance"]]
+    asked += [arm for pair in summary["pairs"] for arm in (pair["first"], pair["second"])]
+    return [arm for arm in dict.fromkeys([*asked, *arms]) if arm in arms][:MOST_COLOURS]
+
+
+def _curve_plot(
+    curves: Mapping[str, Sequence[Row]], told: Sequence[str], name: str, metric: str
+) -> str:
+    def line(axes: Axes, arm: str, **how: Any) -> None:
+        axes.plot(epochs_of(curves[arm]), series_of(curves[arm], f"{name}/{metric}"), **how)
 
     def paint(figure: Figure) -> None:
-        panels = panels_of(figure, len(names))
-        for axes, name in zip(panels, names, strict=False):
-            for i, arm in enumerate(arms):
-                values = series_of(curves[arm], f"{name}/{metric}")
-                label = short_name(arm, arms)
-                style = ("-", "--", ":")[i // 8 % 3]
-                axes.plot(epochs_of(curves[arm]), values, style, color=color_of(i), label=label)
-            axes.set_title(short_name(name, names))
-            unit = "epoch" if "epoch" in curves[arms[0]][0] else "iteration"
-            epoch_axis(axes, f"held-out {metric}", unit)
-        draw_legend(figure, panels[0])
+        axes = figure.subplots()
+        for arm in curves:
+            if arm not in told:
+                line(axes, arm, color=AXIS, alpha=0.4, linewidth=1)
+        for i, arm in enumerate(told):
+            color, style = (color_of(i - 1), "-") if i else (INK, "--")
+            marks = {"marker": marker_of(i), "markevery": (i % 4, 4)} if i else {}
+            label = short_name(arm, told)
+            line(axes, arm, color=color, linestyle=style, label=label, **marks)
+        epoch_axis(axes, f"held-out {with_unit(metric)}", unit_of(curves[told[0]]))
+        draw_legend(figure, axes)
 
-    alt = f"Held-out {metric} of {listed(names)} over training, for {listed(arms)}"
-    caption = f"{metric} on the held-out part of the training data, mean over seeds."
-    rows = math.ceil(len(names) / 2)
-    return [section("Training", figure_grid([figure_tag(draw(paint, 2.9 * rows), alt, caption)]))]
+    return draw(paint, 2.5)
 
 
 def _cost_table(analysis: Analysis) -> Html:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from common.report.numbers import Row, number
-from common.report.page import Html, data_table, section
+from common.report.page import Section, data_table, section
 from common.report.plots import color_of
 
 
-def guard_section(events: Sequence[Row], unit: str) -> list[Html]:
+def guard_section(events: Sequence[Row], unit: str) -> list[Section]:
     """Show which peers got worse than at the start, when, and what was done; nothing if none."""
     if not events:
         return []

@@ -19,8 +19,17 @@ from common.report.numbers import (
     number,
     series_of,
 )
-from common.report.page import Html, data_table, figure_grid, figure_tag, section
-from common.report.plots import MARKERS, color_of, draw, draw_legend, epoch_axis, short_name
+from common.report.page import Html, Panel, Section, figure_grid, figure_tag, long_table, section
+from common.report.plots import (
+    color_of,
+    draw,
+    draw_legend,
+    epoch_axis,
+    heat_cells,
+    marker_of,
+    short_name,
+)
+from common.report.style import INK, SOFT
 from common.statistics import unit_of
 
 
@@ -55,7 +64,7 @@ def _pair_lesson(teacher: str, student: str, lessons: Sequence[Row]) -> Pair:
     )
 
 
-def teaching_section(names: Sequence[str], lessons: Sequence[Row]) -> list[Html]:
+def teaching_section(names: Sequence[str], lessons: Sequence[Row]) -> list[Section]:
     """Show who taught whom; nothing where nobody did."""
     pairs = pair_lessons(names, lessons)
     if not pairs:
@@ -84,7 +93,7 @@ def _pair_table(pairs: Sequence[Pair]) -> Html:
         + ([as_percent(p.teacher_right), as_percent(p.student_right)] if tells else [])
         for p in pairs
     ]
-    return data_table(caption, head, rows)
+    return long_table("Every pair", caption, head, rows)
 
 
 def teaching_over_time(names: Sequence[str], lessons: Sequence[Row]) -> list[Html]:
@@ -93,7 +102,7 @@ def teaching_over_time(names: Sequence[str], lessons: Sequence[Row]) -> list[Htm
     if anybody_taught(names, lessons):
         shares = {name: series_of(lessons, f"{name}/teaches") for name in names}
         figures.append(_teaches_figure(lessons, shares))
-    keys = {"transfer/taught": "samples taught", "transfer/entropy": "entropy of who teaches"}
+    keys = {"transfer/taught": "samples taught", "transfer/entropy": "evenness of teaching"}
     known = {
         title: series_of(lessons, key) for key, title in keys.items() if has_values(lessons, key)
     }
@@ -103,12 +112,12 @@ def teaching_over_time(names: Sequence[str], lessons: Sequence[Row]) -> list[Htm
 
 
 def _teaches_figure(lessons: Sequence[Row], shares: Mapping[str, Sequence[float]]) -> Html:
-    """Stack who taught in each epoch; more than 1 in all where a sample has several teachers."""
+    """Stack who taught in each epoch; over 100 % where a sample has several teachers."""
     epochs, unit = epochs_of(lessons), unit_of(lessons)
     # an epoch is a bar around its number, iterations reach from one row to the next
     first, half = (epochs[0] - 0.5, 0.5) if unit == "epoch" else (0, 0)
     edges = [first, *(epoch + half for epoch in epochs)]
-    columns = {name: np.nan_to_num(np.array(column)) for name, column in shares.items()}
+    columns = {name: 100 * np.nan_to_num(np.array(column)) for name, column in shares.items()}
     whole = np.sum(list(columns.values()), axis=0)
 
     def paint(figure: Figure) -> None:
@@ -125,15 +134,16 @@ def _teaches_figure(lessons: Sequence[Row], shares: Mapping[str, Sequence[float]
                 label=short_name(name, list(columns)),
             )
             below = below + column
-        epoch_axis(axes, "share of the taught samples", unit)
+        epoch_axis(axes, "share of lessons (%)", unit)
         axes.set_xlim(edges[0], edges[-1])
-        axes.set_ylim(0, max(1.0, float(whole.max())))
+        axes.set_ylim(0, max(100.0, float(whole.max())))
         draw_legend(figure, axes)
 
     caption = "Who taught, as a share of the taught samples."
-    if whole.max() > 1.02:
-        caption += " More than 1 in all: a sample can have several teachers."
-    return figure_tag(draw(paint, 2.6), f"Share taught by {listed(shares)} per {unit}", caption)
+    if whole.max() > 102:
+        caption += " More than 100 % in all: a sample can have several teachers."
+    alt = f"Share taught by {listed(shares)} per {unit}"
+    return figure_tag([Panel(draw(paint, 2.5), alt)], caption)
 
 
 def _entropy_figure(lessons: Sequence[Row], known: Mapping[str, Sequence[float]]) -> Html:
@@ -142,48 +152,37 @@ def _entropy_figure(lessons: Sequence[Row], known: Mapping[str, Sequence[float]]
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for i, (title, values) in enumerate(known.items()):
-            axes.plot(
-                epochs, values, "-" + MARKERS[i], color=("#555555", "#b07c00")[i], label=title
-            )
-        epoch_axis(axes, "", unit_of(lessons))
-        axes.set_ylim(-0.03, 1.03)
+            style = ("-", "--")[i] + marker_of(i)
+            percent = [100 * value for value in values]
+            axes.plot(epochs, percent, style, color=(INK, SOFT)[i], label=title)
+        epoch_axis(axes, "share, or evenness (%)", unit_of(lessons))
+        axes.set_ylim(-3, 103)
         draw_legend(figure, axes)
 
     caption = (
-        "Share of samples on which somebody taught, and the entropy of who teaches: 1 where all "
-        "teach equally often, 0 where one peer always does."
+        "Share of samples on which somebody taught, and how evenly all teach (the entropy of who "
+        "teaches, of its largest): 100 % where all teach equally often, 0 where one peer always "
+        "does."
     )
-    return figure_tag(draw(paint, 2.6), f"{listed(known)} per {unit_of(lessons)}", caption)
+    alt = f"{listed(known)} per {unit_of(lessons)}"
+    return figure_tag([Panel(draw(paint, 2.5), alt)], caption)
 
 
 def heat_map(names: Sequence[str], pairs: Sequence[Pair]) -> Html:
     """Draw the share of samples each peer taught each other."""
     shares = np.full((len(names), len(names)), np.nan)
     for pair in pairs:
-        shares[names.index(pair.teacher), names.index(pair.student)] = pair.share
+        shares[names.index(pair.teacher), names.index(pair.student)] = 100 * pair.share
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        top = max(float(np.nanmax(shares)), 1e-6)
-        axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=top * 1.15, edgecolor="white", lw=2)
-        for (t, s), share in np.ndenumerate(shares):
-            text, color = as_percent(share), "white" if share > 0.6 * top else "#222222"
-            axes.text(s + 0.5, t + 0.5, text, ha="center", va="center", color=color)
-        labels = [short_name(name, names) for name in names]
-        ticks = np.arange(len(names)) + 0.5
-        tilt = 30 if max(map(len, labels)) * len(names) > 30 else 0
-        axes.set_xticks(ticks, labels, rotation=tilt, ha="right" if tilt else "center")
-        axes.set_yticks(ticks, labels)
-        axes.invert_yaxis()
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        heat_cells(axes, shares, names, "{:.1f} %" if len(names) < 5 else "{:.0f} %")
         axes.set_xlabel("student")
         axes.set_ylabel("teacher")
 
     alt = "; ".join(f"{p.teacher} taught {p.student} {as_percent(p.share)}" for p in pairs)
     caption = "Share of all samples that a teacher (row) taught a student (column)."
-    return figure_tag(draw(paint, 1.6 + 0.5 * len(names)), alt, caption)
+    return figure_tag([Panel(draw(paint, 1.5 + 0.36 * len(names)), alt)], caption)
 
 
 def anybody_taught(names: Sequence[str], lessons: Sequence[Row]) -> bool:

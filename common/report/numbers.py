@@ -16,6 +16,25 @@ Show = Callable[..., str]
 
 MISSING = "–"
 
+_PERCENT = ("%", "points")
+# of a value, and of a difference of two
+_UNITS = {
+    **dict.fromkeys(("top1", "top5", "mIoU", "fwIoU", "mACC", "pACC", "ece"), _PERCENT),
+    **dict.fromkeys(("loss", "kldiv"), ("nats", "nats")),
+    "nss": ("standard deviations", "standard deviations"),
+}
+_NO_UNIT = ("no unit", "no unit")
+
+
+def with_unit(metric: str) -> str:
+    """Name a metric with its unit, for an axis."""
+    return f"{metric} ({_UNITS.get(metric, _NO_UNIT)[0]})"
+
+
+def difference_unit(metric: str) -> str:
+    """Return the unit of a difference of two values of a metric."""
+    return _UNITS.get(metric, _NO_UNIT)[1]
+
 
 def epochs_of(rows: Sequence[Row]) -> list[int]:
     """Return the epochs of the rows, or their iterations."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.report.numbers import MISSING, is_finite, listed, number
+from common.report.numbers import MISSING, is_finite, number
 from common.report.page import (
     Html,
+    Panel,
+    Summary,
     data_table,
     figure_tag,
+    long_table,
     section,
-    settings_table,
-    tag,
+    settings_section,
     write_page,
 )
-from common.report.plots import COLORS, draw
+from common.report.plots import COLORS, draw, name_axis, zero_line
 
 CAUTION = (
     "Teams that share a model are not independent: the interval and the first p take them to be, "
@@ -40,18 +41,28 @@ def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
         Where it lies.
     """
     told = outcome["realised"]
-    body = [
+    first = Summary(
+        kind="Scouting, tested",
+        verdict=[realised_lead(outcome)],
+        facts={
+            "Models": len(outcome["names"]),
+            "Teams": len(told["runs"]),
+            "Images": outcome["samples"],
+            "Ranked by": outcome["predictor"],
+        },
+        cautions=[CAUTION],
+    )
+    sections = [
         section(
-            "In short",
-            tag("p", realised_lead(outcome), class_="lead"),
-            tag("p", CAUTION, class_="caution"),
+            "How well each predictor orders the outcomes",
+            _correlation_figure(told["correlations"]),
+            _correlation_table(outcome),
         ),
-        section("How well each predictor orders the outcomes", _correlation_table(outcome)),
         section("Predicted and realised", _scatter(told)),
         section("Teams", _run_table(outcome)),
-        section("Settings", settings_table(outcome["settings"])),
+        settings_section(outcome["settings"]),
     ]
-    return write_page(path, f"Predictions against {len(told['runs'])} teams", body)
+    return write_page(path, f"Predictions against {len(told['runs'])} teams", first, sections)
 
 
 def realised_lead(outcome: Mapping[str, Any]) -> str:
@@ -124,26 +135,61 @@ def _correlation_table(outcome: Mapping[str, Any]) -> Html:
     return data_table(caption, HEAD, correlation_rows(outcome))
 
 
-def _scatter(told: Mapping[str, Any]) -> Html:
-    names, rows = list(told["correlations"]), told["runs"]
-    columns = 2
-    lines = math.ceil(len(names) / columns)
+def _correlation_figure(correlations: Mapping[str, Mapping[str, Any]]) -> Html:
+    """Draw every predictor's rank correlations with their intervals."""
+    kinds = {"teams": "teams", "members": "members", "partners": "partners of one model"}
+    panels = []
+    for kind, title in kinds.items():
+        found = {name: told[kind] for name, told in correlations.items()}
+        if any(is_finite(one["rho"]) for one in found.values()):
+            alt = "; ".join(f"{name}: {_interval(one)}" for name, one in found.items())
+            panels.append(Panel(_correlation_plot(found), alt, title))
+    caption = (
+        "Rank correlation of what a predictor said with what was gained; bars are 95 % bootstrap "
+        "intervals. 1: orders them rightly, 0: says nothing, -1: the wrong way round."
+    )
+    return figure_tag(panels, caption)
 
+
+def _correlation_plot(found: Mapping[str, Mapping[str, Any]]) -> str:
     def paint(figure: Figure) -> None:
-        grid = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
-        for axes, name in zip(grid, names, strict=False):
-            x = [_mean(row["predicted"][name]) for row in rows]
-            axes.axhline(0, color="#8a919a", linewidth=1)
-            axes.plot(x, [row["gain"] for row in rows], "o", color=COLORS[0], alpha=0.6)
-            axes.set_title(name)
-        for axes in grid[len(names) :]:
-            axes.set_visible(False)
-        figure.supylabel("gain (points)", fontsize=9.5)
-        figure.supxlabel("predicted, mean over members", fontsize=9.5)
+        axes = figure.subplots()
+        zero_line(axes, upright=True)
+        for y, one in enumerate(found.values()):
+            if is_finite(one["low"]) and is_finite(one["high"]):
+                axes.plot([one["low"], one["high"]], [y, y], color=COLORS[0], linewidth=1.8)
+            if is_finite(one["rho"]):
+                axes.plot(one["rho"], y, "o", color=COLORS[0], markersize=6)
+        axes.set_xlim(-1.05, 1.05)
+        axes.set_xlabel("rank correlation (no unit)")
+        name_axis(axes, list(found))
 
-    alt = f"Predicted against realised gain of {len(rows)} teams, for {listed(names)}"
+    return draw(paint, 0.65 + 0.23 * len(found))
+
+
+def _scatter(told: Mapping[str, Any]) -> Html:
+    rows = told["runs"]
+    panels = [
+        Panel(
+            _scatter_plot([_mean(row["predicted"][name]) for row in rows], rows),
+            f"Predicted by {name} against realised gain of {len(rows)} teams",
+            name,
+        )
+        for name in told["correlations"]
+    ]
     caption = "Each point is a team: what a predictor said, and the mean gain of its members."
-    return figure_tag(draw(paint, 0.6 + 1.7 * lines), alt, caption)
+    return figure_tag(panels, caption)
+
+
+def _scatter_plot(predicted: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> str:
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        zero_line(axes)
+        axes.plot(predicted, [row["gain"] for row in rows], "o", color=COLORS[0], alpha=0.6)
+        axes.set_ylabel("gain (points)")
+        axes.set_xlabel("predicted, mean over members")
+
+    return draw(paint, 2.2)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -164,4 +210,5 @@ def _run_table(outcome: Mapping[str, Any]) -> Html:
         for row in sorted(outcome["realised"]["runs"], key=lambda row: -row["gain"])
     ]
     head = ["Team", "Rule", "Runs", "Gain", "Gain of each", chosen]
-    return data_table("Most gained first; gains in points, at the end of training.", head, rows)
+    caption = "Most gained first; gains in points, at the end of training."
+    return long_table("Every team", caption, head, rows)

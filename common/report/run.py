@@ -18,6 +18,7 @@ from common.report.numbers import (
     as_count,
     as_float,
     as_percent,
+    difference_unit,
     epochs_of,
     has_values,
     is_finite,
@@ -25,22 +26,23 @@ from common.report.numbers import (
     number,
     number_format,
     series_of,
+    with_unit,
 )
 from common.report.page import (
     Html,
-    bullets,
+    Panel,
+    Summary,
     data_table,
     figure_grid,
     figure_tag,
-    paragraphs,
     picture_section,
     section,
-    settings_table,
-    tag,
+    settings_section,
     write_page,
 )
-from common.report.plots import draw, draw_legend, draw_lines, epoch_axis
+from common.report.plots import draw, draw_legend, draw_lines, epoch_axis, zero_line
 from common.report.soup import soup_section
+from common.report.style import AXIS, INK
 from common.statistics import unit_of
 
 RUN_CAUTION = (
@@ -89,24 +91,24 @@ def write_run_report(
     """
     outcomes = _outcomes(names, history, metric, lower_is_better)
     show = number_format(row.get(f"{name}/{metric}") for row in history for name in names)
-    lead = _run_lead(outcomes, history, lessons, metric, lower_is_better, show)
-    body = [
-        section(
-            "In short",
-            tag("p", lead, class_="lead"),
-            bullets(_told(outcomes, show)),
-            tag("p", RUN_CAUTION, class_="caution"),
-            *paragraphs(notes),
-        ),
+    summary = Summary(
+        kind="Run",
+        verdict=_verdict(outcomes, history, metric, lower_is_better, show),
+        facts=_facts(outcomes, history, lessons, metric),
+        cautions=[RUN_CAUTION, *notes],
+        about=_about(outcomes, history, lessons, metric, lower_is_better),
+    )
+    sections = [
         section("Peers", _outcome_table(outcomes, metric, show)),
         section("Over the run", figure_grid(_run_figures(names, history, lessons, metric, events))),
         *guard_section(events, unit_of(history)),
         *soup_section(soups, show),
         *teaching_section(names, lessons),
         *picture_section(pictures),
-        section("Settings", settings_table(settings)),
+        settings_section(settings),
     ]
-    return write_page(path, f"Run report: {listed(names)}", body)
+    title = listed(names)
+    return write_page(path, title if len(title) < 60 else f"{len(names)} peers", summary, sections)
 
 
 @dataclass(frozen=True)
@@ -155,30 +157,62 @@ def _outcome(name: str, history: Sequence[Row], metric: str, lower_is_better: bo
     )
 
 
-def _run_lead(
+def _verdict(
+    outcomes: Sequence[_Outcome],
+    history: Sequence[Row],
+    metric: str,
+    lower_is_better: bool,
+    show: Show,
+) -> list[str]:
+    """Say the outcome in plain words, from the numbers alone."""
+    if len(history) == 1:
+        return ["Only the start was measured."]
+    return [
+        *_headline(outcomes),
+        *_who_gained(outcomes, show),
+        *_strongest(outcomes, lower_is_better, show),
+        *_group(outcomes, history, metric, lower_is_better, show),
+    ]
+
+
+def _facts(
+    outcomes: Sequence[_Outcome], history: Sequence[Row], lessons: Sequence[Row], metric: str
+) -> dict[str, object]:
+    unit = unit_of(history)
+    facts: dict[str, object] = {
+        "Peers": len(outcomes),
+        f"{unit.capitalize()}s": history[-1][unit],
+        "Measured by": metric,
+    }
+    shares = [share for share in series_of(lessons, "transfer/taught") if is_finite(share)]
+    if len(outcomes) > 1 and shares:
+        facts["Samples taught"] = as_percent(float(np.mean(shares)))
+    return facts
+
+
+def _about(
     outcomes: Sequence[_Outcome],
     history: Sequence[Row],
     lessons: Sequence[Row],
     metric: str,
     lower_is_better: bool,
-    show: Show,
 ) -> str:
-    """Say the outcome in plain words, from the numbers alone."""
     names = listed([outcome.name for outcome in outcomes])
     direction = "lower" if lower_is_better else "higher"
     unit = unit_of(history)
     epochs = int(history[-1][unit])
     together = "were trained together" if len(outcomes) > 1 else "was trained alone"
     length = f"for {epochs} {unit}{'s' * (epochs != 1)}"
-    sentences = [f"{names} {together} {length}; measured by {metric} ({direction} is better)."]
-    if len(history) == 1:
-        return f"{sentences[0]} Only the start was measured."
-    sentences += _who_gained(outcomes, show)
-    sentences += _strongest(outcomes, lower_is_better, show)
-    sentences += _group(outcomes, history, metric, lower_is_better, show)
-    if len(outcomes) > 1:
-        sentences += _taught(lessons)
-    return " ".join(sentences)
+    told = f"{names} {together} {length}; measured by {metric} ({direction} is better)."
+    return " ".join([told, *(_taught(lessons) if len(outcomes) > 1 else [])])
+
+
+def _headline(outcomes: Sequence[_Outcome]) -> list[str]:
+    """Count the winners, where they are too many to be seen at a glance."""
+    if len(outcomes) < 2:
+        return []
+    better = sum(outcome.gain > 0 for outcome in outcomes)
+    return [f"{better} of {len(outcomes)} peers ended better than they started."]
 
 
 def _who_gained(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
@@ -241,14 +275,6 @@ def _taught(lessons: Sequence[Row]) -> list[str]:
     return [f"Somebody taught on {as_percent(float(np.mean(shares)))} of the samples seen."]
 
 
-def _told(outcomes: Sequence[_Outcome], show: Show) -> list[str]:
-    return [
-        f"{o.name}: {show(o.before)} before, best {show(o.best)} (at {o.best_epoch}), last "
-        f"{show(o.last)}."
-        for o in outcomes
-    ]
-
-
 def _outcome_table(outcomes: Sequence[_Outcome], metric: str, show: Show) -> Html:
     flips = any(o.fixed is not None or o.broken is not None for o in outcomes)
     head = ["Peer", "Before", "Best", "Best at", "Last", "Change"]
@@ -287,9 +313,12 @@ def _run_figures(
     ]
     if any(has_values(history, f"{name}/score_temperature") for name in names):
         figures.append(_temperature_figure(names, history))
-    for what, title in (("task_loss", "Task loss"), ("transfer_loss", "Transfer loss")):
+    for what, title, scale in (
+        ("task_loss", "Task loss", "own scale"),
+        ("transfer_loss", "Transfer loss", "nats"),
+    ):
         if any(has_values(lessons, f"{name}/{what}") for name in names):
-            figures.append(_loss_figure(names, lessons, what, title))
+            figures.append(_loss_figure(names, lessons, what, title, scale))
     return figures
 
 
@@ -302,13 +331,12 @@ def _metric_figure(
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         draw_lines(axes, names, history, metric)
-        for who, style in zip(("ensemble", "oracle"), ("-", "--"), strict=True):
+        for who, style, color in (("ensemble", "-", INK), ("oracle", "--", AXIS)):
             if who in group:
                 values = series_of(history, f"{who}/{metric}")
-                color = "#222222" if who == "ensemble" else "#8a919a"
                 axes.plot(epochs_of(history), values, style, color=color, label=who)
         mark_events(axes, names, events, unit_of(history))
-        epoch_axis(axes, metric, unit_of(history))
+        epoch_axis(axes, with_unit(metric), unit_of(history))
         draw_legend(figure, axes)
 
     caption = f"{metric} at each evaluation; 0 is the start."
@@ -316,7 +344,8 @@ def _metric_figure(
         caption += " A dotted line: the guard warned of a peer or rolled it back."
     if "oracle" in group:
         caption += " Oracle: right where at least one peer is right."
-    return figure_tag(draw(paint, 2.6), f"{metric} of {listed([*names, *group])}", caption)
+    alt = f"{metric} of {listed([*names, *group])} over the run"
+    return figure_tag([Panel(draw(paint, 2.5), alt)], caption)
 
 
 def _change_figure(names: Sequence[str], history: Sequence[Row], metric: str) -> Html:
@@ -330,21 +359,21 @@ def _change_figure(names: Sequence[str], history: Sequence[Row], metric: str) ->
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.axhline(0, color="#8a919a", linewidth=1)
+        zero_line(axes)
         draw_lines(axes, names, rows, metric)
-        epoch_axis(axes, f"change of {metric}", unit)
+        epoch_axis(axes, f"change of {metric} ({difference_unit(metric)})", unit)
         draw_legend(figure, axes)
 
     alt = f"Change of {metric} since the start of {listed(names)}"
-    return figure_tag(draw(paint, 2.6), alt, "The same as change since the start.")
+    return figure_tag([Panel(draw(paint, 2.5), alt)], "The same as change since the start.")
 
 
 def _temperature_figure(names: Sequence[str], history: Sequence[Row]) -> Html:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.axhline(1, color="#8a919a", linewidth=1)
+        axes.axhline(1, color=AXIS, linewidth=1, linestyle="--")
         draw_lines(axes, names, history, "score_temperature")
-        epoch_axis(axes, "temperature of the score", unit_of(history))
+        epoch_axis(axes, "temperature (no unit)", unit_of(history))
         draw_legend(figure, axes)
 
     last = ", ".join(
@@ -355,19 +384,20 @@ def _temperature_figure(names: Sequence[str], history: Sequence[Row]) -> Html:
         f"that the run is evaluated on; above 1: the peer is too sure of itself. Last: {last}."
     )
     alt = f"Temperature of the score of {listed(names)}"
-    return figure_tag(draw(paint, 2.6), alt, caption)
+    return figure_tag([Panel(draw(paint, 2.5), alt)], caption)
 
 
-def _loss_figure(names: Sequence[str], lessons: Sequence[Row], what: str, title: str) -> Html:
+def _loss_figure(
+    names: Sequence[str], lessons: Sequence[Row], what: str, title: str, scale: str
+) -> Html:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         draw_lines(axes, names, lessons, what)
-        epoch_axis(axes, title, unit_of(lessons))
+        epoch_axis(axes, f"{title.lower()} ({scale})", unit_of(lessons))
         if axes.dataLim.y0 >= 0:
             axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1e-6))
         draw_legend(figure, axes)
 
     caption = f"{title}, mean over the training batches up to each point."
-    return figure_tag(
-        draw(paint, 2.6), f"{title} of {listed(names)} per {unit_of(lessons)}", caption
-    )
+    alt = f"{title} of {listed(names)} per {unit_of(lessons)}"
+    return figure_tag([Panel(draw(paint, 2.5), alt)], caption)

@@ -6,22 +6,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from common.report.numbers import MISSING, as_percent, is_finite, listed, number
 from common.report.page import (
     Html,
+    Panel,
+    Section,
+    Summary,
     bullets,
+    commands,
     data_table,
     figure_grid,
     figure_tag,
+    folded,
+    long_table,
     section,
-    settings_table,
+    settings_section,
     tag,
     write_page,
 )
-from common.report.plots import COLORS, draw, short_name
+from common.report.plots import COLORS, HEAT, WIDTH, draw, heat_cells
+from common.report.style import PAPER
 
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
@@ -34,7 +44,7 @@ _SHOWN = 8
 
 
 def write_scout_report(
-    path: Path | str, outcome: Mapping[str, Any], top: int = 20, extra: Sequence[Html] = ()
+    path: Path | str, outcome: Mapping[str, Any], top: int = 20, extra: Sequence[Section] = ()
 ) -> Path:
     """Write the page.
 
@@ -48,31 +58,48 @@ def write_scout_report(
         Where it lies.
     """
     teams = outcome["teams"][:top]
-    body = [
+    told = scout_sentences(outcome)
+    first = Summary(
+        kind="Scouting",
+        verdict=told[1:],
+        facts={
+            "Models": len(outcome["names"]),
+            outcome.get("unit", "images").capitalize(): outcome["samples"],
+            "Teams": outcome["judged"],
+            "Ranked by": outcome["predictor"],
+        },
+        cautions=[outcome.get("caution", CAUTION)],
+        about=told[0],
+    )
+    sections = [
         section(
-            "In short",
-            tag("p", scout_lead(outcome), class_="lead"),
-            tag("p", outcome.get("caution", CAUTION), class_="caution"),
+            "Teams",
+            _team_table(outcome, teams),
+            folded("Every predictor", _predictor_table(outcome, teams), _predictor_notes(outcome)),
         ),
-        section("Teams", _team_table(outcome, teams), *_predictor_notes(outcome)),
-        section("To train them", *(tag("pre", c, class_="scroll") for c in outcome["commands"])),
+        section("To train them", *commands(outcome["commands"])),
         section("Who knows what the others do not", figure_grid(_figures(outcome))),
         section("Models", _model_table(outcome)),
         *extra,
         *_calibration_section(outcome),
-        section("Settings", settings_table(outcome["settings"])),
+        settings_section(outcome["settings"]),
     ]
-    return write_page(path, f"Scouting {len(outcome['names'])} models", body)
+    return write_page(path, f"Scouting {len(outcome['names'])} models", first, sections)
 
 
 def scout_lead(outcome: Mapping[str, Any]) -> str:
     """Say in plain words what was found."""
+    return " ".join(scout_sentences(outcome))
+
+
+def scout_sentences(outcome: Mapping[str, Any]) -> list[str]:
+    """Say in plain words what was asked, then what was found."""
     count, names = outcome["samples"], outcome["names"]
     kind = "labelled" if outcome["labelled"] else "unlabelled"
     unit = outcome.get("unit", "images")
     told = [f"{len(names)} models answered {count} {kind} {unit}, each in its own view."]
     if not outcome["teams"]:
-        return " ".join([*told, "No team fits."])
+        return [*told, "No team fits."]
     best = outcome["teams"][0]
     aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
     told.append(
@@ -92,28 +119,26 @@ def scout_lead(outcome: Mapping[str, Any]) -> str:
         )
     if outcome["too_large"]:
         told.append(f"{outcome['too_large']} teams were left out: they do not fit the memory.")
-    return " ".join(told)
+    return told
 
 
-def _predictor_notes(outcome: Mapping[str, Any]) -> list[Html]:
+def _predictor_notes(outcome: Mapping[str, Any]) -> Html:
     chosen = outcome["predictor"]
-    told = [f"{name}{' (ranked by)' * (name == chosen)}: {why}." for name, why in _why(outcome)]
-    return [bullets(told)]
-
-
-def _why(outcome: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return list(outcome["why"].items())
+    told = [
+        f"{name}{' (ranked by)' * (name == chosen)}: {why}." for name, why in outcome["why"].items()
+    ]
+    return bullets(told)
 
 
 def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) -> Html:
     known = any(team["memory"] is not None for team in teams)
-    others = [name for name in outcome["why"] if name != outcome["predictor"]]
-    head = ["Team", outcome["predictor"], "Taught", "Agree", "Ensemble", "Oracle"]
-    head += ["Engine", "Memory", "Step"] * known + others
+    head = ["#", "Team", outcome["predictor"], "Taught", "Agree", "Ensemble", "Oracle"]
+    head += ["Engine", "Memory", "Step"] * known
     rows = []
     for k, team in enumerate(teams):
         row = [
-            f"{k + 1}. {', '.join(team['members'])}",
+            k + 1,
+            ", ".join(team["members"]),
             number(team["value"], 4),
             _shares(team["taught"]),
             as_percent(team["agreement"]),
@@ -122,16 +147,29 @@ def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) 
         ]
         if known:
             row += [team["engine"], _gigabytes(team["memory"]), _milliseconds(team["step_seconds"])]
-        row += [number(_mean(team["predicted"][name]), 4) for name in others]
         rows.append(row)
     roles = f"rule {outcome['rule']}" + (f", score {outcome['score']}" if outcome["score"] else "")
     caption = (
         f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of samples on "
-        "which each member is taught, in the order of the names. Predictors are means over members"
-        + (f"; the ranking is by what {outcome['for']} may gain." if outcome["for"] else ".")
+        "which each member is taught, in the order of the names."
+        + (f" The ranking is by what {outcome['for']} may gain." if outcome["for"] else "")
         + " Memory and step: as --plan works them out." * known
     )
-    return data_table(caption, head, rows)
+    return data_table(caption, head, rows, labels=2)
+
+
+def _predictor_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) -> Html:
+    names = list(outcome["why"])
+    rows = [
+        [
+            k + 1,
+            ", ".join(team["members"]),
+            *(number(_mean(team["predicted"][n]), 4) for n in names),
+        ]
+        for k, team in enumerate(teams)
+    ]
+    caption = "What every predictor says of these teams, mean over members."
+    return data_table(caption, ["#", "Team", *names], rows, labels=2)
 
 
 def _mean(by_member: Mapping[str, float]) -> float:
@@ -173,11 +211,12 @@ def _model_table(outcome: Mapping[str, Any]) -> Html:
     return data_table(caption, head, rows)
 
 
-def _calibration_section(outcome: Mapping[str, Any]) -> list[Html]:
+def _calibration_section(outcome: Mapping[str, Any]) -> list[Section]:
     rows = outcome["calibration"]
     if not rows:
         return []
-    table = data_table(
+    table = long_table(
+        "Every team",
         "Who would teach under --score confidence, by raw and by calibrated confidences. Right: "
         "share of taught samples whose teacher is right. Same: both choose the same teacher.",
         ["Team", "Right, raw", "Right, calibrated", "Same"],
@@ -204,21 +243,25 @@ def _figures(outcome: Mapping[str, Any]) -> list[Html]:
     return [_matrix(outcome, "agreement"), _matrix(outcome, "kl")]
 
 
+# by table: scale, names of rows and columns with the unit, caption
 _MATRICES = {
     "flips": (
-        "row right, column wrong (% of samples)",
         100,
+        "right",
+        "wrong (% of samples)",
         "What the row's model could teach the column's: samples, in per cent, on which the row is "
         "right and the column wrong.",
     ),
     "agreement": (
-        "same answer (% of samples)",
         100,
+        "one model",
+        "another: same answer (% of samples)",
         "How often two models give the same answer, in per cent.",
     ),
     "kl": (
-        "mean KL from row to column (nats)",
         1,
+        "from",
+        "to: mean KL (nats)",
         "KL divergence of the row's probabilities from the column's, mean over samples, in nats.",
     ),
 }
@@ -226,35 +269,28 @@ _MATRICES = {
 
 def _matrix(outcome: Mapping[str, Any], what: str) -> Html:
     names = outcome["names"]
-    title, scale, caption = _MATRICES[what]
+    scale, row, column, caption = _MATRICES[what]
     values = scale * np.asarray(outcome["pairs"][what], dtype=float)
     np.fill_diagonal(values, np.nan)
+    finite = values[np.isfinite(values)]
+    numbered = len(names) <= _NUMBERED
+    digits = "{:.0f}" if finite.max() >= 10 else "{:.2f}"
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        image = axes.imshow(values, cmap="cividis")
-        labels = [short_name(name, names, 22) for name in names]
-        size = 9 if len(names) <= _NUMBERED else 5
-        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=size)
-        axes.set_yticks(range(len(names)), labels, fontsize=size)
-        axes.grid(False)
-        if len(names) <= _NUMBERED:
-            _write_cells(axes, values)
-        figure.colorbar(image, ax=axes, shrink=0.8, label=title)
+        heat_cells(axes, values, names, digits if numbered else "")
+        axes.set_xlabel(column)
+        axes.set_ylabel(row)
+        if not numbered:
+            colors = matplotlib.colormaps[HEAT].resampled(16)
+            figure.colorbar(ScalarMappable(Normalize(0, finite.max()), colors), ax=axes, shrink=0.8)
 
-    finite = values[np.isfinite(values)]
-    alt = f"Heat map of {len(names)} models: {title}, from {finite.min():.3g} to {finite.max():.3g}"
-    height = min(7.5, 2.2 + 0.32 * len(names))
-    return figure_tag(draw(paint, height), alt, caption)
-
-
-def _write_cells(axes: Any, values: np.ndarray) -> None:
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            color = "white" if value < middle else "black"
-            text = f"{value:.1f}" if np.nanmax(values) >= 1 else f"{value:.2f}"
-            axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
+    span = f"from {finite.min():.3g} to {finite.max():.3g}"
+    alt = f"Heat map of {len(names)} models: {row}, {column}, {span}"
+    # with many models each needs its line: a wide plot scrolls in its own box
+    height = 1.4 + (0.22 if numbered else 0.16) * len(names)
+    plot = draw(paint, height, WIDTH if numbered else max(WIDTH, height + 0.4))
+    return figure_tag([Panel(plot, alt)], caption)
 
 
 def _scatter(outcome: Mapping[str, Any]) -> Html:
@@ -274,7 +310,11 @@ def _scatter(outcome: Mapping[str, Any]) -> Html:
             where = at[frozenset(members)]
             axes.plot(x[where], y[where], "o", color=COLORS[1], markersize=5)
             axes.annotate(
-                str(k + 1), (x[where], y[where]), xytext=(4, 3), textcoords="offset points"
+                str(k + 1),
+                (x[where], y[where]),
+                xytext=(5, 4),
+                textcoords="offset points",
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
             )
         axes.set_xlabel("mean accuracy of the pair (%)")
         axes.set_ylabel("oracle over its stronger model (points)")
@@ -284,4 +324,4 @@ def _scatter(outcome: Mapping[str, Any]) -> Html:
         "pairs, in the order of the ranking."
     )
     alt = f"Accuracy against complementarity of {len(pairs)} pairs"
-    return figure_tag(draw(paint, 3.2), alt, caption)
+    return figure_tag([Panel(draw(paint, 3.0), alt)], caption)

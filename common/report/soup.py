@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.report.numbers import Row, Show
-from common.report.page import Html, data_table, section
+from common.report.page import Section, data_table, section
 
 
-def soup_section(soups: Sequence[Row], show: Show) -> list[Html]:
+def soup_section(soups: Sequence[Row], show: Show) -> list[Section]:
     """Show each peer's start, best and soup, and all averages that were tried."""
     if not soups:
         return []

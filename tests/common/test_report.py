@@ -1,6 +1,7 @@
 """What the reports say, number by number, and that each is one file that needs no other."""
 
 import math
+import re
 from html.parser import HTMLParser
 
 import matplotlib
@@ -23,6 +24,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.open, self.tables, self.images, self.words, self.tags = [], {}, [], [], set()
+        self.plots = []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         assert not self.open
@@ -39,6 +41,8 @@ class Page(HTMLParser):
         self.tags.add(tag)
         if tag == "img":
             self.images.append(dict(attrs))
+        if tag == "svg":
+            self.plots.append(dict(attrs))
         if tag in VOID:
             return
         self.open.append(tag)
@@ -57,7 +61,7 @@ class Page(HTMLParser):
         self.words.append(data)
         if self.open[-1:] == ["caption"]:
             self.tables[data] = self.table
-        if self.open[-1:] in (["td"], ["th"]):
+        if self.open[-1:] in (["td"], ["th"]) or self.open[-2:] == ["th", "span"]:
             self.row.append(data)
 
 
@@ -145,10 +149,16 @@ def sentences(arms, seeds):
 
 def assert_stands_alone(page):
     assert page.source.startswith("<!DOCTYPE html>")
-    for mark in ("http://", "https://", "url(", "@import", "srcset", "nan", "None", "inf "):
+    for mark in ("http://", "https://", "@import", "srcset", "nan", "None", "inf "):
         assert mark not in page.source.replace("info", ""), mark
+    assert not re.search(r"url\((?!#)", page.source)
+    assert "default-src 'none'" in page.source
     assert not page.tags & {"script", "link", "iframe", "object"}
-    assert page.images
+    ids = re.findall(r' id="([^"]*)"', page.source)
+    assert len(ids) == len(set(ids))
+    assert page.plots
+    for plot in page.plots:
+        assert plot["role"] == "img" and plot["aria-label"]
     for image in page.images:
         assert image["src"].startswith("data:image/")
         assert image["alt"]
