@@ -2,6 +2,8 @@
 #                           scenes or on videos composed of them; writes into demo_report/
 # make test                 all tests but the slow ones;  make test-all: all of them
 # make check                formatting, lint, types
+# make pictures EXPERIMENT=REPORT SCOUTING=REPORT   take README's pictures of two report.html anew,
+#                           with the Chromium or Chrome of this machine
 # make setup-segmentation   Detectron2 and what segmentation/ needs (part of make test and of
 #                           make demo TASK=segmentation)
 #
@@ -13,7 +15,7 @@ TASK ?= classification
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test test-all check clean setup-segmentation
+.PHONY: demo test test-all check clean pictures setup-segmentation
 
 demo: $(VENV)/.demo $(if $(filter segmentation,$(TASK)),$(VENV)/.detectron2)
 	$(RUN) -m $(TASK).demo $(if $(FULL),--full)
@@ -28,6 +30,9 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+pictures: $(VENV)/.dev
+	$(RUN) -m benchmarks.pictures experiment=$(EXPERIMENT) scouting=$(SCOUTING)
 
 setup-segmentation: $(VENV)/.detectron2
 
