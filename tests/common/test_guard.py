@@ -17,7 +17,15 @@ from common.transfer import KnowledgeTransfer
 from tests.common.test_distributed import ShardedLoader
 from tests.common.test_peer_parallel import Seated, seated_group
 from tests.common.test_trainer import assert_same, final
-from tests.common.toy import CLASSES, HERE, ToyLoader, make_batch, make_peers, make_trainer
+from tests.common.toy import (
+    CLASSES,
+    HERE,
+    ToyEvaluator,
+    ToyLoader,
+    make_batch,
+    make_peers,
+    make_trainer,
+)
 from tests.launch import launch
 
 ROLLBACK = Bounds("rollback", 10.0, patience=1)
@@ -140,6 +148,80 @@ def test_a_peer_goes_back_to_its_best_is_taught_no_more_and_then_frozen(tmp_path
     assert epochs == [0, 1, 2, 2, 3, 3]  # measured once more after going back
     rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
     assert [row["p1/beyond"] for row in rows] == ["", "", "1", "", "1", ""]
+
+
+class Sinking(ToyEvaluator):
+    """Shows p0 far below its start once after epoch 2 and once after epoch 4."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def evaluate(self, peers):
+        found = super().evaluate(peers)
+        seen = {2: 0, 4: 1}.get(self.trainer.progress.epoch)
+        if seen == len(self.trainer.guard.events):
+            found["p0/top1"] -= 50.0
+        return found
+
+
+def copies_trainer(folder, engine="joint", teachers="ema+own", seed=0):
+    peers = averaged(trained(make_peers(3, seed=seed)))
+    trainer = make_trainer(
+        folder, peers, "mutual", guard=ROLLBACK, epochs=5, save_every=4, keep=100
+    )
+    trainer.transfer.teachers = teachers
+    trainer.engine = build_engine(engine, peers, trainer.transfer, HERE)
+    trainer.evaluator = Sinking(trainer)
+    return trainer
+
+
+@pytest.mark.parametrize("engine", ["joint", "two-pass"])
+@pytest.mark.parametrize("teachers", ["ema", "ema+own"])
+def test_a_copy_that_teaches_goes_back_with_its_peer(tmp_path, engine, teachers):
+    trainer = copies_trainer(tmp_path, engine, teachers)
+    peer, kept, steps = trainer.peers[0], [], []
+    step, roll_back = trainer.engine.step, trainer.guard.roll_back
+
+    def taken_back():
+        best = copy.deepcopy(trainer.guard.kept("p0").get("best"))
+        if roll_back():
+            kept.append(best["average"])
+            average = peer.module if peer.average is None else peer.average.module
+            assert_same(average.state_dict(), best["average"])
+            if peer.average is not None:
+                assert_same(peer.module.state_dict(), best["module"])
+
+    def watched(batch, **rest):
+        steps.append((trainer.progress.epoch, batch, step(batch, **rest)))
+        return steps[-1][2]
+
+    trainer.guard.roll_back, trainer.engine.step = taken_back, watched
+    trainer.fit()
+    assert [e["action"] for e in trainer.guard.events] == [UNTAUGHT, STOPPED]
+    for epoch, _, result in steps:
+        assert result.roles[0, 1].all() and result.roles[2, 1].all()  # it still teaches
+        assert result.roles[1, 0].all() == (epoch < 2)
+        assert result.roles[0, 0].all() == (epoch < 2 and teachers == "ema+own")
+        assert epoch < 2 or not result.roles[:, 0].any()
+    for weights, epoch in zip(kept, (2, 4), strict=True):
+        first = next(k for k, (at, _, _) in enumerate(steps) if at == epoch)
+        last = len(steps) if epoch == 4 else first + 1  # a peer that is frozen stays so
+        copied = copy.deepcopy(peer.module)
+        copied.load_state_dict(weights)
+        for _, (x, y), result in steps[first:last]:
+            expected = -F.cross_entropy(copied(x), y, reduction="none")
+            torch.testing.assert_close(result.score[0], expected)
+
+
+def test_and_a_resume_from_every_run_file_is_the_same(tmp_path):
+    whole = copies_trainer(tmp_path / "whole")
+    whole.fit()
+    for run in list_runs(tmp_path / "whole"):
+        again = copies_trainer(tmp_path / "again", seed=7)
+        again.resume(load_run(run), source=tmp_path / "whole")
+        again.fit()
+        assert_same(final(again), final(whole))
+        assert again.guard.events == whole.guard.events
 
 
 def test_a_peer_that_is_not_taught_still_teaches_and_learns(tmp_path):
