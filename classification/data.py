@@ -38,6 +38,9 @@ from common.distributed import World
 from common.options import OptionError
 from common.seeding import drawn_for, generators_kept, seed_generators
 
+STREAMS = ("wds/", "tfds/", "hfids/")
+"""What ``--dataset`` begins with where timm reads a stream, not samples by their number."""
+
 
 @dataclass(frozen=True)
 class View:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from classification.compiling import AUTO
-from classification.data import View, common_view
+from classification.data import STREAMS, View, common_view
 from classification.options import PeerSpec, mixes
 from classification.peer import build_modules, build_peers
 from common.costs import measure_peer
 from common.distributed import World
 from common.memory import bytes_of
+from common.options import wants_copies
 from common.outputs import log_plan
 from common.planner import Flags, TeamCost, team_of
 
@@ -75,10 +76,18 @@ def measure_team(
     for i, module in enumerate(modules):
         seat = World(i, len(specs), 0, world.device, seats=len(specs))  # builds this peer alone
         peer = build_peers(specs, modules, views, options, seat, updates_per_epoch=1)[0][i]
-        costs.append(measure_peer(peer, draw, batch, world.device, amp_dtype(options)))
+        dtype, copies = amp_dtype(options), wants_copies(options)
+        costs.append(measure_peer(peer, draw, batch, world.device, dtype, copies=copies))
         del peer
         module.to("cpu")  # room for the next
-    return team_of(options, costs, bytes_of(draw(batch, torch.device("meta"))), world)
+    inputs = bytes_of(draw(batch, torch.device("meta")))
+    return team_of(options, costs, inputs, world, _refused(options))
+
+
+def _refused(options: argparse.Namespace) -> dict[str, str]:
+    if not options.dataset.lower().startswith(STREAMS):
+        return {}
+    return {"peer-parallel": f"--dataset {options.dataset} is a stream, which is split by process"}
 
 
 def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:

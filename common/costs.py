@@ -74,6 +74,7 @@ class PeerCost:
         optimizer: Its state after one step.
         update: What the optimizer's step holds for a moment beside it.
         average: The EMA, where it is on the device.
+        copy: The most that the EMA's own forward holds, where that teaches; 0: it does not.
         step: Of forward and backward.
         checkpointed: The same under gradient checkpointing; None: on already, or not offered.
         output: What is handed to the transfer.
@@ -101,6 +102,7 @@ class PeerCost:
     train: float | None = None
     scaled_from: int | None = None
     timed_on: int | None = None
+    copy: int = 0
 
     @property
     def state(self) -> int:
@@ -117,6 +119,7 @@ def measure_peer(
     *,
     timed: bool = True,
     few: int = 2,
+    copies: bool = False,
 ) -> PeerCost:
     """Measure one peer; afterwards it is as it was before.
 
@@ -130,6 +133,7 @@ def measure_peer(
         timed: Also time it.
         few: Samples of real steps where the bytes cannot be had from fake ones, and of timings
             on a CPU.
+        copies: The peers' averaged copies teach.
     """
     few = min(few, batch)
     if device.type == "cpu" and dtype is torch.float16:
@@ -151,6 +155,7 @@ def measure_peer(
         output=measured.output,
         shapes=measured.shapes,
         scaled_from=measured.real,
+        copy=_copy(peer, draw, batch, few, device, dtype) if copies else 0,
     )
     return _timed(cost, peer, draw, batch, few, device, dtype) if timed else cost
 
@@ -344,6 +349,19 @@ def _checkpointed(
         return _measure(peer, draw, batch, few, device, dtype).step
     finally:
         module.set_grad_checkpointing(False)
+
+
+def _copy(
+    peer: Peer, draw: Draw, batch: int, few: int, device: torch.device, dtype: torch.dtype | None
+) -> int:
+    """Count what the averaged copy's forward holds: as the peer's own would, were it frozen."""
+    if peer.average is None:
+        return 0
+    frozen, peer.frozen = peer.frozen, True
+    try:
+        return _measure(peer, draw, batch, few, device, dtype).step.peak
+    finally:
+        peer.frozen = frozen
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:

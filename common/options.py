@@ -178,6 +178,11 @@ def transfer_of(
         raise OptionError(str(error)) from error
 
 
+def wants_copies(options: argparse.Namespace) -> bool:
+    """Whether averaged copies teach; see ``KnowledgeTransfer.wants_copies``."""
+    return options.teachers != "peers" and options.rule != "none"
+
+
 def check_copies(options: argparse.Namespace, bare: Sequence[str], flag: str) -> None:
     """Refuse averaged copies as teachers where there are none.
 
@@ -189,7 +194,7 @@ def check_copies(options: argparse.Namespace, bare: Sequence[str], flag: str) ->
     Raises:
         OptionError: Names the peers, and what to do.
     """
-    if options.teachers == "peers" or options.rule == "none":
+    if not wants_copies(options):
         return
     if options.engine == "peer-parallel":
         raise OptionError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from common.distributed import World
 from common.engine import kept_peer
 from common.options import OptionError, transfer_of
 from common.peers import PeerGroup, RemotePeer
+from common.transfer import KnowledgeTransfer
 
 SAFETY = 0.15
 """Share of the memory that a plan leaves free: fragments that the allocator cannot use, workspaces
@@ -34,6 +35,7 @@ class TeamCost:
         transfer: Bytes of the objective.
         accumulate: Batches an optimizer step; with several, gradients outlive a step.
         reduced: Gradients are averaged over processes, in buckets that are as large as they are.
+        refused: Engines that the run would refuse, and why.
     """
 
     peers: Sequence[PeerCost]
@@ -42,10 +44,15 @@ class TeamCost:
     transfer: Activations
     accumulate: int = 1
     reduced: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def team_of(
-    options: argparse.Namespace, costs: Sequence[PeerCost], inputs: int, world: World
+    options: argparse.Namespace,
+    costs: Sequence[PeerCost],
+    inputs: int,
+    world: World,
+    refused: Mapping[str, str] | None = None,
 ) -> TeamCost:
     """Join peers that were measured for the run's batches; measures the objective too.
 
@@ -54,6 +61,7 @@ def team_of(
         costs: Of the peers, in their order.
         inputs: Bytes of a batch.
         world: Of this process.
+        refused: Engines that the task refuses, and why.
 
     Raises:
         OptionError: Names that cannot be peers', only frozen peers, or an option of the transfer.
@@ -71,7 +79,14 @@ def team_of(
         measure_transfer(transfer, costs, batch),
         options.grad_accum_steps,
         reduced=world.size > 1,
+        refused={**(refused or {}), **refused_by(transfer)},
     )
+
+
+def refused_by(transfer: KnowledgeTransfer) -> dict[str, str]:
+    """Return the engines that cannot run an objective, and why."""
+    told = f"teachers {transfer.teachers!r} are averaged copies, which are not exchanged"
+    return {"peer-parallel": told} if transfer.wants_copies else {}
 
 
 @dataclass(frozen=True)
@@ -108,12 +123,17 @@ def engine_costs(team: TeamCost) -> dict[str, EngineCost]:
     """Work out what each engine needs.
 
     An upper bound by the order of things: while one peer's backward runs, its own peak counts;
-    of peers before it the gradients are there, of those after it the activations.
+    of peers before it the gradients are there, of those after it the activations. Averaged copies
+    that teach forward one by one while these are held, and their outputs stay until the objective
+    is made.
+
+    Returns:
+        By the engine's name, without those that the run would refuse.
     """
     found = [_joint(team)]
     if len(team.peers) > 1:
         found += [_two_pass(team), _peer_parallel(team)]
-    return {cost.engine: cost for cost in found}
+    return {cost.engine: cost for cost in found if cost.engine not in team.refused}
 
 
 def _joint(team: TeamCost) -> EngineCost:
@@ -122,6 +142,9 @@ def _joint(team: TeamCost) -> EngineCost:
     backward = max(
         _own(peer, team) + sum(waiting) - mine for peer, mine in zip(peers, waiting, strict=True)
     )
+    taught = _copied_outputs(team)
+    backward += team.transfer.peak + taught
+    copying = sum(waiting) + taught + max(peer.copy for peer in peers)
     update = sum(peer.gradients for peer in peers) + max(peer.update for peer in peers)
     states = sum(peer.state for peer in peers)
     buckets = sum(_buckets(peer, team) for peer in peers)
@@ -130,8 +153,8 @@ def _joint(team: TeamCost) -> EngineCost:
         1,
         states,
         sum(peer.step.saved for peer in peers) + team.transfer.saved,
-        states + team.inputs + buckets + max(backward + team.transfer.peak, update),
-        _sum([peer.train for peer in peers]),
+        states + team.inputs + buckets + max(backward, copying, update),
+        _sum([*(peer.train for peer in peers), *_copied_forwards(team)]),
     )
 
 
@@ -139,7 +162,8 @@ def _two_pass(team: TeamCost) -> EngineCost:
     peers = team.peers
     kept = kept_peer([0 if peer.frozen else peer.parameters for peer in peers])
     persist = sum(peer.gradients for peer in peers) if team.accumulate > 1 else 0
-    first = peers[kept].step.saved + team.transfer.peak
+    copying = max(peer.copy for peer in peers)
+    first = peers[kept].step.saved + _copied_outputs(team) + max(team.transfer.peak, copying)
     second = max(max(peer.step.peak, peer.gradients + peer.update) for peer in peers)
     states = sum(peer.state for peer in peers)
     buckets = sum(_buckets(peer, team) for peer in peers)
@@ -154,7 +178,7 @@ def _two_pass(team: TeamCost) -> EngineCost:
             max(peer.step.saved for peer in peers),
         ),
         states + team.inputs + buckets + outputs + persist + max(first, second),
-        _sum([*(peer.train for peer in peers), *again]),
+        _sum([*(peer.train for peer in peers), *again, *_copied_forwards(team)]),
     )
 
 
@@ -190,6 +214,15 @@ def _waiting(peer: PeerCost, team: TeamCost) -> int:
     return held + peer.gradients if team.accumulate > 1 else max(held, peer.gradients)
 
 
+def _copied_outputs(team: TeamCost) -> int:
+    return sum(peer.output for peer in team.peers if peer.copy)
+
+
+def _copied_forwards(team: TeamCost) -> list[float | None]:
+    """Return the seconds of the copies' forwards; their peers' own last a little longer."""
+    return [peer.forward for peer in team.peers if peer.copy]
+
+
 def _buckets(peer: PeerCost, team: TeamCost) -> int:
     return peer.gradients if team.reduced else 0
 
@@ -217,6 +250,7 @@ def with_batch(team: TeamCost, batch: int, accumulate: int) -> TeamCost:
             peer,
             step=peer.step.scaled(share, peer.gradients),
             output=math.ceil(peer.output * share),
+            copy=math.ceil(peer.copy * share),
             forward=None if peer.forward is None else peer.forward * share,
             train=None if peer.train is None else peer.train * share,
         )
@@ -407,6 +441,9 @@ def notes(team: TeamCost, device: torch.device, dtype: torch.dtype | None) -> li
             "Seconds of few samples, scaled to the batch; of one step only where it takes long: "
             f"{_listed(timed)}."
         )
+    if any(peer.copy for peer in team.peers):
+        told.append("The forwards of the averaged copies that teach are counted too.")
+    told += [f"{engine} is left out: {reason}." for engine, reason in team.refused.items()]
     if team.reduced:
         told.append("With several processes, the gradients' buckets are counted too.")
     if device.type == "cpu" and dtype is torch.float16:

@@ -10,6 +10,7 @@ import torch
 from common.costs import measure_peer
 from common.distributed import World
 from common.memory import bytes_of
+from common.options import wants_copies
 from common.outputs import log_plan
 from common.planner import Flags, TeamCost, team_of
 from saliency.clips import ClipView
@@ -66,10 +67,18 @@ def measure_team(
     costs = []
     for spec, module, view in zip(specs, modules, views, strict=True):
         (peer,) = build_peers([spec], [module], [view], options, alone, updates=1)
-        costs.append(measure_peer(peer, draw, batch, world.device, dtype))
+        copies = wants_copies(options)
+        costs.append(measure_peer(peer, draw, batch, world.device, dtype, copies=copies))
         del peer
         module.to("cpu")  # room for the next
-    return team_of(options, costs, bytes_of(draw(batch, torch.device("meta"))), world)
+    inputs = bytes_of(draw(batch, torch.device("meta")))
+    return team_of(options, costs, inputs, world, _refused(options))
+
+
+def _refused(options: argparse.Namespace) -> dict[str, str]:
+    if not options.max_bad_samples:
+        return {}
+    return {"peer-parallel": f"not with --max-bad-samples {options.max_bad_samples}"}
 
 
 def random_batch(

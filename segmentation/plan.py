@@ -17,7 +17,7 @@ from segmentation.data import check_classes, class_masks
 from segmentation.errors import ConfigError, told_of
 from segmentation.models import build_module
 from segmentation.peer import STRIDE, Batch, SegmentorPeer
-from segmentation.trainer import build_peer, build_transfer, per_rank_batch
+from segmentation.trainer import build_peer, build_transfer, per_rank_batch, refuse_talk
 
 _CLASSES = 10  # of an image, where masks are learned; ADE20K's have about as many
 _BLOCK = 16
@@ -58,8 +58,10 @@ def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
     shards = shards_of(run, processes)
     batch = per_rank_batch(run.cfg.SOLVER.IMS_PER_BATCH, shards)
     costs, masks = [], False
+    refused: dict[str, str] = {}
     for config in run.peers:
         peer = _peer(config, run)
+        refused |= _refused(run, peer)
         masks = masks or not peer.dense
 
         def draw(samples: int, device: torch.device, masks: bool = not peer.dense) -> Batch:
@@ -81,7 +83,23 @@ def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
         transfer,
         run.transfer.ACCUMULATE,
         reduced=shards > 1,
+        refused=refused,
     )
+
+
+def _refused(run: RunConfig, peer: SegmentorPeer) -> dict[str, str]:
+    """Return the engine that cannot hold a peer, and why.
+
+    Raises:
+        ConfigError: The run asks for it.
+    """
+    try:
+        refuse_talk(peer.module, peer.name)
+    except ConfigError as error:
+        if run.transfer.ENGINE == "peer-parallel":
+            raise
+        return {"peer-parallel": str(error)}
+    return {}
 
 
 def shards_of(run: RunConfig, processes: int) -> int:

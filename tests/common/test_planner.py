@@ -21,11 +21,13 @@ from common.planner import (
     notes,
     peer_rows,
     read_size,
+    refused_by,
     usable,
     with_batch,
 )
 from common.seeding import Draws
 from common.transfer import KnowledgeTransfer
+from tests.common.test_guard import Average
 from tests.common.toy import FEATURES, ToyPeer, make_batch, make_peers
 
 CPU = torch.device("cpu")
@@ -37,21 +39,29 @@ def draw(samples, device):
     return x, torch.randint(5, (samples,), device=device)
 
 
-def team_of(peers, batch=BATCH, **rest):
-    costs = [measure_peer(peer, draw, batch, CPU, timed=False) for peer in peers]
-    transfer = KnowledgeTransfer("best", names=peers.names, frozen=peers.frozen)
+def team_of(peers, batch=BATCH, teachers="peers", **rest):
+    copies = teachers != "peers"
+    costs = [
+        measure_peer(peer, draw, batch, CPU, timed=False, copies=copies, few=8) for peer in peers
+    ]
+    transfer = transfer_of(peers, teachers)
     return TeamCost(costs, batch, 0, measure_transfer(transfer, costs, batch), **rest)
 
 
-def real_step(engine, peers, measure):
+def transfer_of(peers, teachers="peers"):
+    return KnowledgeTransfer("best", names=peers.names, frozen=peers.frozen, teachers=teachers)
+
+
+def real_step(engine, peers, measure, teachers="peers"):
     """Measure a real step, where the optimizers have their states already."""
-    transfer = KnowledgeTransfer("best", names=peers.names, frozen=peers.frozen)
+    transfer = transfer_of(peers, teachers)
     built, batch = ENGINES[engine](peers, transfer, CPU), make_batch(BATCH)
     for peer in peers:
         peer.train()
     built.step(batch, step=0)
     states = [x for peer in peers if peer.optimizer for x in tensors_in(peer.optimizer.state)]
-    known = [*tensors_in([peer.module for peer in peers]), *states, *batch]
+    modules = [module for peer in peers for module in (peer.module, peer.best_module)]
+    known = [*tensors_in(modules), *states, *batch]
     return measure(lambda: built.step(batch, step=1), known)
 
 
@@ -69,6 +79,53 @@ def test_the_peak_is_near_that_of_a_real_step(engine):
     cost = engine_costs(team_of(peers))[engine]
     real = real_step(engine, peers, peak_bytes)
     assert cost.peak - cost.states == pytest.approx(real, rel=0.15)
+
+
+def wide_peers(frozen=()):
+    """Peers whose averaged copies' forwards hold more than the objective does."""
+    peers = make_peers(3, frozen=frozen)
+    for peer in peers:
+        peer.module[0] = nn.Linear(FEATURES, 4096)
+        peer.module[3] = nn.Linear(4096, 5)
+        if not peer.frozen:
+            peer.optimizer = torch.optim.SGD(peer.module.parameters(), lr=0.1, momentum=0.9)
+            peer.average = Average(peer.module)
+    return peers
+
+
+@pytest.mark.parametrize("frozen", [(), ("p1",)])
+@pytest.mark.parametrize("engine", ["joint", "two-pass"])
+def test_copies_that_teach_are_in_the_peak(engine, frozen):
+    peers = wide_peers(frozen)
+    cost = engine_costs(team_of(peers, teachers="ema"))[engine]
+    real = real_step(engine, peers, peak_bytes, "ema")
+    assert cost.peak - cost.states == pytest.approx(real, rel=0.15)
+    without = engine_costs(team_of(peers))[engine].peak
+    assert cost.peak > without or (engine == "two-pass" and cost.peak == without)
+    assert [peer.frozen for peer in peers] == [peer.name in frozen for peer in peers]
+
+
+def test_copies_that_teach_by_hand():
+    a = cost("a", saved=100, peak=120, forward=1.0, train=3.0, average=10, copy=500, output=4)
+    b = cost("b", saved=200, peak=210, gradients=30, forward=2.0, train=6.0, output=4)
+    found = engine_costs(TeamCost([a, b], 8, inputs=7, transfer=Activations(5, 9)))
+    # b's copy is itself; a's forwards while both peers wait, and is more than any backward
+    assert found["joint"].peak == 130 + 7 + (104 + 204) + 4 + 500
+    assert found["joint"].seconds == 10.0
+    assert found["two-pass"].peak == 130 + 7 + 2 * 8 + 200 + 4 + 500
+    assert found["two-pass"].seconds == 9.0 + 1.0 + 1.0
+    half = with_batch(TeamCost([a, b], 8, 0, Activations(0, 0)), 4, 2).peers[0]
+    assert (half.copy, half.average) == (250, 10)
+
+
+def test_an_engine_that_the_run_refuses_is_not_offered():
+    team = two_peers(refused={"peer-parallel": "its layers talk"})
+    assert list(engine_costs(team)) == ["joint", "two-pass"]
+    assert "peer-parallel is left out: its layers talk." in notes(team, CPU, None)
+    told = advise(team, memory_for(engine_costs(two_peers())["peer-parallel"].peak), Flags())
+    assert told[0].startswith("It does not fit") and "peer-parallel" not in " ".join(told)
+    assert list(refused_by(transfer_of(make_peers(2), "ema"))) == ["peer-parallel"]
+    assert not refused_by(transfer_of(make_peers(2)))
 
 
 def test_measuring_leaves_a_peer_as_it_was():

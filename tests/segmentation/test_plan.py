@@ -56,3 +56,18 @@ def test_processes_of_other_peers_do_not_split_the_batch(
 ):
     run = load_run([write_run(tmp_path, ("fpn", "deeplab"))], ["TRANSFER.ENGINE", engine])
     assert shards_of(run, processes) == shards
+
+
+def test_an_engine_that_the_run_would_refuse_is_not_offered(tmp_path, datasets, caplog, capsys):
+    talking = ["PEER.fpn.MODEL.FPN.NORM", "naiveSyncBN"]
+    file = write_run(tmp_path, ("fpn", "deeplab"))
+    with caplog.at_level(logging.INFO):
+        asked = ["--config-file", str(file), "--plan", "--gpu-mem", "240M", *talking]
+        assert main(asked) == 0
+    assert (
+        "It does not fit" in caplog.text
+        and "TRANSFER.ENGINE peer-parallel" not in (caplog.text.split("It does not fit")[1])
+    )
+    assert "peer-parallel is left out: peer 'fpn': NaiveSyncBatchNorm averages" in caplog.text
+    assert main([*asked, "TRANSFER.ENGINE", "peer-parallel"]) == 1  # as the run itself
+    assert "NaiveSyncBatchNorm averages over all processes" in capsys.readouterr().err
