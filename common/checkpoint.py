@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import pickle
 import re
@@ -291,6 +292,21 @@ def save_weights(
         atomic_write(path, lambda to: save_file(cpu, to, metadata=dict(metadata or {})))
     else:
         atomic_write(path, lambda to: torch.save(cpu, to))
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """Return what tells weights from all others, whatever file they are in.
+
+    Args:
+        weights: Names to tensors, as they are in a module or as ``read_weights`` gives them.
+    """
+    digest = hashlib.sha256()
+    plain = {_without_prefix(name): x for name, x in weights.items()}
+    for name in sorted(plain):
+        x = plain[name].detach().to("cpu").contiguous()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from common import distributed
+from common.best_files import EXPORTED, best_in, fault_of
 from common.broken import BadSamples
 from common.checkpoint import (
     CheckpointError,
     atomic_write,
+    digest_of,
     read_weights,
     save_run,
     save_weights,
@@ -205,6 +207,7 @@ class Trainer:
         self.guard = Guard(peers, transfer, plan.guard, plan.metric, plan.lower_is_better)
         self.progress = Progress()
         self.termination = Termination()
+        self._exported: dict[str, str] = {}  # digests of the best weights
 
     def fit(self) -> Progress:
         """Measure the start, train the epochs that are left, export each peer's last weights.
@@ -379,6 +382,7 @@ class Trainer:
             if best is None or self._beats(value, best.value):
                 self.progress.best[peer.name] = Best(value, epoch)
                 better.append(peer.name)
+        self.progress.best = {name: self.progress.best[name] for name in self.peers.names}
         self._export("best", better)
         self.guard.remember(better)
         if self.world.is_main:
@@ -407,11 +411,10 @@ class Trainer:
             return
         for peer in self.peers.here:
             if peer.name in names:
-                save_weights(
-                    self._file(which, peer.name),
-                    peer.best_module.state_dict(),
-                    self.metadata.get(peer.name),
-                )
+                weights = peer.best_module.state_dict()
+                save_weights(self._file(which, peer.name), weights, self.metadata.get(peer.name))
+                if which == "best":
+                    self._exported[peer.name] = digest_of(weights)
 
     def notes(self) -> list[str]:
         """Say what was left out on the way; nothing where all went well."""
@@ -440,7 +443,9 @@ class Trainer:
             }
         )
         mine = {
-            peer.name: peer.state_dict() | self.guard.kept(peer.name)
+            peer.name: peer.state_dict()
+            | self.guard.kept(peer.name)
+            | {EXPORTED: self._exported.get(peer.name, "")}
             for peer in self.peers.here
             if self.world.leads
         }
@@ -499,7 +504,7 @@ class Trainer:
             history=list(saved["history"]),
             lessons=list(saved["lessons"]),
         )
-        self._take_over_best(source or self.folder)
+        self._take_over_best(source or self.folder, state["peers"])
         if self.halves is not None:
             self._take_over_starts(source or self.folder)
         self.guard.load_state_dict(
@@ -572,14 +577,30 @@ class Trainer:
                 atomic_write(mine, functools.partial(shutil.copyfile, found))
         distributed.barrier()
 
-    def _take_over_best(self, source: Path) -> None:
-        """Copy best files from another folder; where one is gone, the best is measured anew."""
+    def _take_over_best(self, source: Path, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Copy best files from another folder, or mend them from the peers' parts of the run file.
+
+        Where that cannot be, the best is measured anew.
+        """
+        self._exported = {name: own.get(EXPORTED, "") for name, own in saved.items()}
+        told = {}
+        if self.world.is_main:
+            for name in self.progress.best:
+                file = self._file("best", name, source)
+                told[name] = fault_of(file, self._exported.get(name))
+        told = distributed.gather_objects(told)[0]
         for name in list(self.progress.best):
             found, mine = self._file("best", name, source), self._file("best", name)
-            if not found.is_file():
-                _logger.warning("%s is gone; the best of %s is measured anew", found, name)
+            weights = best_in(saved[name]) if told[name] else None
+            if told[name] and weights is None:
+                _logger.warning("%s %s; the best of %s is measured anew", found, told[name], name)
                 del self.progress.best[name]
-            elif self.world.is_main and found != mine:  # all of a run's files in one file system
+            elif not self.world.is_main:
+                continue
+            elif weights is not None:
+                _logger.warning("%s %s; it is written anew", found, told[name])
+                save_weights(mine, weights, self.metadata.get(name))
+            elif found != mine:  # all of a run's files in one file system
                 atomic_write(mine, functools.partial(shutil.copyfile, found))
         distributed.barrier()
 

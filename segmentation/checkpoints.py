@@ -123,6 +123,27 @@ def save_plain(
     atomic_write(folder / peer.name / file, lambda to: torch.save(content, to))
 
 
+def fault_of_best(folder: Path, name: str, iterations: int) -> str:
+    """Say what is wrong with a peer's best file; nothing where it is the one of a record.
+
+    A run that is killed after it wrote a best file and before its record leaves one of a moment
+    that is lost. On a CPU that moment comes again, elsewhere it need not.
+
+    Args:
+        folder: Of the run.
+        name: Of the peer.
+        iterations: That were finished at its best evaluation, as the record has it.
+    """
+    path = folder / name / BEST
+    if not path.is_file():
+        return "is gone"
+    try:
+        found = read_file(path).get("iteration")
+    except CheckpointError:
+        return "cannot be read"
+    return "" if found == iterations - 1 else "is of a later moment than the run's record"
+
+
 def check_starts(folder: Path, names: Sequence[str]) -> None:
     """Refuse a resume with TRANSFER.SOUP of a run that kept no starts.
 

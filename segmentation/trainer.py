@@ -444,12 +444,13 @@ class TransferTrainer(TrainerBase):
         if self.run.transfer.SOUP:
             checkpoints.check_starts(self.folder, self.run.learning)
         kept = checkpoints.load(self.folder, list(self.peers), record)
-        files = {name: self.folder / name / checkpoints.BEST for name in record["best"]}
+        self.best = {name: list(best) for name, best in record["best"].items()}
+        self._mend_best(record, kept)
+        files = {name: self.folder / name / checkpoints.BEST for name in self.best}
         files = {name: path for name, path in files.items() if path.is_file()}
         self.guard.load_state_dict(record.get("guard"), kept, files)
         self.start_iter = self.iter = int(record["iteration"])
         self.history, self.lessons = list(record["history"]), list(record["lessons"])
-        self.best = {name: list(best) for name, best in record["best"].items()}
         ranks = SavedRanks(record["ranks"], record.get("seats", 1))
         self.engine.scaler.load_state_dict(dict(ranks.scaler(self.world, record["scaler"])))
         if "finite" in record:
@@ -469,6 +470,33 @@ class TransferTrainer(TrainerBase):
         mine = ranks.of_place(self.world)
         if mine is not None:
             load_rng_state(mine["rng"], self.world.device)
+
+    def _mend_best(self, record: dict[str, Any], kept: dict[str, dict[str, Any]]) -> None:
+        """Write best files that are lost anew from what is loaded, or let them be measured anew."""
+        told: dict[str, str] = {}
+        if self.world.is_main:
+            for name in set(self.best) & set(self.run.learning):
+                told[name] = checkpoints.fault_of_best(self.folder, name, int(self.best[name][1]))
+        told = distributed.gather_objects(told)[0]
+        lost = {name: fault for name, fault in told.items() if fault}
+        mended = []
+        for peer in (peer for peer in self.peers.here if peer.name in lost):
+            held, iterations = kept[peer.name].get("best"), int(self.best[peer.name][1])
+            if iterations == record["iteration"]:
+                held = {"module": peer.module.state_dict()}
+            if held is not None:
+                mended.append(peer.name)
+                if self.world.leads:
+                    more = {"model": dict(held["module"])}
+                    checkpoints.save_plain(self.folder, peer, iterations, **more)
+        mended = [name for names in distributed.gather_objects(mended) for name in names]
+        for name, fault in lost.items():
+            done = (
+                "it is written anew" if name in mended else f"the best of {name} is measured anew"
+            )
+            _logger.warning("%s %s; %s", self.folder / name / checkpoints.BEST, fault, done)
+            if name not in mended and record["iteration"] < self.max_iter:
+                del self.best[name]
 
 
 def build_peer(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> SegmentorPeer:

@@ -228,3 +228,44 @@ def test_two_processes_run_through_the_command_line(tmp_path, datasets):
     assert main(["--config-file", str(run), "--num-gpus", "2", *ONE_STEP]) == 0
     assert (tmp_path / "out" / "run.pt").is_file()
     assert main(["--config-file", str(run), "--eval-only", "--resume"]) == 0
+
+
+@pytest.mark.slow
+def test_a_best_file_of_a_lost_moment_is_mended_or_measured_anew(tmp_path, datasets, caplog):
+    options = ["TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "4"]
+    run = write_run(tmp_path, GUARD="off")
+
+    def trainer(values, resume=False):
+        built = TransferTrainer(load_run([run], options), resume)
+
+        def evaluate():
+            done = min(built.iter + 1, 4) if built.history else 0
+            return {f"{name}/mIoU": value[done] for name, value in values.items()}
+
+        built.evaluate = evaluate
+        return built
+
+    values = {"fpn": [1.0, 2.0, 3.0, 9.0, 4.0], "deeplab": [1.0, 3.0, 2.0, 9.0, 4.0]}
+    first = trainer(values)
+    step = first.run_step
+
+    def killed():
+        if first.iter == 3:  # evaluated after iteration 3, the best of both; no record is of it
+            raise KeyboardInterrupt
+        step()
+
+    first.run_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    best = {name: tmp_path / "out" / name / "model_best.pth" for name in values}
+    assert all(torch.load(p, weights_only=True)["iteration"] == 2 for p in best.values())
+    again = trainer(values, resume=True)
+    assert again.start_iter == 2 and again.best == {"fpn": [3.0, 2]}
+    mended = torch.load(best["fpn"], weights_only=True)
+    assert mended["iteration"] == 1
+    last = torch.load(weights_of(tmp_path / "out", "fpn")[-1], weights_only=True)["model"]
+    assert all(torch.equal(x, mended["model"][key]) for key, x in last.items())
+    assert f"{best['fpn']} is of a later moment than the run's record; it is wr" in caplog.text
+    assert f"{best['deeplab']} is of a later moment than the run's record; the b" in caplog.text
+    again.train()
+    assert again.best == {"fpn": [9.0, 3], "deeplab": [9.0, 3]}
