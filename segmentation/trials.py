@@ -63,6 +63,8 @@ class Segmentation:
     metric = METRIC
     lower_is_better = False
     suffix = ".pth"
+    others = {"pACC": False}  # noqa: RUF012
+    flips = "labelled pixels of the test images that turned right, and wrong"
 
     def __init__(self) -> None:
         self.path = Path()

@@ -138,9 +138,26 @@ def test_an_experiment_from_its_yaml_to_its_report(datasets, tmp_path):
     transfer = yaml.safe_load((tmp_path / "out/seed-3/one_way/run/transfer.yaml").read_text())
     assert transfer["TRANSFER"]["RULE"] == f"one_way:{strongest}"
     assert main([str(path), "--report"]) == 0
-    assert "Calibration" in (tmp_path / "out/report.html").read_text()
+    report = (tmp_path / "out/report.html").read_text()
+    assert "Calibration" in report and "labelled pixels" in report and "Other metrics" in report
     analysis = json.loads((tmp_path / "out/analysis.json").read_text())
     assert analysis["test"]["metric"] == "mIoU" and analysis["classes"]["pixel"]["fpn"]
+
+
+def test_a_frozen_peer_teaches_and_is_measured_as_it_was(datasets, tmp_path):
+    path = written(tmp_path, controls=["none"], arms={"best": {}})
+    content = yaml.safe_load(path.read_text())
+    content["peers"][1]["FROZEN"] = True
+    content["train"]["SOLVER"]["MAX_ITER"] = 1
+    path.write_text(yaml.safe_dump(content))
+    task = Segmentation()
+    experiment = read_experiment(task.read(path), path)
+    start, row = (work(experiment, task, label) for label in ("start:3", "best:3"))
+    for which in ("chosen", "last"):
+        found = row[which]["metrics"]
+        assert found["deeplab/mIoU"] == start["test"]["metrics"]["deeplab/mIoU"]
+        assert found["deeplab/fixed"] == found["deeplab/broken"] == 0
+    assert row["last"]["metrics"]["fpn/fixed"] + row["last"]["metrics"]["fpn/broken"] > 0
 
 
 @pytest.mark.parametrize(
