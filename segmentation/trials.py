@@ -63,7 +63,7 @@ class Segmentation:
     metric = METRIC
     lower_is_better = False
     suffix = ".pth"
-    others = {"pACC": False}  # noqa: RUF012
+    others: Mapping[str, bool] = {"pACC": False}
     flips = "labelled pixels of the test images that turned right, and wrong"
 
     def __init__(self) -> None:
