@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -18,6 +20,9 @@ def turns(
 ) -> dict[str, list[float]]:
     """Time functions in turns, so that a busy machine hurts all alike; return every turn's seconds.
 
+    Every second turn goes backwards: who comes after whom, and a drift, then hurt all alike too.
+    Garbage is collected between turns only, as nobody's fault.
+
     Args:
         runs: By name.
         repeats: Turns that count.
@@ -25,13 +30,27 @@ def turns(
         clock: ``time.process_time`` counts what this process computes, not what it waits for.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warm_up + repeats):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            if turn >= warm_up:
-                times[name].append(clock() - start)
+    with _no_garbage():
+        for turn in range(warm_up + repeats):
+            for name in list(runs)[:: -1 if turn % 2 else 1]:
+                start = clock()
+                runs[name]()
+                if turn >= warm_up:
+                    times[name].append(clock() - start)
+            gc.collect()
     return times
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()  # what is there by now need not be looked through again
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def alternate(

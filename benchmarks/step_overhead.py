@@ -3,9 +3,11 @@
     python benchmarks/step_overhead.py [--task classification] [--repeats 9]
 
 Both sides do the same work per peer: own view, forward, the task's own loss, backward, step of the
-same optimizer. The joint step adds roles, KL and the ledger. Measured in CPU seconds of one thread,
-in turns within one run, as the machine may be busy; expected: at most 1.02 times the sum. ``fixed``
-are linear models, whose steps are nearly nothing: what is added shows there in microseconds.
+same optimizer. The joint step adds roles, KL, the check that all is finite and the ledger. Measured
+in CPU seconds of one thread, in turns within one run, every second one backwards, as the machine
+may be busy; the ratio is that of a turn, its median with quartiles and a 95 % interval (binomial).
+Expected: at most 1.02 times the sum. ``fixed`` are linear models, whose steps are nearly nothing:
+what is added shows there in microseconds. ``--pixels`` is the side of segmentation's images.
 glibc returns freed memory to the system after a step and faults it in again at the next, the more
 the more activations live at once; the script starts itself again with that switched off for both
 sides, as a GPU's caching allocator has it.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import math
 import os
 import statistics
 import sys
@@ -70,6 +73,7 @@ def asked(about: str, repeats: int, tasks: Sequence[str] = ()) -> argparse.Names
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--peers", nargs="+", default=PEERS, help="classifiers")
     if tasks:
+        parser.add_argument("--pixels", type=int, default=64, help="segmentation")
         parser.add_argument("--task", choices=["all", *tasks], default="all")
     args = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():
@@ -131,8 +135,9 @@ def segmentation(args: argparse.Namespace) -> tuple[Iterator[PeerGroup], Any, Al
     from segmentation.peer import SegmentorPeer, make_batch
 
     def sample() -> dict[str, Any]:
-        labels = torch.randint(6, (8, 8)).repeat_interleave(8, 0).repeat_interleave(8, 1)
-        image = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+        blocks = torch.randint(6, (args.pixels // 8, args.pixels // 8))
+        labels = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        image = torch.randint(256, (3, args.pixels, args.pixels), dtype=torch.uint8)
         return {"image": image, "sem_seg": labels, "instances": class_masks(labels, 255)}
 
     batch = make_batch([sample() for _ in range(args.batch)], CPU, 255)
@@ -201,20 +206,35 @@ def compare(peers: PeerGroup, batch: Callable[[], Any], alone: Alone, repeats: i
     seconds = turns(runs, repeats, clock=time.process_time)
     joint = seconds.pop("joint")
     own = [sum(turn) for turn in zip(*seconds.values(), strict=True)]
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(joint, own, strict=True)], n=4)
+    ratios = sorted(a / b for a, b in zip(joint, own, strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    rank = interval_rank(len(ratios))
     added = 1e6 * statistics.median(a - b for a, b in zip(joint, own, strict=True))
     return (
         f"{len(peers):2} {1e3 * statistics.median(own):10.2f} ms "
         f"{1e3 * statistics.median(joint):10.2f} ms   {middle:.3f} ({low:.3f} to {high:.3f}) "
+        f"[{ratios[rank]:.3f}, {ratios[-1 - rank]:.3f}] "
         f"{added:+9.0f} us   {', '.join(peers.names)}"
     )
+
+
+def interval_rank(count: int) -> int:
+    """Return r, so that the r-th smallest and largest of values, from 0, hold the median at 95 %.
+
+    Of fewer than 6 values none does: then it is 0, their range.
+    """
+    below, chance = 0, 0.5**count
+    while chance <= 0.025:
+        below += 1
+        chance += math.comb(count, below) * 0.5**count
+    return max(0, below - 1)
 
 
 def main() -> None:
     args = asked(__doc__.splitlines()[0], repeats=9, tasks=tuple(TASKS))
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    print(f"CPU seconds, medians; ratio with its quartiles; {machine()}")
+    print(f"CPU seconds, medians; ratio with quartiles and [95 % interval]; {machine()}")
     for task in TASKS if args.task == "all" else [args.task]:
         print(f"{task}\n N  own steps, sum    joint step   ratio", flush=True)
         groups, batch, alone = TASKS[task](args)

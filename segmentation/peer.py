@@ -50,6 +50,11 @@ class Batch:
         """The target on the common grid [B, h, w]; made once for all peers."""
         return at_grid(self.target, self.grid)
 
+    @functools.cached_property
+    def labelled(self) -> Tensor:
+        """Whether any pixel has a label, a bool on the device; found once for all peers."""
+        return (self.target != self.ignore).any()
+
 
 def make_batch(samples: Sequence[dict[str, Any]], device: torch.device, ignore: int) -> Batch:
     """Move samples to the device and pad their labels to one size.
@@ -131,7 +136,7 @@ class SegmentorPeer(Peer):
         self._caught: Any = None
         self._ends = False
         module.get_submodule(where).register_forward_hook(self._catch)
-        self._losses: dict[str, Tensor] = {}
+        self._losses: dict[tuple[str, ...], Tensor] = {}
         self._batches: Tensor | int = 0
 
     def forward(self, batch: Batch) -> PeerOutput:
@@ -141,9 +146,9 @@ class SegmentorPeer(Peer):
         if self.frozen:
             task_loss = -score.mean()  # for the record alone; nothing is learned from it
         else:
-            losses = self._where_labelled(losses, batch)
-            task_loss = torch.stack(list(losses.values())).sum()
-            self._count(losses)
+            values = self._where_labelled(torch.stack(list(losses.values())), batch)
+            task_loss = values.sum()
+            self._count(tuple(losses), values.detach())
         return PeerOutput(
             task_loss=task_loss,
             score=score if self.score == "loss" else self._confidence(logits, valid),
@@ -189,9 +194,13 @@ class SegmentorPeer(Peer):
 
         Batches of which a loss is not finite do not count.
         """
-        taken = self._losses, self._batches
-        self._losses, self._batches = {}, 0
-        return taken
+        sums = {
+            name: value
+            for names, values in self._losses.items()
+            for name, value in zip(names, values.unbind(), strict=True)
+        }
+        batches, self._losses, self._batches = self._batches, {}, 0
+        return sums, batches
 
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
         inputs = self.inputs(batch.samples, batch.ignore)
@@ -224,25 +233,20 @@ class SegmentorPeer(Peer):
             return None
         return logits.detach().argmax(dim=1) == batch.labels
 
-    def _where_labelled(self, losses: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    def _where_labelled(self, losses: Tensor, batch: Batch) -> Tensor:
         """Let a batch without any label cost nothing: a mean over no pixel is NaN.
 
         The host's gradient is zero there, and stays so. Nothing waits for the device.
         """
         if not self.dense:
             return losses  # masks and their classes: that there are none is a lesson too
-        labelled = (batch.target != batch.ignore).any()
-        return {
-            name: torch.where(labelled, loss, torch.zeros_like(loss))
-            for name, loss in losses.items()
-        }
+        return torch.where(batch.labelled, losses, torch.zeros_like(losses))
 
-    def _count(self, losses: dict[str, Tensor]) -> None:
-        found = {name: loss.detach() for name, loss in losses.items()}
-        finite = torch.stack(list(found.values())).isfinite().all()
-        for name, loss in found.items():
-            loss = torch.where(finite, loss, torch.zeros_like(loss))
-            self._losses[name] = self._losses[name] + loss if name in self._losses else loss
+    def _count(self, names: tuple[str, ...], losses: Tensor) -> None:
+        finite = losses.isfinite().all()
+        losses = torch.where(finite, losses, torch.zeros_like(losses))
+        so_far = self._losses.get(names)
+        self._losses[names] = losses if so_far is None else so_far + losses
         self._batches = self._batches + finite
 
 
@@ -399,7 +403,7 @@ def mask_classification_logits(class_logits: Tensor, mask_logits: Tensor) -> Ten
     """Turn queries with a class and a mask each into logits over classes.
 
     ``s[c] = sum_q softmax(class_q)[c] * sigmoid(mask_q)`` without the no-object class; the logits
-    are ``log(s / sum_c s)``, whose softmax is s, normalised. In float32 or wider.
+    are ``log(s)``, whose softmax is s, normalised. In float32 or wider.
 
     Args:
         class_logits: [B, Q, C + 1]; the last class is no object.
@@ -414,8 +418,7 @@ def mask_classification_logits(class_logits: Tensor, mask_logits: Tensor) -> Ten
         wide = torch.float64 if mask_logits.dtype == torch.float64 else torch.float32
         classes = class_logits.to(wide).softmax(dim=-1)[..., :-1]
         s = torch.einsum("bqc,bqhw->bchw", classes, mask_logits.to(wide).sigmoid())
-        tiny = _tiny(s)
-        return s.clamp_min(tiny).log() - s.sum(dim=1, keepdim=True).clamp_min(tiny).log()
+        return s.clamp_min(_tiny(s)).log()
 
 
 @torch.no_grad()

@@ -159,5 +159,5 @@ def random_batch(
     target = torch.full((samples, *padded), ignore, device=device)
     target[:, :height, :width] = labels
     batch = Batch(made, target, ignore)
-    _ = batch.labels  # made once for all peers
+    _ = batch.labels, batch.labelled  # made once for all peers
     return batch
