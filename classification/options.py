@@ -35,6 +35,7 @@ from common.options import (
 )
 from common.planner import add_plan_options
 from common.score_temperatures import WHEN
+from common.trials import with_layout_asked
 
 
 @dataclass(frozen=True)
@@ -450,9 +451,7 @@ def _peer_spec(
     parser: argparse.ArgumentParser, options: argparse.Namespace, asked: str | Mapping[str, Any]
 ) -> PeerSpec:
     actions = actions_of(parser)
-    entry = peer_mapping(asked, alone=("frozen",))
-    if entry.get("channels_last") == "auto":
-        entry = {**entry, "channels_last": False, "auto_layout": True}
+    entry = with_layout_asked(peer_mapping(asked, alone=("frozen",)))
     where = f"peer {entry['model']!r}"
     own = own_options(options, actions, entry, PEER_OPTIONS, PEER_ALIASES, PEER_OWN)
     checkpoint = entry.get("checkpoint")

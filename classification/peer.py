@@ -29,6 +29,7 @@ from common.distributed import World
 from common.options import OptionError
 from common.peers import Peer, RemotePeer
 from common.transfer import PeerOutput, confidence
+from common.trials import compiled, to_layout
 
 _logger = logging.getLogger(__name__)
 
@@ -214,8 +215,7 @@ def build_peers(
         options = spec.options
         dtype = getattr(torch, options.model_dtype or "float32")
         module.to(device=world.device, dtype=dtype)
-        if options.channels_last:
-            module.to(memory_format=torch.channels_last)
+        to_layout(module, options.channels_last)
         if options.sync_bn and world.shards > 1:
             module = convert_sync_batchnorm(module, world.replicas)
         rest: dict[str, Any] = {"frozen": spec.frozen}
@@ -234,20 +234,11 @@ def build_peers(
         to_view = ToView(common, view, options.channels_last, dtype).to(world.device)
         peer = ClassifierPeer(spec.name, module, to_view, loss, run.score, **rest)
         if options.torchcompile:
-            peer.model = _compile(spec, module)
+            backend, mode = options.torchcompile, options.torchcompile_mode
+            peer.model = compiled(spec.name, module, backend, mode)
         peer.distribute(world, broadcast_buffers=not run.no_ddp_bb)
         peers.append(peer)
     return peers, max(epochs, default=run.epochs)
-
-
-def _compile(spec: PeerSpec, module: nn.Module) -> nn.Module:
-    backend, mode = spec.options.torchcompile, spec.options.torchcompile_mode
-    try:
-        return torch.compile(module, backend=backend, mode=mode)
-    except RuntimeError as error:
-        raise OptionError(
-            f"peer {spec.name!r}: compile={backend}, mode {mode}: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _optimizer(

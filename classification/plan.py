@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from classification.compiling import AUTO
 from classification.data import STREAMS, View, common_view
 from classification.options import PeerSpec, mixes
 from classification.peer import build_modules, build_peers
 from common.costs import measure_peer
 from common.distributed import World
 from common.memory import bytes_of
-from common.options import wants_copies
+from common.options import amp_dtype, wants_copies
 from common.outputs import log_plan
 from common.planner import Flags, TeamCost, team_of
+from common.trials import AUTO
 
 
 def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: World) -> None:
@@ -88,8 +88,3 @@ def _refused(options: argparse.Namespace) -> dict[str, str]:
     if not options.dataset.lower().startswith(STREAMS):
         return {}
     return {"peer-parallel": f"--dataset {options.dataset} is a stream, which is split by process"}
-
-
-def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:
-    """Return what forwards are autocast to."""
-    return getattr(torch, options.amp_dtype) if options.amp else None

@@ -9,28 +9,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
-import torch
 from timm.utils import random_seed
 from torch.utils.data import Dataset
 
 from classification import cards, outputs
-from classification.compiling import choose_compilation
 from classification.data import TrainLoader, View, classes_of, common_view, open_dataset
 from classification.evaluation import PeerEvaluator
 from classification.held_out import split_held_out
-from classification.layouts import choose_layouts
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
 from classification.options import GUARD_DROPS, PeerSpec, parse
 from classification.peer import ClassifierPeer, build_modules, build_peers
 from classification.plan import tell_plan
 from classification.publish import check_push, deliver
+from classification.trials import choose_ways
 from common import distributed
 from common.broken import BadSampleError, BadSamples
 from common.checkpoint import CheckpointError
 from common.disk import OutputError
 from common.distributed import World
 from common.engine import build_engine
-from common.options import OptionError, bounds_of, transfer_of
+from common.options import OptionError, amp_dtype, bounds_of, transfer_of
 from common.outputs import (
     check_resumed,
     finish,
@@ -98,9 +96,8 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     shown = zip(specs, modules, views, strict=True) if world.is_main else ()
     rows = [outputs.describe(*peer) for peer in shown]
     updates = -(-len(loader) // options.grad_accum_steps)
-    chosen = {} if state is None else state["config"]
-    choose_layouts(specs, modules, views, options, world, chosen.get("layouts"))
-    choose_compilation(specs, modules, views, options, world, chosen.get("compiled"))
+    kept = {} if state is None else state["config"]
+    choose_ways(specs, modules, views, options, world, kept)
     peers, epochs = build_peers(specs, modules, views, options, world, updates)
     del modules  # those that other processes hold
     random_seed(options.seed, world.rank)
@@ -246,7 +243,7 @@ def _trainer(
     except ValueError as error:
         raise OptionError(str(error)) from error
     here = [i for i in range(len(peers)) if world.holds(i)]
-    amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
+    dtype = amp_dtype(options)
     transfer = transfer_of(options, group.names, group.frozen, world.shard)
     watch = progress_bars(bars and world.is_main)
     evaluator = PeerEvaluator(
@@ -254,7 +251,7 @@ def _trainer(
         [views[i] for i in here],
         options,
         world,
-        amp_dtype,
+        dtype,
         channels_last=[specs[i].options.channels_last for i in here],
         dtypes=[next(peer.module.parameters()).dtype for peer in group.here],
         watch=watch,
@@ -264,7 +261,7 @@ def _trainer(
     folder = folder_of(options, group.names, world)
     return Trainer(
         peers=group,
-        engine=build_engine(options.engine, group, transfer, world, amp_dtype),
+        engine=build_engine(options.engine, group, transfer, world, dtype),
         transfer=transfer,
         loader=loader,
         evaluator=evaluator,

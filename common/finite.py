@@ -328,7 +328,7 @@ class FiniteCheck:
             _logger.warning("overflow in float16, steps skipped: %s", told)
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+def _all_finite(tensors: list[Tensor]) -> Tensor:
     """Whether all values are finite, a bool on the device; reads each once."""
     if tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite()

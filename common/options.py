@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.engine import ENGINES
 from common.finite import MOST_SKIPS, ON_NONFINITE
 from common.guard import POLICIES, Bounds
@@ -410,6 +412,11 @@ def literal(value: str) -> Any:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
+
+
+def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:
+    """Return what forwards are autocast to."""
+    return getattr(torch, options.amp_dtype) if options.amp else None
 
 
 def own_options(

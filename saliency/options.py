@@ -30,6 +30,7 @@ from common.options import (
 )
 from common.peers import check_names
 from common.planner import add_plan_options
+from common.trials import with_layout_asked
 from saliency.check import DEPTHS
 from saliency.clips import VIEWS, ClipView
 from saliency.layouts import LAYOUTS
@@ -54,7 +55,7 @@ _FLAG = {"action": "store_true", "default": False}
 # Options that a peer may set for itself, by the names of the command line.
 PEER_OPTIONS = (
     "backbone size view before stride mean std lr weight_decay opt clip_grad ema ema_decay "
-    "grad_checkpointing compile kwargs"
+    "grad_checkpointing compile channels_last auto_layout kwargs"
 ).split()
 _NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad")
 PEER_OWN = ("name", "checkpoint", "frozen")
@@ -64,7 +65,7 @@ FREE_TO_CHANGE = frozenset(
         "resume output experiment workers log_interval log_wandb wandb_project checkpoint_hist "
         "recovery_interval config epochs device data_root packed check_depth val_batch_size "
         "in_place check_data plan gpu_mem engine on_nonfinite "
-        "max_skips_in_a_row max_bad_samples"
+        "max_skips_in_a_row max_bad_samples layouts compiled"
     ).split()
 )
 
@@ -143,7 +144,20 @@ def add_peer_options(parser: argparse.ArgumentParser, training: bool = False) ->
     add("--std", type=float, nargs=3, help="*")
     if training:
         add("--grad-checkpointing", **_FLAG, help="* less memory, more time")
-        add("--compile", nargs="?", const="inductor", metavar="BACKEND", help="*")
+        add(
+            "--compile",
+            nargs="?",
+            const="inductor",
+            metavar="BACKEND",
+            help="* auto: try both ways before training and keep the faster one",
+        )
+        add("--channels-last", **_FLAG, help="*")
+        add(
+            "--auto-layout",
+            **_FLAG,
+            help="* time both layouts before training and keep the faster one; of a peer also as "
+            "channels_last=auto",
+        )
     parser.set_defaults(kwargs={})
 
 
@@ -257,7 +271,8 @@ def read_peers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             "no peers: give --peer MODEL for every model, for instance "
             "--peer vinet_s,checkpoint=vinet_s.pt --peer tmfi_net,checkpoint=tmfi.pth"
         )
-    entries = [peer_mapping(asked, alone=("frozen", *_flags(parser))) for asked in options.peers]
+    alone = ("frozen", *_flags(parser))
+    entries = [with_layout_asked(peer_mapping(asked, alone)) for asked in options.peers]
     names = number_repeats(
         (str(entry.get("name", "")), _base_name(str(entry["model"]))) for entry in entries
     )

@@ -21,6 +21,7 @@ from common.options import OptionError
 from common.peers import Peer, RemotePeer
 from common.seeding import generators_kept
 from common.transfer import PeerOutput, confidence
+from common.trials import compiled, to_layout
 from saliency.clips import ClipView
 from saliency.data import ClipBatch
 from saliency.losses import saliency_loss
@@ -46,6 +47,7 @@ class SaliencyPeer(Peer):
         view: Of its clips.
         loss: Prediction, ground truth [B, H, W], fixations or None -> per-sample loss [B].
         score: ``loss`` or ``confidence``.
+        channels_last: Memory layout of its clips.
         **rest: See ``common.peers.Peer``.
     """
 
@@ -56,12 +58,14 @@ class SaliencyPeer(Peer):
         view: ClipView,
         loss: SampleLoss,
         score: str = "loss",
+        channels_last: bool = False,
         **rest: Any,
     ) -> None:
         super().__init__(name, module, **rest)
         self.view = view
         self.loss = loss
         self.score = score
+        self.format = torch.channels_last_3d if channels_last else torch.contiguous_format
 
     def forward(self, batch: ClipBatch) -> PeerOutput:
         """Run the model on its clips of a batch; loss, score and logits in float32.
@@ -69,7 +73,8 @@ class SaliencyPeer(Peer):
         The map is brought to the ground truth's size first, which is common to all peers. Its
         logits are its logarithm, one "class" a pixel: their softmax is the map over its sum.
         """
-        maps = check_output(self.model(batch.clips(self.view)), len(batch), self.name)
+        clips = batch.clips(self.view).contiguous(memory_format=self.format)
+        maps = check_output(self.model(clips), len(batch), self.name)
         with torch.autocast(maps.device.type, enabled=False):
             maps = to_size(maps, batch.maps.shape[-2:])
             per_sample = self.loss(maps, batch.maps, batch.fixations)
@@ -254,6 +259,7 @@ def build_peers(
             continue
         options = spec.options
         module.to(world.device)
+        to_layout(module, options.channels_last)
         if run.sync_bn and world.shards > 1:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module, world.replicas)
         rest: dict[str, Any] = {"frozen": spec.frozen}
@@ -265,21 +271,13 @@ def build_peers(
                 "clip": _clip(module, options),
                 "average": WeightAverage(module, options.ema_decay) if options.ema else None,
             }
+        rest["channels_last"] = options.channels_last
         peer = SaliencyPeer(spec.name, module, view, sample_loss(run), run.score, **rest)
         if options.compile:
-            peer.model = _compile(spec, module)
+            peer.model = compiled(spec.name, module, options.compile)
         peer.distribute(world)
         peers.append(peer)
     return peers
-
-
-def _compile(spec: PeerSpec, module: nn.Module) -> Any:
-    try:
-        return torch.compile(module, backend=spec.options.compile)
-    except RuntimeError as error:
-        raise OptionError(
-            f"peer {spec.name!r}: compile={spec.options.compile}: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _optimizer(spec: PeerSpec, module: nn.Module) -> torch.optim.Optimizer:

@@ -10,9 +10,10 @@ import torch
 from common.costs import measure_peer
 from common.distributed import World
 from common.memory import bytes_of
-from common.options import wants_copies
+from common.options import amp_dtype, wants_copies
 from common.outputs import log_plan
 from common.planner import Flags, TeamCost, team_of
+from common.trials import AUTO
 from saliency.clips import ClipView
 from saliency.data import ClipBatch
 from saliency.options import PeerSpec
@@ -35,8 +36,12 @@ def tell_plan(
     Raises:
         OptionError, ModelError: As the run itself would.
     """
-    dtype = getattr(torch, options.amp_dtype) if options.amp else None
-    team = measure_team(options, [spec.without_weights() for spec in specs], world, dtype)
+    dtype = amp_dtype(options)
+    specs = [spec.without_weights() for spec in specs]
+    for spec in specs:
+        if spec.options.compile == AUTO:  # what a trial will say is not known yet
+            spec.options.compile = None
+    team = measure_team(options, specs, world, dtype)
     flags = Flags(launch=f"torchrun --nproc-per-node={{}} saliency/{script}.py")
     log_plan(team, options.gpu_mem, flags, world, dtype)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.options import OptionError, check_least
+from common.options import OptionError, amp_dtype, check_least
 from common.outputs import make_writable, run_command, start_world
 from saliency.clips import ClipView
 from saliency.errors import DataError
@@ -35,7 +35,7 @@ from saliency.metrics import resize_and_blur
 from saliency.options import add_machine_options, add_peer_options, read_peers
 from saliency.peer import build_modules, check_output, warn_of_random_weights
 from saliency.pictures import overlay, to_bytes, write_png
-from saliency.train import FAULTS, amp_dtype
+from saliency.train import FAULTS
 
 _logger = logging.getLogger("predict")
 

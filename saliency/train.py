@@ -26,7 +26,7 @@ from common.checkpoint import CheckpointError
 from common.disk import OutputError, write_text
 from common.distributed import World
 from common.engine import build_engine
-from common.options import OptionError, bounds_of, transfer_of
+from common.options import OptionError, amp_dtype, bounds_of, transfer_of
 from common.outputs import (
     check_resumed,
     finish,
@@ -70,6 +70,7 @@ from saliency.packed import PackedFrames, pack_frames
 from saliency.peer import build_modules, build_peers, describe, warn_of_random_weights
 from saliency.pictures import teaching_pictures
 from saliency.plan import tell_plan
+from saliency.trials import choose_ways
 
 _logger = logging.getLogger("train")
 
@@ -134,6 +135,8 @@ def run(
         if state is None:
             warn_of_random_weights(specs)
     updates = options.epochs * -(-len(loader) // options.grad_accum_steps)
+    kept = {} if state is None else state["config"]
+    choose_ways(specs, modules, views, options, world, kept)
     group = _group(build_peers(specs, modules, views, options, world, updates))
     del modules  # those that other processes hold
     torch.manual_seed(options.seed + world.rank)
@@ -315,11 +318,6 @@ def video_halves(
     return lambda peers: (one.evaluate(peers), other.evaluate(peers))
 
 
-def amp_dtype(options: argparse.Namespace) -> torch.dtype | None:
-    """Return what forwards are autocast to."""
-    return getattr(torch, options.amp_dtype) if options.amp else None
-
-
 def _group(peers: Sequence[Peer]) -> PeerGroup:
     try:
         return PeerGroup(peers)
@@ -377,6 +375,7 @@ def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[s
 def _write_arguments(folder: Path, options: argparse.Namespace, keep_dataset: bool) -> None:
     """Keep the arguments as a YAML file that ``--config`` takes."""
     hidden = ["config", "resume", "in_place", "kwargs", "check_data", "plan", "gpu_mem"]
+    hidden += ["layouts", "compiled"]
     hidden += [] if keep_dataset else ["dataset"]
     content = {name: value for name, value in plain(options).items() if name not in hidden}
     write_text(folder / "args.yaml", yaml.safe_dump(content, sort_keys=False))

@@ -23,6 +23,7 @@ from common.guard import POLICIES
 from common.peers import check_names
 from common.roles import check_rule
 from common.transfer import SCORES
+from common.trials import AUTO
 from segmentation import compat
 from segmentation.errors import ConfigError, told_of
 from segmentation.keys import choices, value_at
@@ -31,7 +32,8 @@ from segmentation.mask2former_config import add_mask2former_config
 
 GRANULARITIES = ("image", "pixel")
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-PEER_KEYS = ("NAME", "CONFIG", "WEIGHTS", "OPTS", "FROZEN")
+PEER_KEYS = ("NAME", "CONFIG", "WEIGHTS", "OPTS", "FROZEN", "LAYOUT")
+LAYOUTS = ("contiguous", "channels_last", AUTO)
 PEER_PREFIX = "PEER."
 # What one data stream and one loop cannot do in two ways.
 SHARED_KEYS = (
@@ -64,11 +66,13 @@ class PeerConfig:
         name: For folders and metrics.
         cfg: Its whole Detectron2 config; OUTPUT_DIR is its own folder.
         frozen: It teaches, and learns nothing.
+        layout: One of ``LAYOUTS``, of its weights and maps in memory.
     """
 
     name: str
     cfg: CfgNode
     frozen: bool = False
+    layout: str = "contiguous"
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,11 @@ class RunConfig:
     def names(self) -> list[str]:
         """The peers' names."""
         return [peer.name for peer in self.peers]
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """What forwards are autocast to."""
+        return AMP_DTYPES[self.transfer.AMP_DTYPE] if self.cfg.SOLVER.AMP.ENABLED else None
 
     @property
     def learning(self) -> list[str]:
@@ -145,6 +154,7 @@ def transfer_defaults() -> CfgNode:
     node.MAX_BAD_SAMPLES = 0  # broken files that the run may do without; common.broken
     node.HELD_OUT = 0.0  # share of the training data to evaluate on, in the place of DATASETS.TEST
     node.SOUP = False  # at the end also try averages of each peer's start and best weights
+    node.LAYOUT = "contiguous"  # or "channels_last", or "auto": tried; peers may have their own
     node.KEEP = 3  # resumable checkpoints that stay on disk; 0: all
     node.PEERS = []
     return node
@@ -224,6 +234,7 @@ def _assemble(
     unknown = sorted(set(own) - set(names))
     if unknown:
         raise ConfigError(f"{PEER_PREFIX}{unknown[0]}: no such peer; peers: {', '.join(names)}")
+    specs = [{"LAYOUT": node.LAYOUT, **spec} for spec in specs]
     peers = [
         _peer_config(spec, shared, common, own.get(spec["NAME"], []), path, allow_unsafe)
         for spec in specs
@@ -334,6 +345,10 @@ def _checked_spec(spec: Any, file: str | Path) -> dict[str, Any]:
     frozen = spec.get("FROZEN", False)
     if not isinstance(frozen, bool):
         raise ConfigError(f"{file}: peer {name!r}: FROZEN is {frozen!r}; expected true or false")
+    if spec.get("LAYOUT", LAYOUTS[0]) not in LAYOUTS:
+        raise ConfigError(
+            f"{file}: peer {name!r}: LAYOUT is {spec['LAYOUT']!r}; choose from {', '.join(LAYOUTS)}"
+        )
     return {**spec, "NAME": name, "CONFIG": str(spec["CONFIG"]), "OPTS": options}
 
 
@@ -356,6 +371,7 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
         "AMP_DTYPE": tuple(AMP_DTYPES),
         "ENGINE": tuple(ENGINES),
         "GUARD": POLICIES,
+        "LAYOUT": LAYOUTS,
         "ON_NONFINITE": ON_NONFINITE,
     }
     for key, allowed in named.items():
@@ -404,7 +420,7 @@ def _peer_config(
             f"{where}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}; choose from "
             f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}"
         )
-    return PeerConfig(spec["NAME"], cfg, spec.get("FROZEN", False))
+    return PeerConfig(spec["NAME"], cfg, spec.get("FROZEN", False), spec["LAYOUT"])
 
 
 def _find_config(name: str, run_file: Path) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from common.costs import measure_peer, measure_transfer
@@ -12,15 +10,13 @@ from common.memory import bytes_of
 from common.outputs import log_plan
 from common.peers import PeerGroup, RemotePeer
 from common.planner import Flags, TeamCost
-from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig
-from segmentation.data import check_classes, class_masks
+from segmentation.config import PeerConfig, RunConfig
+from segmentation.data import check_classes
 from segmentation.errors import ConfigError, told_of
 from segmentation.models import build_module
-from segmentation.peer import STRIDE, Batch, SegmentorPeer
+from segmentation.noise import random_batch
+from segmentation.peer import Batch, SegmentorPeer
 from segmentation.trainer import build_peer, build_transfer, per_rank_batch, refuse_talk
-
-_CLASSES = 10  # of an image, where masks are learned; ADE20K's have about as many
-_BLOCK = 16
 
 
 def tell_plan(run: RunConfig, processes: int, memory: int | None) -> None:
@@ -44,7 +40,7 @@ def tell_plan(run: RunConfig, processes: int, memory: int | None) -> None:
         launch="--num-gpus {}",
         processes=shards_of(run, processes),
     )
-    log_plan(measure_team(run, processes), memory, flags, world, amp_dtype(run))
+    log_plan(measure_team(run, processes), memory, flags, world, run.amp_dtype)
 
 
 def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
@@ -68,7 +64,7 @@ def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
             return random_batch(run, samples, device, ignore, masks)
 
         with told_of(f"peer {config.name!r}"):
-            costs.append(measure_peer(peer, draw, batch, device, amp_dtype(run)))
+            costs.append(measure_peer(peer, draw, batch, device, run.amp_dtype))
         del peer
     try:
         PeerGroup([RemotePeer(peer.name, peer.frozen) for peer in run.peers])
@@ -112,52 +108,3 @@ def _peer(config: PeerConfig, run: RunConfig) -> SegmentorPeer:
     with told_of(f"peer {config.name!r}"):
         module = build_module(config.cfg)
     return build_peer(config, module, run.transfer)
-
-
-def amp_dtype(run: RunConfig) -> torch.dtype | None:
-    """Return what forwards are autocast to."""
-    return AMP_DTYPES[run.transfer.AMP_DTYPE] if run.cfg.SOLVER.AMP.ENABLED else None
-
-
-def image_size(run: RunConfig) -> tuple[int, int]:
-    """Return height and width of the training images: of the crop, or of the largest image.
-
-    Without an absolute crop, an image is taken to be at most twice as wide as it is high.
-    """
-    settings = run.cfg.INPUT
-    if settings.CROP.ENABLED and settings.CROP.TYPE == "absolute":
-        height, width = settings.CROP.SIZE
-        return int(height), int(width)
-    short = int(max(settings.MIN_SIZE_TRAIN))
-    return short, min(2 * short, max(int(settings.MAX_SIZE_TRAIN), short))
-
-
-def random_batch(
-    run: RunConfig, samples: int, device: torch.device, ignore: int, masks: bool
-) -> Batch:
-    """Return a batch of noise, with blocks of ten classes an image.
-
-    Args:
-        run: Its images' size, and its classes.
-        samples: How many.
-        device: Of the batch.
-        ignore: The ignore label.
-        masks: Also give one mask a class.
-    """
-    height, width = image_size(run)
-    classes = min(_CLASSES, run.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
-    rows = torch.arange(height, device=device)[:, None] // _BLOCK
-    labels = (rows + torch.arange(width, device=device) // _BLOCK) % classes
-    made: list[dict[str, Any]] = []
-    for _ in range(samples):
-        image = torch.randint(256, (3, height, width), dtype=torch.uint8, device=device)
-        sample = {"image": image, "sem_seg": labels.clone(), "height": height, "width": width}
-        if masks:
-            sample["instances"] = class_masks(sample["sem_seg"], ignore)
-        made.append(sample)
-    padded = [STRIDE * -(-side // STRIDE) for side in (height, width)]
-    target = torch.full((samples, *padded), ignore, device=device)
-    target[:, :height, :width] = labels
-    batch = Batch(made, target, ignore)
-    _ = batch.labels, batch.labelled  # made once for all peers
-    return batch

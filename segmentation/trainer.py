@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import time
@@ -33,12 +34,14 @@ from common.guard import Bounds, Guard
 from common.ledger import Ledger
 from common.peers import Peer, PeerGroup, RemotePeer
 from common.ranks import SavedRanks, refuse_other_moments
+from common.seeding import generators_kept
 from common.soup import STATISTICS_BATCHES, Soup, Weights, make_soups, write_soup
 from common.termination import Preempted, Termination
 from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
+from common.trials import AUTO, Trial, choose_layouts, to_layout
 from segmentation import checkpoints, solver
-from segmentation.config import AMP_DTYPES, PeerConfig, RunConfig, lasting_settings
+from segmentation.config import PeerConfig, RunConfig, lasting_settings
 from segmentation.data import (
     SharedMapper,
     allowed,
@@ -59,6 +62,7 @@ from segmentation.hooks import (
     Writers,
 )
 from segmentation.models import build_with_weights
+from segmentation.noise import random_batch
 from segmentation.peer import SegmentorPeer, make_batch, read_losses
 from segmentation.weights import origin_of
 
@@ -66,6 +70,7 @@ _logger = logging.getLogger(__name__)
 
 LOG_PERIOD = 20
 METRIC = "mIoU"
+_ON_CPU = 2  # images of a trial there
 
 
 class TransferTrainer(TrainerBase):
@@ -86,6 +91,7 @@ class TransferTrainer(TrainerBase):
         best: Each peer's best mIoU and its iteration.
         origins: What each peer started from, in words; empty where that was not kept.
         soups: What averages of start and best were worth, after ``make_soups``.
+        layouts: Of peers whose layout was tried, whether channels_last was taken.
 
     Raises:
         ConfigError, SegmentorError, CheckpointError, DataError: Bad input, before any training.
@@ -110,11 +116,13 @@ class TransferTrainer(TrainerBase):
         self.soups: list[Soup] = []
         records = load_datasets(run.cfg.DATASETS.TRAIN)
         self.dataset = DatasetFromList(records, copy=False)  # one copy for all workers
+        self.layouts: dict[str, bool] = {} if record is None else record.get("layouts", {})
         seed_all_rng(self.seed)  # of weights that no file gives
         self.peers = PeerGroup([self._build_peer(i, peer) for i, peer in enumerate(run.peers)])
         self.transfer = build_transfer(run, self.seed + self.world.shard)
-        amp = AMP_DTYPES[run.transfer.AMP_DTYPE] if run.cfg.SOLVER.AMP.ENABLED else None
-        self.engine = build_engine(run.transfer.ENGINE, self.peers, self.transfer, self.world, amp)
+        self.engine = build_engine(
+            run.transfer.ENGINE, self.peers, self.transfer, self.world, run.amp_dtype
+        )
         node = run.transfer
         self.finite = FiniteCheck(self.peers, node.ON_NONFINITE, node.MAX_SKIPS_IN_A_ROW)
         self.engine.finite = self.finite
@@ -294,6 +302,7 @@ class TransferTrainer(TrainerBase):
                 "best": self.best,
                 "history": self.history,
                 "lessons": self.lessons,
+                "layouts": self.layouts,
             }
             keep, learning = self.run.transfer.KEEP, self.run.learning
             checkpoints.save_record(self.folder, learning, state, keep, final)
@@ -335,6 +344,7 @@ class TransferTrainer(TrainerBase):
 
     def _build_peer(self, number: int, config: PeerConfig) -> Peer:
         module, cfg = build_with_weights(config)  # all of them: random weights are drawn in turn
+        to_layout(module, self._channels_last(number, config, module))
         if not self.world.holds(number):
             return RemotePeer(config.name, config.frozen)
         if self.world.seats > 1:
@@ -345,6 +355,19 @@ class TransferTrainer(TrainerBase):
                 peer.scheduler = solver.build_lr_scheduler(cfg, peer.optimizer)
         peer.distribute(self.world, broadcast_buffers=False)
         return peer
+
+    def _channels_last(self, number: int, config: PeerConfig, module: nn.Module) -> bool:
+        """Whether a peer's weights are to be in channels_last; all ranks must call it."""
+        if config.layout != AUTO:
+            return config.layout == "channels_last"
+        self.layouts |= choose_layouts(
+            {number: config.name},
+            lambda _, last: trial(config, module, self.run, self.world, self.ignore, last),
+            self.world,
+            self.run.amp_dtype,
+            self.layouts,
+        )
+        return self.layouts[config.name]
 
     def _build_hooks(self) -> list[Any]:
         cfg = self.run.cfg
@@ -522,6 +545,34 @@ def build_peer(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> Segm
         score=transfer.SCORE,
         **learning,
     )
+
+
+def trial(
+    config: PeerConfig,
+    module: nn.Module,
+    run: RunConfig,
+    world: World,
+    ignore: int,
+    channels_last: bool,
+) -> Trial:
+    """Build a peer of a model's copy to be timed, and a batch of noise, on the device.
+
+    Args:
+        config: Of the peer.
+        module: Its model, which stays as it is.
+        run: The run's config.
+        world: Where this process stands.
+        ignore: The ignore label.
+        channels_last: The copy's memory layout.
+    """
+    tried = copy.deepcopy(module)
+    to_layout(tried, channels_last)
+    peer = build_peer(config, tried, run.transfer)
+    samples = per_rank_batch(run.cfg.SOLVER.IMS_PER_BATCH, world.shards)
+    samples = samples if world.device.type == "cuda" else min(samples, _ON_CPU)
+    with generators_kept():
+        batch = random_batch(run, samples, torch.device("cpu"), ignore, not peer.dense)
+    return peer, make_batch(batch.samples, world.device, ignore)
 
 
 @contextmanager

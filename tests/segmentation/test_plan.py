@@ -11,7 +11,8 @@ import torch
 from common.memory import peak_saved_bytes, tensors_in
 from segmentation.config import load_run
 from segmentation.models import build_module
-from segmentation.plan import image_size, measure_team, random_batch, shards_of
+from segmentation.noise import image_size, random_batch
+from segmentation.plan import measure_team, shards_of
 from segmentation.train_net import main
 from segmentation.trainer import build_peer
 from tests.segmentation.runs import write_run
