@@ -16,6 +16,7 @@ from common.report.comparison_figures import (
 from common.report.effects import (
     SHORT_TARGETS,
     TARGET_NAMES,
+    Between,
     has_flips,
     interval_text,
     shown_words,
@@ -106,7 +107,7 @@ def write_comparison(
     few = _few_seeds(summary)
     first = Summary(
         kind="Comparison",
-        verdict=shown_words(summary),
+        verdict=shown_words(summary, _against_chance(summary)),
         facts={
             "Peers": len(names),
             "Arms": len(summary["arms"]),
@@ -211,6 +212,15 @@ def _verdict(effects: Mapping[str, Row | None], summary: Mapping[str, Any]) -> s
         group.append(f"{TARGET_NAMES[what]} ({interval_text(effect, summary)})")
     told = [f"{verdict} {listed(found)}" for verdict, found in groups.items() if found]
     return "; ".join(told) or "no seed in common, so no comparison"
+
+
+def _against_chance(summary: Mapping[str, Any]) -> list[Between]:
+    """Return the rule's choice of teacher against drawing one, where there are both."""
+    chosen, chance = summary["chosen"], summary["chance"]
+    # the control's own gains have it already
+    if chosen is None or chance in (None, chosen, summary["control"]):
+        return []
+    return [(chosen, chance, summary["versus"][chance])]
 
 
 def _choice_of_teacher(summary: Mapping[str, Any]) -> list[str]:

@@ -183,7 +183,7 @@ def _flips_plot(peers: Mapping[str, Row]) -> str:
         axes.margins(x=0.2)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")
-        axes.set_xlabel("← broken    count    fixed →")
+        axes.set_xlabel("broken ← count → fixed")
         name_axis(axes, list(peers))
 
     return draw(paint, _height(list(peers)))

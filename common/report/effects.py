@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.report.numbers import MISSING, Row, Show, listed, number_format
@@ -35,29 +35,47 @@ def interval_text(effect: Row | None, summary: Mapping[str, Any]) -> str:
     return f"{mean} [{show(effect['low'], sign=True)}, {show(effect['high'], sign=True)}]"
 
 
-def shown_words(summary: Mapping[str, Any]) -> list[str]:
-    """Say in a sentence or two which arms are shown to be better or worse than the control.
+Between = tuple[str, str, Mapping[str, Any]]
+
+
+def shown_words(summary: Mapping[str, Any], between: Sequence[Between] = ()) -> list[str]:
+    """Say in a sentence or two which arms are shown to be better or worse than another.
 
     Args:
         summary: From ``common.statistics.summarise``, or ``corrected``.
+        between: Two arms and the effects of the first minus the second, beside those over the
+            control.
 
     Returns:
-        A sentence for the better and one for the worse arms, or one that nothing is shown.
+        A sentence for what is better and one for what is worse than the control, or one that
+        nothing is shown; then one for each of ``between`` that shows something.
     """
+    gains = {
+        arm: {**effects, **summary["peer_gains"][arm]} for arm, effects in summary["gains"].items()
+    }
     told = []
     for verdict, sign in (("better", 1), ("worse", -1)):
-        found = {
-            arm: [
-                SHORT_TARGETS.get(what, what)
-                for what, effect in {**effects, **summary["peer_gains"][arm]}.items()
-                if effect is not None and effect["shown"] and sign * effect["mean"] > 0
-            ]
-            for arm, effects in summary["gains"].items()
-        }
+        found = {arm: _shown(effects, sign) for arm, effects in gains.items()}
         arms = [f"{arm} ({', '.join(targets)})" for arm, targets in found.items() if targets]
         if arms:
             told.append(f"Shown to be {verdict} than {summary['control']}: {listed(arms)}.")
-    return told or [f"No arm is shown to be better or worse than {summary['control']}."]
+    if not told:
+        told = [f"No arm is shown to be better or worse than {summary['control']}."]
+    for first, second, effects in between:
+        for verdict, sign in (("better", 1), ("worse", -1)):
+            targets = _shown(effects, sign)
+            if targets:
+                told.append(f"{first} is shown to be {verdict} than {second}: {listed(targets)}.")
+    return told
+
+
+def _shown(effects: Mapping[str, Row | None], sign: int) -> list[str]:
+    """Name what an effect of that sign is shown for."""
+    return [
+        SHORT_TARGETS.get(what, what)
+        for what, effect in effects.items()
+        if effect is not None and effect["shown"] and sign * effect["mean"] > 0
+    ]
 
 
 def summary_format(summary: Mapping[str, Any]) -> Show:

@@ -87,9 +87,10 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
         Where it lies.
     """
     summary = analysis["test"]
+    between = [(pair["first"], pair["second"], pair["effects"]) for pair in summary["pairs"]]
     first = Summary(
         kind="Experiment",
-        verdict=[*shown_words(summary), _counted(analysis)],
+        verdict=[*shown_words(summary, between), _counted(analysis)],
         facts={
             "Peers": len(summary["names"]),
             "Arms": len(summary["arms"]),

@@ -317,7 +317,8 @@ def _run_figures(
         ("task_loss", "Task loss", "own scale"),
         ("transfer_loss", "Transfer loss", "nats"),
     ):
-        if any(has_values(lessons, f"{name}/{what}") for name in names):
+        values = [value for name in names for value in series_of(lessons, f"{name}/{what}")]
+        if any(is_finite(value) and value != 0 for value in values):
             figures.append(_loss_figure(names, lessons, what, title, scale))
     return figures
 

@@ -93,6 +93,7 @@ th:first-child { padding-left: 0; position: sticky; left: 0;
   background: var(--paper); }
 tbody tr:hover > * { background: var(--card); }
 table.words td, table.words th { text-align: left; white-space: normal; vertical-align: top; }
+table.words td { overflow-wrap: anywhere; min-width: 9rem; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--accent); padding: .3rem 0; }
 pre { margin: .6rem 0; padding: .6rem .8rem; background: var(--card); border-radius: 4px;

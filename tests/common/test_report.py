@@ -14,6 +14,8 @@ from common.report import (
     write_comparison,
     write_run_report,
 )
+from common.report.plots import short_name
+from common.report.style import CSS, SERIES
 
 VOID = {"meta", "img"}
 
@@ -405,3 +407,44 @@ def test_runs_that_count_iterations(tmp_path):
     page = run(tmp_path, history=rows, lessons=taught, pictures=[(b"png", "A scene.")])
     assert "for 1000 iterations" in page.text and "epoch" not in page.text
     assert "Examples" in page.text and "A scene." in page.text
+
+
+def test_the_verdict_names_what_is_shown_and_against_whom(tmp_path):
+    text = compare(tmp_path, {"none": 0, "best": 1, "random": 0.2}, 6).text
+    of_peers = "mean of peers, strongest peer, weakest peer, a, b"
+    assert f"Shown to be better than none: best ({of_peers}) and random ({of_peers})." in text
+    assert "Shown to be worse than none: best (ensemble) and random (ensemble)." in text
+    better = "mean of peers, strongest peer and weakest peer"
+    assert f"best is shown to be better than random: {better}." in text
+    assert "best is shown to be worse than random: ensemble." in text
+
+
+def test_the_verdict_where_nothing_is_shown(tmp_path):
+    text = compare(tmp_path, {"none": 0, "best": 1, "random": 0.2}, 3).text
+    assert "No arm is shown to be better or worse than none." in text
+    assert "is shown to be better than random" not in text
+
+
+def test_a_run_without_transfer_has_no_plot_of_it(tmp_path):
+    rows = [row | {f"{name}/transfer_loss": 0.0 for name in "ab"} for row in lessons("ab")]
+    page = run(tmp_path, lessons=rows)
+    assert "Task loss" in page.text and "Transfer loss" not in page.text
+
+
+def test_names_that_begin_alike_stay_apart_in_figures():
+    names = ["a_long_name_that_goes_on_and_ends_here", "a_long_name_that_goes_on_and_ends_there"]
+    assert short_name("short", ["short", *names]) == "short"
+    assert len({short_name(name, names, 20) for name in names}) == 2
+    assert len({short_name(name, [*names, *names], 20) for name in names}) == 2
+
+
+def test_colours_can_be_told_from_the_page_in_both_schemes():
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark = re.findall(r"--paper: (#\w+)", CSS)[1]
+    for light_color, dark_color in SERIES.items():
+        assert 1.05 / (luminance(light_color) + 0.05) > 2.95
+        assert (luminance(dark_color) + 0.05) / (luminance(dark) + 0.05) > 3
