@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from classification import outputs
+from classification.corruptions import SEVERITIES, Corrupted
 from classification.data import View, classes_of, open_dataset
 from classification.evaluation import PeerEvaluator, Scores
 from classification.options import PeerSpec, parse, read_yaml
@@ -47,6 +48,7 @@ class Classification:
     metric = "top1"
     lower_is_better = False
     suffix = ".safetensors"
+    severities: ClassVar = {name: len(amounts) for name, amounts in SEVERITIES.items()}
 
     def read(self, path: Path) -> Any:
         """Read a YAML file; see ``common.experiment.Task``."""
@@ -101,15 +103,25 @@ class Classification:
         self, options: Mapping[str, Any], files: Mapping[str, Path], start: Mapping[str, Path]
     ) -> Measured:
         """Measure exported weights on the test set."""
-        plain = {key: x for key, x in options.items() if key not in ("peers", "rule")}
-        peers = [{"model": str(file), "name": name} for name, file in files.items()]
-        asked, specs = _parsed({**plain, "rule": "none", "peers": peers})
-        modules, views = build_modules(specs, asked)
-        count = modules[0].num_classes
-        test = _test_set(asked, views[0].size[0], count)
+        asked, modules, views, test = _exported(options, files)
         scores = _scores(asked, modules, views, test, begin(asked))
         before = torch.stack([read_file(_right(start[name]))["right"] for name in files])
-        return measured(scores, list(files), before, _class_names(test, count))
+        classes = _class_names(test, modules[0].num_classes)
+        return measured(scores, list(files), before, classes)
+
+    def measure_corrupted(
+        self,
+        options: Mapping[str, Any],
+        files: Mapping[str, Path],
+        corruptions: Sequence[tuple[str, int]],
+    ) -> list[dict[str, float]]:
+        """Measure exported weights on the test set, under one corruption after the other."""
+        asked, modules, views, test = _exported(options, files)
+        world = begin(asked)
+        return [
+            _scores(asked, modules, views, Corrupted(test, *one), world).metrics(list(files), None)
+            for one in corruptions
+        ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,6 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parsed(options: Mapping[str, Any]) -> tuple[argparse.Namespace, list[PeerSpec]]:
     with tempfile.TemporaryDirectory() as folder:
         return parse(_arguments(options, Path(folder) / "options.yaml"))
+
+
+def _exported(
+    options: Mapping[str, Any], files: Mapping[str, Path]
+) -> tuple[argparse.Namespace, list[nn.Module], list[View], Dataset]:
+    """Read weights that were exported, and open the test set."""
+    plain = {key: x for key, x in options.items() if key not in ("peers", "rule")}
+    peers = [{"model": str(file), "name": name} for name, file in files.items()]
+    asked, specs = _parsed({**plain, "rule": "none", "peers": peers})
+    modules, views = build_modules(specs, asked)
+    return asked, modules, views, _test_set(asked, views[0].size[0], modules[0].num_classes)
 
 
 def _arguments(options: Mapping[str, Any], file: Path) -> list[str]:

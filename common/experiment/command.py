@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from common.experiment.corruptions import check_corruptions
 from common.experiment.local import run_local, run_submitit
 from common.experiment.plan import CONTROLS, START, Experiment, read_experiment
 from common.experiment.results import write_results
@@ -104,6 +105,7 @@ def _read(asked: argparse.Namespace, task: Task) -> Experiment:
     if asked.jobs < 1:
         raise OptionError(f"--jobs is {asked.jobs}; expected 1 or more")
     experiment = read_experiment(task.read(asked.experiment), asked.experiment)
+    check_corruptions(experiment.corruptions, task, asked.experiment)
     experiment = replace(experiment, device=asked.device)
     for seed in experiment.seeds:  # each may have starts and data of its own
         names = task.check(experiment.options(START, seed))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.experiment.corruptions import Corruption, read_corruptions
 from common.options import OptionError, near
 from common.peers import check_names
 
@@ -38,6 +39,7 @@ KEYS = {
     "arms": "Further arms: name: {option: value}.",
     "control": "The arm that the others are compared with.",
     "compare": "Pairs of arms to compare directly.",
+    "corruptions": "Measure the weights on a spoilt test set too: a list of `name: severity`.",
     "primary": "chosen or last: which weights the tests are about.",
     "family": "target or all: what p-values are corrected together.",
 }
@@ -74,6 +76,7 @@ class Experiment:
         pairs: Arms to compare directly.
         primary: ``chosen`` or ``last``.
         together: Correct p-values over all targets at once.
+        corruptions: Under which the weights are measured too.
         device: Instead of what ``train`` says; where a job runs is not what it is about.
     """
 
@@ -88,6 +91,7 @@ class Experiment:
     pairs: list[tuple[str, str]]
     primary: str
     together: bool
+    corruptions: Sequence[Corruption] = ()
     device: str = ""
 
     def options(
@@ -181,6 +185,7 @@ def read_experiment(content: Any, path: Path) -> Experiment:
         pairs=_pairs(content, arms, path),
         primary=_one_of(content, "primary", MEASURES, path),
         together=_one_of(content, "family", FAMILIES, path) == "all",
+        corruptions=read_corruptions(content.get("corruptions"), path),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.demo import write_json
+from common.experiment.corruptions import CORRUPTED, label_of
 from common.experiment.plan import MEASURES, START, Experiment
 from common.experiment.task import Task
 from common.experiment.work import finished
@@ -73,26 +74,35 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
     Returns:
         Plain containers. ``test`` and ``other`` are ``common.statistics.corrected`` summaries of
         the primary weights and of the others, ``calibration`` of the calibration error, ``beside``
-        of the task's other metrics.
+        of the task's other metrics; ``robustness`` has one of the mean over all corruptions, with
+        families of its own, and by corruption summaries that nothing corrects.
     """
     names = list(found[0]["epochs"])
     arms = [arm for arm in experiment.arms if any(row["arm"] == arm for row in found)]
     pairs = [pair for pair in experiment.pairs if set(pair) <= set(arms)]
 
-    def compare(which: str, metric: str, lower: bool) -> dict[str, Any]:
+    def uncorrected(which: str, metric: str, lower: bool) -> dict[str, Any]:
         rows = [_result(row, names, which, metric) for row in found]
-        return corrected(
-            summarise(
-                rows,
-                names,
-                experiment.control,
-                arms=arms,
-                metric=metric,
-                lower_is_better=lower,
-                pairs=pairs,
-            ),
-            experiment.together,
+        return summarise(
+            rows,
+            names,
+            experiment.control,
+            arms=arms,
+            metric=metric,
+            lower_is_better=lower,
+            pairs=pairs,
         )
+
+    def compare(which: str, metric: str, lower: bool) -> dict[str, Any]:
+        return corrected(uncorrected(which, metric, lower), experiment.together)
+
+    def robustness() -> dict[str, Any]:
+        of, lower = f"{task.metric}@", task.lower_is_better
+        labels = [label_of(one) for one in experiment.corruptions]
+        return {
+            "mean": compare(primary, of + CORRUPTED, lower),
+            "each": {label: uncorrected(primary, of + label, lower) for label in labels},
+        }
 
     primary = experiment.primary
     calibrated = all(f"{names[0]}/{CALIBRATION}" in row[primary]["metrics"] for row in found)
@@ -107,6 +117,7 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
             if which != primary
         },
         "calibration": compare(primary, CALIBRATION, True) if calibrated else None,
+        "robustness": robustness() if experiment.corruptions else None,
         "beside": {
             metric: compare(primary, metric, lower)
             for metric, lower in getattr(task, "others", {}).items()
@@ -145,7 +156,7 @@ def _result(row: Found, names: Sequence[str], which: str, metric: str) -> dict[s
             result[f"{group}_before"] = before.get(f"{group}/{metric}")
             result[f"{group}_after"] = after[f"{group}/{metric}"]
     for flip in FLIPS:
-        if f"{names[0]}/{flip}" in after:
+        if f"{names[0]}/{flip}" in after and "@" not in metric:
             result[flip] = {name: after[f"{name}/{flip}"] for name in names}
     return result
 
@@ -197,6 +208,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         "peers": [", ".join(f"{k}={v}" for k, v in peer.items()) for peer in experiment.peers],
         "seeds": experiment.seeds,
         **experiment.train,
+        "corruptions": [label_of(one) for one in experiment.corruptions] or None,
         "tried settings, chosen by the held-out part": tried or None,
     }
 
@@ -220,11 +232,14 @@ def run_rows(task: Task, found: Sequence[Found]) -> list[dict[str, Any]]:
 def comparison_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List every tested difference, with its interval and p-values."""
     rows = []
+    robustness = analysis["robustness"]
     for which, summary in (
         (analysis["primary"], analysis["test"]),
         *analysis["other"].items(),
         *([("calibration", analysis["calibration"])] if analysis["calibration"] else []),
         *((analysis["primary"], beside) for beside in analysis["beside"].values()),
+        *([("robustness", robustness["mean"])] if robustness else []),
+        *((("robustness", one) for one in robustness["each"].values()) if robustness else ()),
     ):
         tested = [
             (arm, summary["control"], {**effects, **summary["peer_gains"][arm]})
@@ -233,7 +248,7 @@ def comparison_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
         tested += [(pair["first"], pair["second"], pair["effects"]) for pair in summary["pairs"]]
         rows += [
             {"of": which, "metric": summary["metric"], "arm": arm, "against": against, "target": x}
-            | dict(effect)
+            | {key: x for key, x in effect.items() if key != "shown" or "p_holm" in effect}
             for arm, against, effects in tested
             for x, effect in effects.items()
             if effect is not None

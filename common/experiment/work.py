@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import torch
 
 from common.checkpoint import list_runs
 from common.demo import write_json
+from common.experiment.corruptions import label_of, measure_corruptions, without_corruptions
 from common.experiment.plan import MEASURES, START, Experiment
 from common.experiment.task import Measured, Task, Trained
 from common.options import OptionError
@@ -49,6 +51,14 @@ def finished(experiment: Experiment, arm: str, seed: int) -> dict[str, Any] | No
     Raises:
         OptionError: Its result is of other options than the experiment's.
     """
+    found = _trained(experiment, arm, seed)
+    wanted = [label_of(one) for one in experiment.corruptions]
+    if found is not None and wanted and found.get("corruptions") != wanted:
+        return None  # other corruptions are measured without training anew
+    return found
+
+
+def _trained(experiment: Experiment, arm: str, seed: int) -> dict[str, Any] | None:
     path = experiment.result(arm, seed)
     if not path.is_file():
         return None
@@ -72,6 +82,9 @@ def work(experiment: Experiment, task: Task, label: str) -> dict[str, Any]:
     """
     arm, seed = read_label(label, experiment)
     found = finished(experiment, arm, seed)
+    if found is not None:
+        return found
+    found = _trained(experiment, arm, seed)
     if found is None:
         do = _start if arm == START else _train
         found = {
@@ -81,7 +94,45 @@ def work(experiment: Experiment, task: Task, label: str) -> dict[str, Any]:
             **do(experiment, task, arm, seed),
         }
         write_json(experiment.result(arm, seed), found)
+    if experiment.corruptions:
+        _corrupt(experiment, task, found)
+        write_json(experiment.result(arm, seed), found)
     return found
+
+
+def _corrupt(experiment: Experiment, task: Task, found: dict[str, Any]) -> None:
+    """Add to a result what its weights are worth under the experiment's corruptions."""
+    arm, seed = found["arm"], found["seed"]
+    options = experiment.options(START, seed)
+    starts = start_files(experiment, task, task.check(options), seed)
+    measured: list[tuple[dict[str, Path], dict[str, float]]] = []
+    for what in ("test",) if arm == START else MEASURES:
+        files = starts if arm == START else _weights(experiment, task, found, what)
+        same = [metrics for other, metrics in measured if _are_equal(files, other)]
+        metrics = (
+            same[0] if same else measure_corruptions(task, options, files, experiment.corruptions)
+        )
+        measured.append((files, metrics))
+        found[what]["metrics"] = {**without_corruptions(found[what]["metrics"]), **metrics}
+    found["corruptions"] = [label_of(one) for one in experiment.corruptions]
+
+
+def _weights(
+    experiment: Experiment, task: Task, found: Mapping[str, Any], what: str
+) -> dict[str, Path]:
+    """Say where a finished arm's weights lie."""
+    arm, called = found["arm"], found.get("files", {"chosen": "best", "last": "last"})
+    folder, alone = experiment.folder(arm, found["seed"]), experiment.arms[arm].alone
+    files = {}
+    for name, setting in found["settings"].items():
+        number = experiment.tuned.index(setting)
+        place = _place(folder, name if alone else "", number, setting)
+        files[name] = place / name / f"{called[what]}{task.suffix}"
+    return files
+
+
+def _are_equal(one: Mapping[str, Path], two: Mapping[str, Path]) -> bool:
+    return all(filecmp.cmp(one[name], two[name], shallow=False) for name in one)
 
 
 def _asked(experiment: Experiment, arm: str, seed: int) -> str:
@@ -130,7 +181,7 @@ def _train(experiment: Experiment, task: Task, arm: str, seed: int) -> dict[str,
         for number, setting in enumerate(experiment.tuned):
             chosen = [peers[i] for i in members]
             options = experiment.options(arm, seed, chosen, setting, ranked)
-            place = folder / f"{part or 'run'}{f'-{number}' if setting else ''}"
+            place = _place(folder, part, number, setting)
             trained, cost = _measured_cost(task, options, place)
             tried.append(_Run(place, setting, options, trained))
             spent.append(cost)
@@ -142,8 +193,14 @@ def _train(experiment: Experiment, task: Task, arm: str, seed: int) -> dict[str,
         "history": _merged([run.trained.history for run in _distinct(runs)]),
         "lessons": [] if alone else list(runs[names[0]].trained.lessons),
         "cost": _sum(spent),
+        "files": dict(runs[names[0]].trained.files),
         **{what: _measure(task, runs, what, files, peers).plain() for what in MEASURES},
     }
+
+
+def _place(folder: Path, part: str, number: int, setting: Mapping[str, Any]) -> Path:
+    """Say where the run of a setting lies; each peer has its own where it is alone."""
+    return folder / f"{part or 'run'}{f'-{number}' if setting else ''}"
 
 
 class _Run:

@@ -120,6 +120,7 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
         *_others_sections(analysis),
         *_class_section(analysis),
         *_calibration_section(analysis),
+        *_robustness_section(analysis),
         *_curves_section(analysis),
         *comparison_teaching(summary),
         section("Cost", _cost_table(analysis)),
@@ -159,8 +160,10 @@ def _counted(analysis: Analysis) -> str:
 
 
 def _summaries(analysis: Analysis) -> list[Mapping[str, Any]]:
-    """Return what claims may rest on: the test set's metric, and its calibration."""
-    return [analysis["test"], *([analysis["calibration"]] if analysis["calibration"] else [])]
+    """Return what claims may rest on: the test set's metric, calibration, and robustness."""
+    robustness = analysis["robustness"]
+    further = (analysis["calibration"], robustness and robustness["mean"])
+    return [analysis["test"], *(summary for summary in further if summary)]
 
 
 def _tested(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Row]]:
@@ -177,12 +180,17 @@ def _tested(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Row]]:
 
 def _claim(arm: str, against: str, what: str, effect: Row, summary: Mapping[str, Any]) -> str:
     verdict = "better" if effect["mean"] > 0 else "worse"
-    measure = "calibrated" if summary["metric"] == "ece" else f"in {summary['metric']}"
+    measure = "calibrated" if summary["metric"] == "ece" else f"in {_in_words(summary['metric'])}"
     return (
         f"{arm} is {verdict} {measure} than {against} for {TARGET_NAMES.get(what, what)}: "
         f"{interval_text(effect, summary)} (p {p_text(effect['p'])}, corrected "
         f"{p_text(effect['p_holm'])}; {effect['count']} seeds)."
     )
+
+
+def _in_words(metric: str) -> str:
+    clean, _, corruption = metric.partition("@")
+    return f"{clean} on the corrupted test set" if corruption else clean
 
 
 def p_text(p: float | None) -> str:
@@ -411,6 +419,38 @@ def _calibration_section(analysis: Analysis) -> list[Section]:
     head = ["Arm", "Peer", "Before", "After", "Gain over control", "p"]
     table = long_table("Every arm and peer", caption, head, rows, labels=2)
     return [section("Calibration", *forest(summary, by_peer=True), table)]
+
+
+def _robustness_section(analysis: Analysis) -> list[Section]:
+    robustness = analysis["robustness"]
+    if robustness is None:
+        return []
+    mean, each = robustness["mean"], robustness["each"]
+    what = "mean" if "mean" in mean["targets"] else mean["targets"][0]
+    rows = [
+        [arm, *(interval_text(one["gains"][arm][what], one) for one in each.values())]
+        for arm in mean["gains"]
+    ]
+    about = (
+        f"The same weights on the test set, corrupted: the mean over {listed(list(each))} (the "
+        "number is the severity). Every model gets the same corrupted images, in its own view. "
+        "Corrected by themselves, apart from the tests above."
+    )
+    caption = (
+        f"Gain of {SHORT_TARGETS[what]} over {mean['control']} under each corruption, with its "
+        "interval. Nothing here is corrected, and no claim rests on it."
+    )
+    return [
+        section(
+            "Robustness to corruptions",
+            tag("p", about),
+            *forest(mean),
+            effects_table(mean),
+            folded("p-values", p_table(mean, analysis["together"])),
+            peers_table(mean),
+            long_table("Every corruption", caption, ["Arm", *each], rows),
+        )
+    ]
 
 
 def _curves_section(analysis: Analysis) -> list[Section]:

@@ -28,12 +28,12 @@ _NO_UNIT = ("no unit", "no unit")
 
 def with_unit(metric: str) -> str:
     """Name a metric with its unit, for an axis."""
-    return f"{metric} ({_UNITS.get(metric, _NO_UNIT)[0]})"
+    return f"{metric} ({_UNITS.get(metric.partition('@')[0], _NO_UNIT)[0]})"
 
 
 def difference_unit(metric: str) -> str:
     """Return the unit of a difference of two values of a metric."""
-    return _UNITS.get(metric, _NO_UNIT)[1]
+    return _UNITS.get(metric.partition("@")[0], _NO_UNIT)[1]
 
 
 def epochs_of(rows: Sequence[Row]) -> list[int]:
