@@ -21,7 +21,7 @@ from classification.data import View
 from classification.models import create_classifier
 from classification.options import PeerSpec
 from classification.peer import image_channels, image_size
-from common import distributed
+from common import distributed, recipes
 from common.disk import write_text
 from common.distributed import World, merge_over_seats
 from common.options import OptionError
@@ -210,10 +210,10 @@ def model_arguments(described: Mapping[str, str]) -> dict[str, Any]:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a reader of the report wants to know of the run."""
     names = (
-        "peers data dataset held_out rule score calibrate_scores temperature transfer_weight "
-        "transfer_warmup_steps detach_teacher margin engine guard opt lr lr_base weight_decay "
-        "sched epochs batch_size grad_accum_steps amp amp_dtype mixup cutmix smoothing "
-        "model_ema seed"
+        "recipe peers data dataset held_out rule score calibrate_scores temperature "
+        "transfer_weight transfer_warmup_steps detach_teacher margin engine guard opt lr "
+        "lr_base weight_decay sched epochs batch_size grad_accum_steps amp amp_dtype mixup "
+        "cutmix smoothing model_ema seed"
     ).split()
-    values = plain(options)
+    values = {**plain(options), "recipe": recipes.told(options)}
     return {name: values[name] for name in names}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from common import recipes
 from common.engine import ENGINES
 from common.finite import MOST_SKIPS, ON_NONFINITE
 from common.guard import POLICIES, Bounds
@@ -26,6 +27,7 @@ class OptionError(ValueError):
 def add_transfer_options(group: Any) -> None:
     """Add the options of ``KnowledgeTransfer`` to a parser or a group of it."""
     add = group.add_argument
+    add("--recipe", choices=tuple(recipes.RECIPES), help=recipes.help_text())
     add("--rule", default="best", help=f"who teaches whom: {', '.join(RULES)}, one_way:NAME, self")
     add("--score", default="loss", choices=SCORES, help="what the rule compares")
     add("--temperature", type=float, default=1.0)
@@ -245,7 +247,7 @@ def parse_over_file(
     arguments: Sequence[str] | None,
     read: Callable[[Path], Any],
 ) -> argparse.Namespace:
-    """Parse flags over the file that ``-c`` names over the defaults.
+    """Parse flags over the file that ``-c`` names over a recipe over the defaults.
 
     Args:
         parser: With ``-c``/``--config`` and ``--peer``; its defaults become the file's values.
@@ -256,11 +258,13 @@ def parse_over_file(
         The options; ``peers`` are the flags', or where there are none the file's.
 
     Raises:
-        OptionError: No such file, or as ``read_values``.
+        OptionError: No such file or recipe, or as ``read_values``.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("-c", "--config", default="")
-    config = early.parse_known_args(arguments)[0].config
+    early.add_argument("--recipe")
+    first = early.parse_known_args(arguments)[0]
+    config = first.config
     values: dict[str, Any] = {}
     if config:
         path = Path(config)
@@ -268,10 +272,22 @@ def parse_over_file(
             raise OptionError(f"{path}: no such config file")
         values = read_values(actions_of(parser), read(path), str(path))
     peers_of_file = values.pop("peers", None)
+    parser.set_defaults(**_of_recipe(first.recipe or values.get("recipe"), actions_of(parser)))
     parser.set_defaults(**values)
     options = parser.parse_args(arguments)
     options.peers = options.peers or peers_of_file
     return options
+
+
+def _of_recipe(recipe: str | None, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
+    """Return a recipe's values for the options that this command line has."""
+    if recipe is None:
+        return {}
+    try:
+        values = recipes.values_of(recipe)
+    except ValueError as error:
+        raise OptionError(f"--recipe: {error}") from error
+    return {name: value for name, value in values.items() if name in actions}
 
 
 def read_values(actions: Mapping[str, argparse.Action], content: Any, where: str) -> dict[str, Any]:

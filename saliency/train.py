@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from common import distributed
+from common import distributed, recipes
 from common.broken import BadSamples
 from common.checkpoint import CheckpointError
 from common.disk import OutputError, write_text
@@ -398,12 +398,12 @@ def _writers(
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a reader of the report wants to know of the run."""
     names = (
-        "peers dataset data_root held_out rule score temperature transfer_weight "
+        "recipe peers dataset data_root held_out rule score temperature transfer_weight "
         "transfer_warmup_steps detach_teacher margin engine guard opt lr weight_decay sched "
         "epochs batch_size clips_per_video grad_accum_steps map_size amp amp_dtype ema seed "
         "val_stride blur"
     ).split()
-    values = plain(options)
+    values = {**plain(options), "recipe": recipes.told(options)}
     terms = {f"loss: {term}": values[term] for term in LOSS_TERMS if values[term]}
     return {**{name: values[name] for name in names}, **terms}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import recipes
 from common.experiment.corruptions import Corruption, read_corruptions
 from common.options import OptionError, near
 from common.peers import check_names
@@ -115,8 +116,9 @@ class Experiment:
         if ranked:
             words |= {"{strongest}": ranked[0], "{weakest}": ranked[-1]}
         own = {"rule": "none"} if arm == START else self.arms[arm].options
+        of_recipe = recipes.RECIPES.get(str(own.get("recipe")), {})  # before those of all arms
         content = {
-            **self.train,
+            **{key: value for key, value in self.train.items() if key not in of_recipe},
             **(setting or {}),
             **own,
             "peers": [dict(peer) for peer in (self.peers if peers is None else peers)],
@@ -249,7 +251,8 @@ def _arms(content: Mapping[str, Any], path: Path) -> dict[str, Arm]:
         if name in arms or name == START:
             raise OptionError(f"{path}: arm {name!r} is there already; give it another name")
         shown = ", ".join(f"{option} {value}" for option, value in options.items())
-        arms[name] = Arm({"rule": "best", **options}, about=shown or "rule best")
+        rule = {} if "recipe" in options else {"rule": "best"}
+        arms[name] = Arm({**rule, **options}, about=shown or "rule best")
     return arms
 
 

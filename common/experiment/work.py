@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from common import recipes
 from common.checkpoint import list_runs
 from common.demo import write_json
 from common.experiment.corruptions import label_of, measure_corruptions, without_corruptions
@@ -137,7 +138,10 @@ def _are_equal(one: Mapping[str, Path], two: Mapping[str, Path]) -> bool:
 
 def _asked(experiment: Experiment, arm: str, seed: int) -> str:
     """Tell the options of a job apart from others, in a few digits."""
-    content = [replace(experiment, device="").options(arm, seed), experiment.tuned]
+    options = replace(experiment, device="").options(arm, seed)
+    content = [options, experiment.tuned]
+    if options.get("recipe") in recipes.RECIPES:  # its values may change
+        content.append(recipes.values_of(options["recipe"]))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ import timm
 
 from classification.models import PUBLISHED_TOP1
 from classification.options import parse
+from common import recipes
 
 CONFIGS = Path(__file__).parents[2] / "classification" / "configs"
 PAPER = sorted((CONFIGS / "paper").glob("*.yaml"))
@@ -38,3 +39,9 @@ def test_a_demo_config_parses(path):
     more = [] if "pretrain" in path.stem else ["--peer", "resnet18", "--peer", "resnet34"]
     options, _ = parse(["/data", "-c", str(path), *more])
     assert options.num_classes == 10 and options.workers == 1
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_paper_s_configs_are_the_paper_s_recipe(path):
+    options, _ = parse(["/data", "-c", str(path), "--recipe", "paper"])
+    assert recipes.told(options) == "paper"
