@@ -77,7 +77,7 @@ PEER_OPTIONS = (
     "lr_base_scale lr_noise lr_noise_pct lr_noise_std lr_cycle_mul lr_cycle_decay lr_cycle_limit "
     "lr_k_decay warmup_lr min_lr decay_milestones decay_epochs warmup_epochs patience_epochs "
     "decay_rate drop drop_connect drop_path drop_block bn_momentum bn_eps sync_bn model_ema "
-    "model_ema_decay model_ema_warmup model_ema_force_cpu trust_remote_code"
+    "model_ema_decay model_ema_span model_ema_warmup model_ema_force_cpu trust_remote_code"
 ).split()
 PEER_ALIASES = {"compile": "torchcompile", "ema": "model_ema", "kwargs": "model_kwargs"}
 EXPORT = ".safetensors"
@@ -340,6 +340,13 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--model-ema", **flag, help="*")
     add("--model-ema-force-cpu", **flag, help="*")
     add("--model-ema-decay", type=float, default=0.9998, help="*")
+    add(
+        "--model-ema-span",
+        type=float,
+        metavar="SHARE",
+        help="* instead of a decay: the average reaches back over this share of the run's "
+        "optimizer steps (decay 1 - 1 / (SHARE * steps))",
+    )
     add("--model-ema-warmup", **flag, help="*")
 
     group = parser.add_argument_group("run")
@@ -415,6 +422,13 @@ def parse(
         if not peer.frozen and (not peer.options.model_ema or peer.options.model_ema_force_cpu)
     ]
     check_copies(options, bare, "--model-ema")
+    for peer in peers:
+        span = peer.options.model_ema_span
+        if span is not None and not 0 < span <= 1:
+            raise OptionError(
+                f"peer {peer.name!r}: model-ema-span is {span}; expected a share of the run, above "
+                "0 and at most 1"
+            )
     bounds_of(options, GUARD_DROPS)
     return options, peers
 

@@ -227,7 +227,7 @@ def build_peers(
             if options.model_ema:
                 rest["average"] = ModelEmaV3(
                     module,
-                    decay=options.model_ema_decay,
+                    decay=_decay(options, wants * updates_per_epoch),
                     use_warmup=options.model_ema_warmup,
                     device="cpu" if options.model_ema_force_cpu else None,
                 )
@@ -239,6 +239,13 @@ def build_peers(
         peer.distribute(world, broadcast_buffers=not run.no_ddp_bb)
         peers.append(peer)
     return peers, max(epochs, default=run.epochs)
+
+
+def _decay(options: argparse.Namespace, updates: int) -> float:
+    """Return the decay of a peer's average, of which a short run needs a smaller one."""
+    if options.model_ema_span is None:
+        return options.model_ema_decay
+    return 1 - 1 / max(1.0, options.model_ema_span * updates)
 
 
 def _optimizer(

@@ -189,6 +189,12 @@ def test_the_non_target_transfer_wants_hard_targets(more):
         parse([*asked, *more])
 
 
+@pytest.mark.parametrize("span", ["0", "1.5", "-0.1"])
+def test_an_average_reaches_back_over_a_share_of_the_run(span):
+    with pytest.raises(OptionError, match=rf"peer 'b': model-ema-span is {span}.*expected a share"):
+        parse(["/data", "--peer", "a", "--peer", f"b,model-ema-span={span}"])
+
+
 def test_averaged_copies_teach_only_where_there_are_some():
     asked = ["/data", "--peer", "a", "--peer", "b,frozen=true", "--teachers", "ema"]
     assert parse([*asked, "--model-ema"])[0].teachers == "ema"

@@ -166,6 +166,15 @@ def test_clipping_and_average_and_frozen():
     assert a.best_module is a.average.module
 
 
+def test_an_average_reaches_back_over_a_share_of_the_run():
+    a, b = peers_of(
+        "--epochs", "20", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--model-ema",
+        first=f"{TINY},model-ema-span=0.25",
+    )  # fmt: skip
+    assert a.average.decay == pytest.approx(0.98)  # 50 of 200 steps
+    assert b.average.decay == 0.9998
+
+
 def test_model_dtype_and_memory_format_and_checkpointing():
     a, b = peers_of(
         first=TINY + ",model_dtype=bfloat16,grad_checkpointing=true",
