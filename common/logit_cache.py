@@ -85,13 +85,14 @@ class LogitCache:
             return False
         return shape == [len(self.samples(chunk)), self.classes]
 
-    def write(self, chunk: int, logits: Tensor, labels: Tensor) -> None:
+    def write(self, chunk: int, logits: Tensor, labels: Tensor, **tables: Tensor) -> None:
         """Keep a chunk, whole or not at all.
 
         Args:
             chunk: Its number.
             logits: [b, C] of all its samples.
             labels: [b] int.
+            tables: What else is known of its samples [b, ...], kept as it is.
 
         Raises:
             NonFiniteError: Logits that are not finite.
@@ -111,6 +112,7 @@ class LogitCache:
             )
         relative = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=_LOWEST)
         content = {"logits": relative.half(), "labels": labels.long().cpu().contiguous()}
+        content |= {what: table.cpu().contiguous() for what, table in tables.items()}
         told = {"name": self.name, "key": self.told}
         atomic_write(self._path(chunk), lambda to: save_file(content, str(to), told))
 
@@ -120,7 +122,11 @@ class LogitCache:
 
     def labels(self) -> Tensor:
         """Return the labels [n]."""
-        return self._read("labels", 0, self.count)
+        return self.table("labels")
+
+    def table(self, what: str) -> Tensor:
+        """Return one of the tables that were written beside the logits [n, ...]."""
+        return self._read(what, 0, self.count)
 
     def _read(self, what: str, start: int, stop: int) -> Tensor:
         parts = []
@@ -137,6 +143,10 @@ class CachedLogits:
 
     Samples with the label -1, whose files are broken, are left out.
 
+    Args:
+        caches: Complete.
+        known: Which samples to take [n], bool; None: all.
+
     Attributes:
         where: The numbers of those that are not [n].
 
@@ -144,7 +154,7 @@ class CachedLogits:
         ValueError: Caches of different samples or classes, or none.
     """
 
-    def __init__(self, caches: Sequence[LogitCache]) -> None:
+    def __init__(self, caches: Sequence[LogitCache], known: Tensor | None = None) -> None:
         if len({(cache.count, cache.classes) for cache in caches}) != 1:
             told = ", ".join(f"{c.name}: {c.count} x {c.classes}" for c in caches)
             raise ValueError(f"expected logits of one shape, got {told or 'none'}")
@@ -152,7 +162,8 @@ class CachedLogits:
         self.names = [cache.name for cache in caches]
         self.classes = caches[0].classes
         self._labels = caches[0].labels()
-        self.where = (self._labels >= 0).nonzero().flatten()
+        taken = self._labels >= 0
+        self.where = (taken if known is None else taken & known).nonzero().flatten()
         self.count = len(self.where)
 
     def read(self, model: int, start: int, stop: int) -> Tensor:

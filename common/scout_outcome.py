@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from common.checkpoint import atomic_write
-from common.scouting import PREDICTORS, Judge, Ranking, Team, usable_predictors
+from common.scouting import Judge, Ranking, Team
 from common.survey import Survey, describe_models, describe_pairs
 
 
@@ -33,6 +33,22 @@ def describe_outcome(
         first), ``calibration`` and how many teams there were. None where a number is not known.
     """
     found = judge.found
+    return {
+        **describe_ranking(judge, ranking, predictor, student),
+        "models": [asdict(fact) for fact in describe_models(found)],
+        "pairs": {
+            what: None if table is None else table.tolist()
+            for what, table in vars(describe_pairs(found)).items()
+        },
+        "calibration": calibration_rows(found, ranking.teams[:top]),
+    }
+
+
+def describe_ranking(
+    judge: Judge, ranking: Ranking, predictor: str, student: int | None
+) -> dict[str, Any]:
+    """Say which teams were found, and nothing of models and pairs; see ``describe_outcome``."""
+    found = judge.found
     names = list(found.names)
     return {
         "names": names,
@@ -41,15 +57,9 @@ def describe_outcome(
         "rule": judge.rule,
         "score": judge.score if judge.compares else None,
         "predictor": predictor,
-        "why": {name: PREDICTORS[name].why for name in usable_predictors(found)},
+        "why": {name: judge.predictors[name].why for name in judge.usable},
         "for": None if student is None else names[student],
-        "models": [asdict(fact) for fact in describe_models(found)],
-        "pairs": {
-            what: None if table is None else table.tolist()
-            for what, table in vars(describe_pairs(found)).items()
-        },
         "teams": [_describe_team(team, names, predictor, student) for team in ranking.teams],
-        "calibration": calibration_rows(found, ranking.teams[:top]),
         "judged": ranking.judged,
         "possible": ranking.possible,
         "too_large": ranking.too_large,

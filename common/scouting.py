@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -171,10 +171,10 @@ def default_predictor(found: Survey, rule: str) -> str:
     return "disagreement"
 
 
-def usable_predictors(found: Survey) -> list[str]:
+def usable_predictors(found: Survey, predictors: Mapping[str, Predictor] = PREDICTORS) -> list[str]:
     """Name the predictors that a survey has the data for."""
     have = {"": True, "labels": found.labelled, "temperatures": found.calibrated is not None}
-    return [name for name, predictor in PREDICTORS.items() if have[predictor.needs]]
+    return [name for name, predictor in predictors.items() if have[predictor.needs]]
 
 
 @dataclass
@@ -228,6 +228,7 @@ class Judge:
         margin: See ``common.roles.assign_roles``.
         groups: To which group each sample belongs [n], numbered from 0, as a pixel does to an
             image: a group has one teacher, by the mean score over it. None: each has its own.
+        predictors: What is estimated for every team, by name.
 
     Raises:
         ValueError: A rule that does not exist, or a score that the survey does not have.
@@ -238,6 +239,12 @@ class Judge:
     score: str = "loss"
     margin: float | None = None
     groups: Tensor | None = None
+    predictors: Mapping[str, Predictor] = field(default_factory=lambda: PREDICTORS)
+
+    @property
+    def usable(self) -> list[str]:
+        """The predictors that the survey has the data for."""
+        return usable_predictors(self.found, self.predictors)
 
     def __post_init__(self) -> None:
         check_rule(self.rule, self.found.names)
@@ -286,7 +293,6 @@ class Judge:
         """Return what is expected of a team."""
         view = self.view(members)
         right = view.correct
-        usable = usable_predictors(self.found)
         drawn = 1 / len(members) if self.rule == "random" else 1.0
         same = (view.prediction == view.prediction[0]).all(dim=0)
         return Team(
@@ -294,7 +300,7 @@ class Judge:
             taught=view.roles.sum(dim=0).double().mean(dim=1).tolist(),
             teaches=(drawn * (view.roles > 0).any(dim=1).double().mean(dim=1)).tolist(),
             kl=PREDICTORS["kl"].estimate(view).tolist(),
-            predicted={name: PREDICTORS[name].estimate(view).tolist() for name in usable},
+            predicted={name: self.predictors[name].estimate(view).tolist() for name in self.usable},
             agreement=float(same.double().mean()),
             accuracy=None if right is None else right.double().mean(dim=1).tolist(),
             oracle=None if right is None else float(right.amax(dim=0).double().mean()),
@@ -352,7 +358,7 @@ def rank_teams(
     Args:
         judge: Judges one.
         sizes: How many members, each 2 or more.
-        predictor: One of ``PREDICTORS``.
+        predictor: One of the judge's.
         student: Only teams with this model, ordered by its own estimate; None: by the mean.
         most: Teams judged of each size above 2.
         fits: Whether a judged team can be trained; it may fill in what training it takes.
@@ -362,9 +368,10 @@ def rank_teams(
         ValueError: A size that is too small or larger than the models, or an unknown predictor.
     """
     models = len(judge.found.names)
-    usable = usable_predictors(judge.found)
-    if predictor not in usable:
-        raise ValueError(f"predictor {predictor!r} cannot be used; choose from {', '.join(usable)}")
+    if predictor not in judge.usable:
+        raise ValueError(
+            f"predictor {predictor!r} cannot be used; choose from {', '.join(judge.usable)}"
+        )
     for size in sizes:
         if not 2 <= size <= models:
             raise ValueError(f"teams of {size} of {models} models; expected 2 to {models}")

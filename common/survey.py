@@ -61,8 +61,10 @@ class Survey:
         prediction: Class with the largest logit [M, n].
         confidence: Largest probability [M, n].
         kl: KL(p_t || p_s) [M(t), M(s), n], in nats.
-        correct: [M, n] bool; None without labels.
-        log_true: Log-probability of the true class [M, n]; None without labels.
+        correct: [M, n] bool; None without labels. Where no answer is simply right or wrong, as with
+            maps: how good each is, float, higher is better.
+        log_true: Log-probability of the true class, or minus another loss [M, n]; None without
+            labels.
         pair_accuracy: Accuracy of two models' mean probabilities [M, M]; None without labels.
         temperature: Under which each model's confidence is calibrated [M]; None: not known.
         calibrated: Largest probability at that temperature [M, n]; None: not known.

@@ -140,8 +140,8 @@ def _content(
     """List what is wrong inside the files, from the cache where they did not change."""
     place = hashlib.sha256(dataset.root.encode()).hexdigest()[:12]
     path = folder / f"check-{dataset.name}-{dataset.split}-{place}.json"
-    fingerprint = _fingerprint(dataset)
-    known = _read_result(path, fingerprint, depth)
+    print_ = fingerprint(dataset)
+    known = _read_result(path, print_, depth)
     if known is not None:
         return known
     faults: list[Fault] = []
@@ -156,7 +156,7 @@ def _content(
         for video, inside in zip(dataset.videos, found, strict=True):
             faults += inside
             bar.update(len(video))
-    _write_result(path, fingerprint, depth, faults)
+    _write_result(path, print_, depth, faults)
     return faults
 
 
@@ -209,7 +209,7 @@ def _files(dataset: VideoSet) -> Iterator[str]:
             yield from (video.path(file) for file in files if file is not None)
 
 
-def _fingerprint(dataset: VideoSet) -> str:
+def fingerprint(dataset: VideoSet) -> str:
     """Digest the names, sizes and times of change of all files."""
     digest = hashlib.sha256(f"{_FORMAT}".encode())
     for path in _files(dataset):

@@ -92,14 +92,16 @@ def run_all(folder: Path, seeds: int, epochs: int, jobs: int) -> dict[str, list[
     return {group: [found[key] for key in order if key[0] == group] for group in GROUPS}
 
 
-def pretrain(folder: Path, seed: int, name: str, epochs: int = PRETRAINING["epochs"]) -> float:
+def pretrain(
+    folder: Path, seed: int, name: str, epochs: int = PRETRAINING["epochs"], workers: int = 1
+) -> float:
     """Train one peer alone on its own videos; return its CC there. Done once a seed."""
     place = folder / f"seed-{seed}"
 
     def make() -> float:
         shutil.rmtree(place / f"{name}-run", ignore_errors=True)
         asked = ["--peer", f"saliency.standins:{name}", "--rule", "none"]
-        asked += ["--lr", str(PRETRAINING["lr"])]
+        asked += ["--lr", str(PRETRAINING["lr"]), "--workers", str(workers)]
         trainer = train(place, f"pretrain-{name}", f"{name}-run", seed, epochs, asked)
         return trainer.progress.history[-1][f"{name}/{METRIC}"]
 

@@ -268,9 +268,24 @@ _MATRICES = {
 
 
 def _matrix(outcome: Mapping[str, Any], what: str) -> Html:
-    names = outcome["names"]
     scale, row, column, caption = _MATRICES[what]
     values = scale * np.asarray(outcome["pairs"][what], dtype=float)
+    return matrix_figure(outcome["names"], values, row, column, caption)
+
+
+def matrix_figure(
+    names: Sequence[str], values: np.ndarray, row: str, column: str, caption: str
+) -> Html:
+    """Draw what is known of every ordered pair; the diagonal is left out.
+
+    Args:
+        names: Of the models.
+        values: [M, M], the row's model to the column's.
+        row: What the rows are.
+        column: What the columns are, with the unit.
+        caption: Under the figure.
+    """
+    values = np.array(values, dtype=float)
     np.fill_diagonal(values, np.nan)
     finite = values[np.isfinite(values)]
     numbered = len(names) <= _NUMBERED

@@ -1,0 +1,275 @@
+"""Choose, before any training, which of several video saliency models should teach each other.
+
+    python saliency/scout.py --dataset dhf1k --data-root DHF1K \\
+        --model vinet_s,checkpoint=vinet_s.pt --model vinet_a,checkpoint=vinet_a.pt \\
+        --model tmfi_net,checkpoint=tmfi.pth [--for vinet_s] [--team-size 2 3]
+
+Each model runs over the split once; what it says is kept. From that follow who predicts which
+frames better than whom, what teams know together, and whom the rule would let teach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.options import OptionError, check_least
+from common.outputs import log_table, make_writable, progress_bars, run_command, start_world
+from common.report.numbers import number
+from common.scout_outcome import describe_ranking, write_outcome
+from common.scouting import Judge, rank_teams
+from saliency.evaluation import metrics_for
+from saliency.layouts import SPLITS, VideoSet, open_dataset
+from saliency.metrics import METRICS
+from saliency.options import (
+    LOWER_IS_BETTER,
+    add_data_options,
+    add_machine_options,
+    add_peer_options,
+    check_data_options,
+    read_peers,
+)
+from saliency.scout_report import CAUTION, frames_lead, write_frames_report
+from saliency.scouting import (
+    FRAME_PREDICTORS,
+    Answered,
+    Candidate,
+    cached_answers,
+    inspect,
+    wins,
+)
+from saliency.train import FAULTS, check_videos
+
+_logger = logging.getLogger("scout")
+
+_COMMANDS = 3
+_HERE = Path("output/scout")
+_SCORES = {"loss": "loss", "confidence": "raw confidence"}
+_COUNTED = tuple(m for m in METRICS if m not in LOWER_IS_BETTER and m != "auc_shuffled")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    parser = argparse.ArgumentParser(
+        prog="saliency/scout.py",
+        description="Choose, before any training, which of several video saliency models should "
+        "teach each other.",
+        allow_abbrev=False,
+    )
+    add_data_options(parser, None)
+    add_peer_options(parser)
+    add_machine_options(parser)
+    add = parser.add_argument_group("scouting").add_argument
+    add("--model", action="append", dest="peers", metavar="MODEL[,key=value...]", help="as --peer")
+    add("--split", default="val", choices=SPLITS)
+    add("--frames", type=int, metavar="N", help="scout on N frames, drawn by --seed")
+    add("--for", dest="student", metavar="NAME", help="rank by what this model may gain")
+    add("--team-size", type=int, nargs="+", default=[2], metavar="N", help="2, or 2 3")
+    add("--metric", default="cc", choices=_COUNTED, help="by which frames are won")
+    add("--predictor", choices=tuple(FRAME_PREDICTORS), help="what teams are ranked by")
+    add("--rule", default="best", help="as of train.py")
+    add("--score", default="loss", choices=tuple(_SCORES), help="as of train.py")
+    add("--margin", type=float, help="as of train.py")
+    add("--temperature", type=float, default=1.0, help="as of train.py")
+    add("--map-size", type=int, nargs=2, default=[36, 64], metavar=("H", "W"), help="of kept maps")
+    add("--top", type=int, default=20, help="teams to show")
+    add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
+    add("--skip-unfit", action="store_true", help="go on without models that cannot be scouted")
+    add("--cache", type=Path, default=_HERE / "cache", help="of what models say")
+    add("--output", type=Path, help="folder of the report")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; bad input ends in one line, not in a traceback."""
+    return run_command(lambda: scout(arguments), FAULTS)
+
+
+def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str, Any]:
+    """Scout as the arguments say.
+
+    Args:
+        arguments: As on the command line; None: those of the process.
+        bars: Show progress bars where the output is a terminal.
+
+    Returns:
+        What ``scout.json`` holds.
+
+    Raises:
+        OptionError, ModelError, DataError, CheckpointError: Bad input.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    _check(options)
+    specs = read_peers(parser, options)
+    videos = open_dataset(options.dataset, options.data_root, options.split)
+    check_videos(options, [videos], progress=bars and sys.stderr.isatty())
+    folder = options.output or _HERE / f"{datetime.now():%Y%m%d-%H%M%S}"
+    make_writable(folder)
+    watch = progress_bars(bars)
+    candidates = inspect(specs, options.peers, options.skip_unfit, watch)
+    student = _student(options.student, [candidate.spec.name for candidate in candidates])
+    world = start_world(options.device)
+    caches = cached_answers(candidates, videos, options, world, watch)
+    metrics = metrics_for(videos, options.metrics)
+    view = Answered(caches, metrics, options.metric, options.map_size, options.temperature)
+    outcome = _outcome(view, options, student)
+    for fact, candidate in zip(outcome["models"], candidates, strict=True):
+        fact["parameters"] = candidate.parameters
+    outcome["commands"] = commands(options, candidates, outcome["teams"][:_COMMANDS])
+    outcome["settings"] = _settings(options, videos)
+    write_outcome(folder, outcome)
+    report = write_frames_report(folder / "report.html", outcome, options.top)
+    _tell(outcome, options.top)
+    _logger.info("report: %s", report)
+    return outcome
+
+
+def _check(options: argparse.Namespace) -> None:
+    check_data_options(options)
+    least = {"frames": 1, "top": 1, "most_teams": 1, "seed": 0}
+    check_least(options, {name: low for name, low in least.items() if getattr(options, name)})
+    if min(options.map_size) < 1 or not options.temperature > 0:
+        raise OptionError(
+            f"--map-size is {options.map_size}, --temperature {options.temperature}; expected "
+            "numbers above 0"
+        )
+    if options.max_bad_samples or options.packed:
+        raise OptionError(
+            "scout.py leaves no frame out and packs none: leave --max-bad-samples and --packed out"
+        )
+    if options.metrics and options.metric not in (*options.metrics, "cc"):
+        raise OptionError(f"--metric {options.metric} is not among --metrics; add it")
+
+
+def _student(asked: str | None, names: Sequence[str]) -> int | None:
+    if asked is None:
+        return None
+    if asked not in names:
+        raise OptionError(f"--for {asked}: no such model; there are {', '.join(names)}")
+    return list(names).index(asked)
+
+
+def _outcome(view: Answered, options: argparse.Namespace, student: int | None) -> dict[str, Any]:
+    predictor = options.predictor or default_predictor(options.rule)
+    try:
+        judge = Judge(
+            view.found,
+            options.rule,
+            _SCORES[options.score],
+            options.margin,
+            predictors=FRAME_PREDICTORS,
+        )
+        sizes = sorted(set(options.team_size))
+        ranking = rank_teams(judge, sizes, predictor, student=student, most=options.most_teams)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    for team in ranking.teams:
+        overlap = view.overlap[list(team.members)][:, list(team.members)]
+        team.agreement = float(overlap.triu(1).sum()) / (len(team.members) * (len(overlap) - 1) / 2)
+    for team in ranking.teams[: options.top]:
+        team.ensemble = view.together(team.members)
+    return {
+        **describe_ranking(judge, ranking, predictor, student),
+        "metric": options.metric,
+        "models": _models(view),
+        "pairs": {
+            "wins": wins(view.scores[options.metric]).tolist(),
+            "overlap": view.overlap.tolist(),
+            "kl": view.found.kl.double().mean(dim=2).tolist(),
+            **{
+                f"wins_{name}": wins(values, name in LOWER_IS_BETTER).tolist()
+                for name, values in view.scores.items()
+            },
+        },
+    }
+
+
+def default_predictor(rule: str) -> str:
+    """Choose what to rank by: where all teach alike, a team's gains add up to nothing."""
+    return "complementarity" if rule in ("mutual", "random") else "gain-taught"
+
+
+def _models(view: Answered) -> list[dict[str, Any]]:
+    """Say of every model its metrics, where it is the best, and its metric on the reduced maps."""
+    values = view.scores[view.metric]
+    best = torch.bincount(values.argmax(dim=0), minlength=len(values)) / values.shape[1]
+    return [
+        {
+            "name": name,
+            **{metric: float(found[i].nanmean()) for metric, found in view.scores.items()},
+            "best_on": float(best[i]),
+            f"{view.metric}_reduced": view.together([i]),
+        }
+        for i, name in enumerate(view.found.names)
+    ]
+
+
+def commands(
+    options: argparse.Namespace,
+    candidates: Sequence[Candidate],
+    teams: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Write the command that trains each team, with each model as it was asked for."""
+    asked = {candidate.spec.name: candidate for candidate in candidates}
+    rest = ["--rule", options.rule, "--score", options.score]
+    if options.margin is not None:
+        rest += ["--margin", f"{options.margin:g}"]
+    if options.temperature != 1:
+        rest += ["--temperature", f"{options.temperature:g}"]
+    found = []
+    for team in teams:
+        words = ["python", "saliency/train.py", "--dataset", options.dataset]
+        words += ["--data-root", str(options.data_root)]
+        for name in team["members"]:
+            words += ["--peer", _named(asked[name])]
+        found.append(shlex.join([*words, *rest]))
+    return found
+
+
+def _named(candidate: Candidate) -> str:
+    """Return what was asked for, with the name that it has here: another team has other repeats."""
+    return (
+        candidate.asked
+        if ",name=" in candidate.asked
+        else f"{candidate.asked},name={candidate.spec.name}"
+    )
+
+
+def _settings(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
+    names = "rule score margin temperature metric val_stride frames blur map_size seed".split()
+    shown = {name: getattr(options, name) for name in names}
+    return {"data": str(videos), "for": options.student, **shown, "cache": str(options.cache)}
+
+
+def _tell(outcome: Mapping[str, Any], top: int) -> None:
+    """Log the best teams, and how to train them."""
+    _logger.info("%s", frames_lead(outcome))
+    rows = [
+        {
+            "team": ", ".join(team["members"]),
+            outcome["predictor"]: number(team["value"], 4),
+            "taught": " / ".join(f"{100 * share:.0f}" for share in team["taught"].values()) + " %",
+            "overlap": number(team["agreement"], 3),
+            "ensemble": number(team["ensemble"], 4),
+            "oracle": number(team["oracle"], 4),
+        }
+        for team in outcome["teams"][:top]
+    ]
+    log_table(rows)
+    _logger.info("%s", CAUTION)
+    for command in outcome["commands"]:
+        _logger.info("  %s", command)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # see saliency/train.py
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Scouting saliency models: scores by frame and small maps that are kept, wins, teams, commands."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+from common.checkpoint import save_weights
+from common.options import OptionError
+from saliency import scouting
+from saliency.evaluate import evaluate
+from saliency.scout import main, scout
+from saliency.scouting import reduced, wins
+from saliency.train import run
+from tests.saliency.folders import write_dataset
+from tests.saliency.toy import Deep, Flat
+
+TOY = "tests.saliency.toy"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dhf1k")
+    videos = {"annotation/0001": 4, "annotation/0002": 4, "val/0601": 7, "val/0602": 6}
+    return write_dataset(root, videos, fixations="png")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    asked = []
+    for seed, (name, kind) in enumerate({"a": Deep, "b": Flat, "c": Flat}.items()):
+        torch.manual_seed(seed)
+        save_weights(folder / f"{name}.pth", kind().state_dict())
+        asked += [
+            "--model",
+            f"{TOY}:{kind.__name__},name={name},checkpoint={folder / f'{name}.pth'}",
+        ]
+    return asked
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the check of the data is kept
+
+
+def arguments(data, models, folder, *rest):
+    return [
+        *("--data-root", str(data), *models, "--workers", "0", "--device", "cpu"),
+        *("--val-stride", "2", "--map-size", "9", "16", "--cache", str(folder / "cache")),
+        *("--output", str(folder / "out"), *map(str, rest)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def scouted(data, models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scout")
+    return folder, scout(arguments(data, models, folder, "--team-size", 2, 3), bars=False)
+
+
+def test_wins_by_hand():
+    nan = math.nan
+    values = torch.tensor([[0.1, 0.5, 0.3, nan], [0.2, 0.4, 0.3, 0.9]])
+    assert wins(values).tolist() == [[0, pytest.approx(1 / 3)], [pytest.approx(1 / 3), 0]]
+    lower = wins(values, lower_is_better=True)
+    assert torch.equal(lower, wins(values).T)
+
+
+def test_reduced_maps_keep_their_mean():
+    maps = torch.rand(2, 36, 64)
+    small = reduced(maps, (9, 16))
+    assert small.shape == (2, 144)
+    torch.testing.assert_close(small.mean(1), maps.mean((1, 2)))
+
+
+def test_scores_are_those_of_evaluate(data, models, scouted, tmp_path):
+    _, outcome = scouted
+    peers = ["--peer" if word == "--model" else word for word in models]
+    rest = ["--val-stride", "2", "--workers", "0", "--device", "cpu", "--output", str(tmp_path)]
+    scores = evaluate(["--data-root", str(data), *peers, *rest], bars=False)
+    for fact in outcome["models"]:
+        for metric in ("cc", "kldiv", "nss", "auc_judd", "similarity"):
+            assert fact[metric] == pytest.approx(scores[fact["name"]].mean[metric], abs=1e-6)
+    assert outcome["samples"] == scores["a"].frames == 7
+
+
+def test_teams_pairs_and_tables(scouted):
+    folder, outcome = scouted
+    assert outcome["judged"] == 4 and len(outcome["teams"]) == 4
+    won = torch.tensor(outcome["pairs"]["wins"])
+    assert won.diagonal().tolist() == [0, 0, 0] and float((won + won.T).max()) <= 1
+    best = max(fact["cc"] for fact in outcome["models"])
+    whole = next(team for team in outcome["teams"] if len(team["members"]) == 3)
+    assert whole["oracle"] >= best - 1e-6 and whole["ensemble"] is not None
+    assert sum(fact["best_on"] for fact in outcome["models"]) == pytest.approx(1)
+    # under the paper's rule two of three are taught on every frame
+    assert sum(whole["taught"].values()) == pytest.approx(2)
+    overlap = outcome["pairs"]["overlap"]
+    assert overlap[0][0] == pytest.approx(1, abs=1e-3) and overlap[0][1] == overlap[1][0] < 1
+    rows = list(csv.DictReader((folder / "out/pairs.csv").open()))
+    assert len(rows) == 6 and {"wins", "wins_kldiv", "wins_nss", "overlap", "kl"} <= set(rows[0])
+    assert json.loads((folder / "out/scout.json").read_text())["metric"] == "cc"
+    page = (folder / "out/report.html").read_text()
+    assert "A prediction, not a result" in page and "predicts better than the column" in page
+
+
+def test_gain_taught_is_the_rise_if_students_predicted_as_their_teachers(scouted):
+    _, outcome = scouted
+    pair = next(team for team in outcome["teams"] if team["members"] == ["b", "c"])
+    # roles follow KL less CC, the gain is told in CC: it lies between none and the oracle's
+    gains = pair["predicted"]["complementarity"]
+    for name in "bc":
+        assert pair["predicted"]["gain-taught"][name] <= gains[name] + 1e-6
+        assert pair["oracle"] - pair["accuracy"][name] == pytest.approx(gains[name], abs=1e-6)
+
+
+def test_the_printed_command_trains(data, scouted, tmp_path):
+    _, outcome = scouted
+    words = outcome["commands"][0].split()
+    assert words[:2] == ["python", "saliency/train.py"]
+    asked = [*words[2:], "--epochs", "1", "-b", "2", "--workers", "0", "--device", "cpu"]
+    trainer = run(None, "train", [*asked, "--output", str(tmp_path)], bars=False)
+    assert list(trainer.peers.names) == outcome["teams"][0]["members"]
+
+
+def test_models_run_once_and_a_further_one_costs_only_its_own_pass(
+    data, models, scouted, tmp_path, monkeypatch
+):
+    folder, outcome = scouted
+    ran, answer = [], scouting._answer
+
+    def count(candidate, *rest):
+        ran.append(candidate.spec.name)
+        answer(candidate, *rest)
+
+    monkeypatch.setattr(scouting, "_answer", count)
+    again = scout(arguments(data, models, folder, "--output", tmp_path / "x"), bars=False)
+    assert ran == [] and again["models"] == outcome["models"]
+    more = [*models, "--model", f"{TOY}:Flat,name=d,kwargs.width=3"]
+    torch.manual_seed(7)
+    rest = ("--output", tmp_path / "y", "--for", "d")
+    told = scout(arguments(data, more, folder, *rest), bars=False)
+    assert ran == ["d"] and told["judged"] == 3
+    assert all("d" in team["members"] for team in told["teams"])
+    values = [team["predicted"]["gain-taught"]["d"] for team in told["teams"]]
+    assert values == sorted(values, reverse=True)
+
+
+def test_chunks_join_to_the_same_answers(data, models, scouted, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.logit_cache.CHUNK", 3)
+    parts = scout(arguments(data, models, tmp_path), bars=False)
+    for mine, whole in zip(parts["models"], scouted[1]["models"], strict=True):
+        assert {**mine, "cc_reduced": 0} == {**whole, "cc_reduced": 0}
+        assert mine["cc_reduced"] == pytest.approx(whole["cc_reduced"], abs=1e-5)
+    assert len(list(tmp_path.glob("cache/*/chunk-*"))) == 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("rest", "told"),
+    [
+        (("--for", "z"), "--for z: no such model"),
+        (("--rule", "fairest"), "fairest"),
+        (("--team-size", "9"), "teams of 9 of 3 models"),
+        (("--max-bad-samples", "1"), "leaves no frame out"),
+        (("--map-size", "0", "4"), "--map-size"),
+    ],
+)
+def test_faults_end_in_one_line(data, models, scouted, caplog, rest, told):
+    assert main(arguments(data, models, scouted[0], *rest)) == 1
+    assert told in caplog.text
+
+
+def test_models_that_cannot_be_had_are_all_named_or_left_out(data, models, scouted, caplog):
+    bad = [*models, "--model", "no_such_model", "--model", f"{TOY}:no_view"]
+    with pytest.raises(OptionError, match="2 of 5 models cannot be scouted"):
+        scout(arguments(data, bad, scouted[0]), bars=False)
+    outcome = scout(arguments(data, bad, scouted[0], "--skip-unfit"), bars=False)
+    assert outcome["names"] == ["a", "b", "c"] and "left out" in caplog.text
