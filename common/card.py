@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.disk import write_text
 from common.options import OptionError
 
+CARD, README = "card.json", "README.md"
 CAVEAT = (
     "A gain over the start is no proof that the peers taught anything: training on for as long "
     "without them may gain as much. Only an experiment with controls, over seeds, can tell the "
@@ -139,6 +141,36 @@ def card_text(
         _code(card.loading_hub.replace("{repo}", repo)) if repo else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def rewrite_card(folder: Path, which: str, file: str, analysis: Path | None = None) -> Path:
+    """Write a peer's card for another of its files, or with what an experiment showed.
+
+    Args:
+        folder: Of the peer, with ``card.json``.
+        which: Of the card's evidence.
+        file: Name of these weights' file.
+        analysis: An experiment's ``analysis.json``.
+
+    Returns:
+        The card.
+
+    Raises:
+        OptionError: Files that are missing or not what they should be.
+    """
+    for path in (folder / CARD, folder / file, *([analysis] if analysis else [])):
+        if not path.is_file():
+            raise OptionError(f"{path}: no such file")
+    card = from_json((folder / CARD).read_text(encoding="utf-8"), folder / CARD)
+    known: dict[str, Any] | None = None
+    if analysis is not None:
+        try:
+            known = json.loads(analysis.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OptionError(f"{analysis}: cannot be read as JSON ({error})") from error
+    text = card_text(card, which, file, file_sum(folder / file), analysis=known)
+    write_text(folder / README, text)
+    return folder / README
 
 
 def front_matter(front: Mapping[str, Any]) -> str:

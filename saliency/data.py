@@ -483,6 +483,7 @@ class EvalLoader:
         reader = FrameReader(packed, keep=_window(views, stride))
         self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
         self.batch_size = batch_size
+        self.stride = stride
         self.workers = workers
         self.world = world
         self.device = world.device

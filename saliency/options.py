@@ -65,7 +65,7 @@ FREE_TO_CHANGE = frozenset(
         "resume output experiment workers log_interval log_wandb wandb_project checkpoint_hist "
         "recovery_interval config epochs device data_root packed check_depth val_batch_size "
         "in_place check_data plan gpu_mem engine on_nonfinite "
-        "max_skips_in_a_row max_bad_samples layouts compiled"
+        "max_skips_in_a_row max_bad_samples layouts compiled origins"
     ).split()
 )
 

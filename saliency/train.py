@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from common.outputs import (
 from common.peers import Peer, PeerGroup, share_statistics
 from common.roles import NonFiniteError
 from common.trainer import Plan, Progress, Trainer, Writer
+from saliency import cards
 from saliency.check import check_data
 from saliency.clips import ClipView
 from saliency.data import EvalLoader, TrainLoader, allowed
@@ -123,6 +124,7 @@ def run(
     check_resumed(state)
     torch.manual_seed(options.seed)
     modules, views = build_modules(specs)
+    origins = _origins(specs, world, state)
     train_set, held_out = open_splits(options, world, bars)
     if options.check_data:
         return None
@@ -146,6 +148,7 @@ def run(
     trainer = _trainer(options, group, loader, evaluator, world, watch)
     if options.soup:
         trainer.halves = video_halves(options, held_out, mine, world, packed, watch, bad=bad)
+    trainer.config["origins"] = origins
     if state is not None:
         source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
@@ -154,6 +157,7 @@ def run(
         _write_arguments(trainer.folder, options, keep_dataset=dataset is None)
     trainer.writers = _writers(options, trainer.folder, world, trainer.progress)
     trainer.fit()
+    cards.write_cards(trainer, specs, options, origins, train_set)
     if world.leads:
         pictures = [teaching_pictures(trainer.peers, held_out, world)]
         if world.is_main:
@@ -362,6 +366,18 @@ def _trainer(
         names_of=loader.names_of,
         bad=loader.bad,
     )
+
+
+def _origins(
+    specs: Sequence[PeerSpec], world: World, state: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Tell from what the peers start; a resumed run tells what it began with."""
+    if state is not None:
+        return state["config"].get("origins", {})
+    mine: dict[str, str] = {}
+    if world.is_main:  # the files are read once, however many processes there are
+        mine = {spec.name: cards.origin(spec) for spec in specs}
+    return distributed.gather_objects(mine)[0]
 
 
 def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:

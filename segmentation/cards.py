@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import detectron2
 import numpy as np
 import torch
 
-from common.card import Card, Evidence, card_text, file_sum, from_json, to_json
+from common.card import (
+    CARD,
+    README,
+    Card,
+    Evidence,
+    card_text,
+    file_sum,
+    rewrite_card,
+    to_json,
+)
 from common.disk import write_text
 from common.options import OptionError
 from common.outputs import run_command
@@ -33,7 +40,7 @@ from segmentation.held_out import part_of, sources
 from segmentation.keys import value_at
 from segmentation.trainer import METRIC, TransferTrainer
 
-CARD, README, CONFIG = "card.json", "README.md", "config.yaml"
+CONFIG = "config.yaml"
 FILES = {"best": checkpoints.BEST, "last": checkpoints.FINAL, "soup": checkpoints.SOUP}
 
 Row = Mapping[str, float]
@@ -217,20 +224,7 @@ def rewrite(folder: Path, which: str, analysis: Path | None) -> Path:
     Raises:
         OptionError: Files that are missing or not what they should be.
     """
-    paths = [folder / CARD, folder / FILES[which], *([analysis] if analysis else [])]
-    for path in paths:
-        if not path.is_file():
-            raise OptionError(f"{path}: no such file")
-    card = from_json((folder / CARD).read_text(encoding="utf-8"), folder / CARD)
-    known: dict[str, Any] | None = None
-    if analysis is not None:
-        try:
-            known = json.loads(analysis.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise OptionError(f"{analysis}: cannot be read as JSON ({error})") from error
-    file = folder / FILES[which]
-    write_text(folder / README, card_text(card, which, file.name, file_sum(file), analysis=known))
-    return folder / README
+    return rewrite_card(folder, which, FILES[which], analysis)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

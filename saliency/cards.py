@@ -1,0 +1,252 @@
+"""Model cards of saliency models: written beside each learning peer's files at a run's end.
+
+    python -m saliency.cards OUTPUT/RUN/PEER --analysis analysis.json
+
+writes the card anew, with what an experiment showed of a peer of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from common.card import (
+    CARD,
+    README,
+    Card,
+    Evidence,
+    card_text,
+    file_sum,
+    rewrite_card,
+    to_json,
+    told_sum,
+)
+from common.disk import write_text
+from common.options import OptionError
+from common.outputs import run_command
+from common.soup import Soup
+from common.trainer import Trainer
+from saliency.evaluation import SaliencyEvaluator
+from saliency.layouts import VideoSet
+from saliency.options import LOSS_TERMS, LOWER_IS_BETTER, PeerSpec
+
+FILES = {"best": "best.pth", "last": "last.pth", "soup": "soup.pth"}
+_METRICS = {
+    "cc": "CC",
+    "similarity": "SIM",
+    "nss": "NSS",
+    "auc_judd": "AUC-Judd",
+    "auc_shuffled": "shuffled AUC",
+    "kldiv": "KL (less is better)",
+    "loss": "KL less CC (less is better)",
+}
+_MADE = (
+    "rule score margin transfer_weight transfer_warmup_steps temperature detach_teacher teachers "
+    "engine guard held_out epochs batch_size clips_per_video grad_accum_steps map_size sched amp "
+    "amp_dtype seed val_stride blur"
+).split()
+_OWN = "opt lr weight_decay clip_grad ema ema_decay".split()
+_OURS = """from saliency.models import create_model  # of peer-transfer
+
+model = create_model({model!r}, "{{file}}"{kwargs})"""
+_USERS = """from {place} import {function}
+
+from common.checkpoint import load_weights, read_weights  # of peer-transfer
+
+model = {function}({kwargs})
+load_weights(model, read_weights("{{file}}"), "{{file}}")"""
+
+
+def origin(spec: PeerSpec) -> str:
+    """Tell from what a peer starts: the file and its sum, or the backbone."""
+    if spec.checkpoint is not None:
+        return told_sum(Path(spec.checkpoint))
+    backbone = spec.options.backbone
+    if backbone and Path(backbone).is_file():
+        return f"backbone {told_sum(Path(backbone))}"
+    return f"backbone `{backbone}`" if backbone else "random weights"
+
+
+def write_cards(
+    trainer: Trainer,
+    specs: Sequence[PeerSpec],
+    options: argparse.Namespace,
+    origins: Mapping[str, str],
+    train_set: VideoSet,
+) -> None:
+    """Write ``README.md`` and ``card.json`` of every learning peer that this process leads.
+
+    Args:
+        trainer: After its last epoch.
+        specs: All peers as asked for.
+        options: The run's.
+        origins: What ``origin`` told at the run's start, by peer.
+        train_set: What was trained on.
+    """
+    if not trainer.world.leads:
+        return
+    here = [peer.name for peer in trainer.peers.here]
+    for spec in specs:
+        if spec.frozen or spec.name not in here:
+            continue
+        card = describe(trainer, spec, specs, options, origins, train_set)
+        folder = trainer.folder / spec.name
+        write_text(folder / CARD, to_json(card))
+        best = folder / FILES["best"]
+        write_text(folder / README, card_text(card, "best", best.name, file_sum(best)))
+
+
+def describe(
+    trainer: Trainer,
+    spec: PeerSpec,
+    specs: Sequence[PeerSpec],
+    options: argparse.Namespace,
+    origins: Mapping[str, str],
+    train_set: VideoSet,
+) -> Card:
+    """Collect all that the card of one peer tells."""
+    others = ", ".join(f"`{other.name}`" for other in specs if other is not spec) or "nobody"
+    made = {name: getattr(options, name) for name in _MADE}
+    made |= {name: getattr(spec.options, name) for name in _OWN}
+    made |= {f"loss: {term}": getattr(options, term) for term in LOSS_TERMS}
+    frames = sum(len(video) for video in train_set.videos)
+    return Card(
+        peer=spec.name,
+        model=spec.model,
+        about=(
+            f"A video saliency model, fine-tuned on `{train_set.name}` side by side with {others} "
+            "by peer transfer: for every clip the rule below says which of the peers teaches which."
+        ),
+        front={"library_name": "pytorch", "tags": ["video-saliency", "peer-transfer"]},
+        made={name: str(value) for name, value in made.items()},
+        evidence=_evidence(trainer, spec.name),
+        lineage={
+            **{_title(o, spec): origins.get(o.name, "not recorded") for o in specs},
+            "data": f"`{train_set.name}`, split `{train_set.split}`"
+            + f" without {options.held_out:g} of its videos held out" * bool(options.held_out)
+            + f": {len(train_set.videos)} videos, {frames} frames to train on",
+        },
+        versions=_versions(),
+        loading=_loading(spec),
+        loading_hub="",
+    )
+
+
+def _title(other: PeerSpec, spec: PeerSpec) -> str:
+    if other.name == spec.name:
+        return "its start"
+    return f"peer `{other.name}` ({other.model}{', frozen' if other.frozen else ''}), start"
+
+
+def _loading(spec: PeerSpec) -> str:
+    told = ", ".join(f"{name}={value!r}" for name, value in spec.options.kwargs.items())
+    place, sign, function = spec.model.partition(":")
+    if not sign:
+        return _OURS.format(model=spec.model, kwargs=f", {told}" if told else "")
+    return _USERS.format(place=place, function=function, kwargs=told)
+
+
+def _evidence(trainer: Trainer, name: str) -> dict[str, Evidence]:
+    evaluator = trainer.evaluator
+    progress, metric = trainer.progress, trainer.plan.metric
+    best = progress.best[name]
+    rows = [row for row in progress.history if row["epoch"] == best.epoch]
+    chosen = next((row for row in rows if row[f"{name}/{metric}"] == best.value), rows[0])
+    where = _where(evaluator) if isinstance(evaluator, SaliencyEvaluator) else "the held-out data"
+    start = " (0: the start itself, which no later one beat)" if best.epoch == 0 else ""
+    least = "lowest" if metric in LOWER_IS_BETTER else "highest"
+    about = f"The weights after epoch {best.epoch} of {trainer.plan.epochs}, with the {least}"
+    optimistic = f"{where}, which also chose it: what they say of this file is optimistic"
+    about = f"{about} {_METRICS[metric].split(' (')[0]}{start}."
+    last = "The weights after the last epoch."
+    found = {
+        "best": _of_row(trainer, name, chosen, about, optimistic),
+        "last": _of_row(trainer, name, progress.history[-1], last, where),
+    }
+    for soup in trainer.soups:
+        if soup.peer == name:
+            found["soup"] = _of_soup(soup, found["best"], where)
+    return found
+
+
+def _where(evaluator: SaliencyEvaluator) -> str:
+    videos, stride = evaluator.videos, evaluator.loader.stride
+    every = f"one frame in {stride} of " if stride > 1 else ""
+    return (
+        f"{every}{len(videos.videos)} videos of `{videos.name}`, split `{videos.split}` "
+        f"({evaluator.loader.targets} frames)"
+    )
+
+
+def _of_row(
+    trainer: Trainer, name: str, row: Mapping[str, float], about: str, where: str
+) -> Evidence:
+    start = trainer.progress.history[0]
+    titles = {key: title for key, title in _METRICS.items() if f"{name}/{key}" in row}
+    lessons = [x for x in trainer.progress.lessons if x["epoch"] <= row["epoch"]]
+    return Evidence(
+        about,
+        where,
+        before={title: start[f"{name}/{key}"] for key, title in titles.items()},
+        after={title: row[f"{name}/{key}"] for key, title in titles.items()},
+        teachers={
+            teacher: sum(x[f"transfer/{teacher}->{name}/share"] for x in lessons) / len(lessons)
+            for teacher in trainer.peers.names
+            if teacher != name and lessons
+        },
+    )
+
+
+def _of_soup(soup: Soup, best: Evidence, where: str) -> Evidence:
+    title = _METRICS[soup.metric]
+    return Evidence(
+        f"An average of {100 * soup.alpha:g} % of the best weights and the rest of the start's.",
+        f"every second video of {where}; the others chose the average",
+        before={title: soup.measured_at(0.0)},
+        after={title: soup.measured_at(soup.alpha)},
+        teachers=best.teachers,
+    )
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("peer-transfer")
+    except PackageNotFoundError:
+        own = "not installed, run from its sources"
+    return {
+        "peer-transfer": own,
+        "torch": str(torch.__version__),
+        "opencv": cv2.__version__,
+        "numpy": np.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; bad input ends in one line, not in a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m saliency.cards", description="Write the model card of a peer anew."
+    )
+    parser.add_argument("folder", type=Path, help="OUTPUT/RUN/PEER of a finished run")
+    parser.add_argument("--which", choices=tuple(FILES), default="best", help="which file")
+    parser.add_argument("--analysis", type=Path, help="analysis.json of an experiment")
+    asked = parser.parse_args(arguments)
+
+    def write() -> Any:
+        card = rewrite_card(asked.folder, asked.which, FILES[asked.which], asked.analysis)
+        return sys.stdout.write(f"{card}\n")
+
+    return run_command(write, (OptionError,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
