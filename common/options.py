@@ -287,6 +287,11 @@ def _of_recipe(recipe: str | None, actions: Mapping[str, argparse.Action]) -> di
         values = recipes.values_of(recipe)
     except ValueError as error:
         raise OptionError(f"--recipe: {error}") from error
+    if values.get("model_ema") and "model_ema" not in actions:
+        raise OptionError(
+            f"--recipe {recipe} is for peers with averaged copies (model_ema), which this script "
+            "does not keep; it was measured on classifiers alone; give --rule and the like yourself"
+        )
     return {name: value for name, value in values.items() if name in actions}
 
 

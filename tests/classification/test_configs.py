@@ -8,6 +8,7 @@ import timm
 from classification.models import PUBLISHED_TOP1
 from classification.options import parse
 from common import recipes
+from common.options import OptionError
 
 CONFIGS = Path(__file__).parents[2] / "classification" / "configs"
 PAPER = sorted((CONFIGS / "paper").glob("*.yaml"))
@@ -45,3 +46,15 @@ def test_a_demo_config_parses(path):
 def test_the_paper_s_configs_are_the_paper_s_recipe(path):
     options, _ = parse(["/data", "-c", str(path), "--recipe", "paper"])
     assert recipes.told(options) == "paper"
+
+
+def test_the_best_known_recipe_gives_every_learner_an_average_that_teaches():
+    options, peers = parse(
+        ["/data", "--peer", "a", "--peer", "b,frozen=true", "--recipe", "best-known"]
+    )
+    assert (options.rule, options.teachers, options.temperature) == ("mixture", "ema+own", 2.0)
+    assert peers[0].options.model_ema and peers[0].options.model_ema_span == 0.25
+    with pytest.raises(OptionError, match="no gradient moves"):
+        parse(
+            ["/data", "--peer", "a", "--peer", "b", "--recipe", "best-known", "--no-detach-teacher"]
+        )

@@ -13,8 +13,11 @@ from common.recipes import RECIPES, Setting
 from tests.common.test_experiment import PATH, content
 
 
-def parsed(*arguments):
+def parsed(*arguments, averages=True):
     parser = argparse.ArgumentParser()
+    if averages:
+        parser.add_argument("--model-ema", action="store_true")
+        parser.add_argument("--model-ema-span", type=float)
     parser.add_argument("-c", "--config", default="")
     parser.add_argument("--peer", action="append", dest="peers")
     parser.add_argument("--seed", type=int, default=0)
@@ -25,8 +28,10 @@ def parsed(*arguments):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_names_every_option_of_the_transfer_with_its_source(name):
     options = vars(parsed())
-    of_transfer = set(options) - {"config", "peers", "seed", "recipe", "engine"}
-    assert set(RECIPES[name]) == of_transfer | {"calibrate_scores"}
+    averages = {"model_ema", "model_ema_span"}
+    of_transfer = set(options) - {"config", "peers", "seed", "recipe", "engine", *averages}
+    assert set(RECIPES[name]) - averages == of_transfer | {"calibrate_scores"}
+    assert averages.isdisjoint(RECIPES[name]) == (RECIPES[name]["teachers"].value == "peers")
     assert all(setting.source for setting in RECIPES[name].values())
     taken = parsed("--recipe", name)
     assert {key: getattr(taken, key) for key in of_transfer} == {
@@ -34,6 +39,12 @@ def test_a_recipe_names_every_option_of_the_transfer_with_its_source(name):
     }
     transfer_of(taken, ["a", "b"])
     assert not hasattr(taken, "calibrate_scores")  # this command line has no such option
+
+
+def test_a_script_that_keeps_no_averages_refuses_a_recipe_that_needs_them():
+    with pytest.raises(OptionError, match=r"averaged copies.*which this script does not keep"):
+        parsed("--recipe", "best-known", averages=False)
+    assert parsed("--recipe", "paper", averages=False).rule == "best"
 
 
 def test_without_a_recipe_nothing_changes():
