@@ -55,27 +55,38 @@ def shown_words(summary: Mapping[str, Any], between: Sequence[Between] = ()) -> 
     }
     told = []
     for verdict, sign in (("better", 1), ("worse", -1)):
-        found = {arm: _shown(effects, sign) for arm, effects in gains.items()}
-        arms = [f"{arm} ({', '.join(targets)})" for arm, targets in found.items() if targets]
-        if arms:
-            told.append(f"Shown to be {verdict} than {summary['control']}: {listed(arms)}.")
+        by_target: dict[str, list[str]] = {}
+        for arm, effects in gains.items():
+            by_target.setdefault(_shown(effects, sign, summary["names"]), []).append(arm)
+        by_target.pop("", None)
+        if by_target:
+            for_what = (f"{listed(names)} ({targets})" for targets, names in by_target.items())
+            told.append(f"Shown to be {verdict} than {summary['control']}: {'; '.join(for_what)}.")
     if not told:
         told = [f"No arm is shown to be better or worse than {summary['control']}."]
-    for first, second, effects in between:
+    for first, second, differences in between:
         for verdict, sign in (("better", 1), ("worse", -1)):
-            targets = _shown(effects, sign)
+            targets = _shown(differences, sign, summary["names"])
             if targets:
-                told.append(f"{first} is shown to be {verdict} than {second}: {listed(targets)}.")
+                told.append(f"{first} is shown to be {verdict} than {second}: {targets}.")
     return told
 
 
-def _shown(effects: Mapping[str, Row | None], sign: int) -> list[str]:
-    """Name what an effect of that sign is shown for."""
-    return [
-        SHORT_TARGETS.get(what, what)
+def _shown(effects: Mapping[str, Row | None], sign: int, peers: Sequence[str]) -> str:
+    """Name what an effect of that sign is shown for; each thing once."""
+    found = {
+        what: effect
         for what, effect in effects.items()
         if effect is not None and effect["shown"] and sign * effect["mean"] > 0
-    ]
+    }
+    for what in ("strongest", "weakest"):  # the same peer for every seed: its name says more
+        if what in found and any(effects.get(name) == found[what] for name in peers):
+            del found[what]
+    if set(peers) <= set(found):
+        found = {"every peer": found[peers[0]], **found}
+        for name in peers:
+            del found[name]
+    return listed([SHORT_TARGETS.get(what, what) for what in found])
 
 
 def summary_format(summary: Mapping[str, Any]) -> Show:

@@ -231,10 +231,14 @@ def _about(analysis: Analysis) -> str:
         if analysis["together"]
         else "all arms, for each target by itself"
     )
+    epoch = {
+        "chosen": "Epochs and settings were chosen on a held-out part of the training data",
+        "last": "The last epoch is tested, which nothing chose",
+    }[analysis["primary"]]
     return (
         f"{listed(summary['names'])}: {len(summary['arms'])} arms from the same starts, over "
-        f"{seeds} seed{'s' * (seeds != 1)}. Epochs and settings were chosen on a held-out part of "
-        "the training data; the test set was measured at the end alone. An effect is called shown "
+        f"{seeds} seed{'s' * (seeds != 1)}. {epoch}; the test set was measured at the end alone. "
+        "An effect is called shown "
         f"where at least {ENOUGH_SEEDS} seeds tell and its p-value, corrected by Holm's method "
         f"over {families}, is at most {1 - summary['level']:.2g}."
     )
