@@ -35,10 +35,13 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _METRICS = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss (nats)"}
 _RUN = (
     "recipe rule score calibrate_scores temperature transfer_weight transfer_warmup_steps margin "
-    "detach_teacher teachers transfer_classes engine guard epochs batch_size grad_accum_steps amp "
-    "mixup cutmix smoothing seed"
+    "detach_teacher teachers gap_power transfer_classes engine guard epochs batch_size "
+    "grad_accum_steps amp mixup cutmix smoothing seed"
 ).split()
-_OWN = "opt lr weight_decay sched warmup_epochs clip_grad layer_decay drop_path model_ema".split()
+_OWN = (
+    "opt lr weight_decay sched warmup_epochs clip_grad layer_decay drop_path model_ema "
+    "model_ema_decay model_ema_span"
+).split()
 
 
 @dataclass(frozen=True)

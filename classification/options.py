@@ -81,6 +81,7 @@ PEER_OPTIONS = (
 ).split()
 PEER_ALIASES = {"compile": "torchcompile", "ema": "model_ema", "kwargs": "model_kwargs"}
 EXPORT = ".safetensors"
+EMA_DECAY = 0.9998  # timm's
 GUARD_DROPS = {"top1": 1.0, "top5": 1.0, "loss": 0.05}  # in points, and in nats
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 PEER_OWN = ("name", "checkpoint", "frozen", "published")
@@ -339,13 +340,13 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--bn-eps", type=float, help="*")
     add("--model-ema", **flag, help="*")
     add("--model-ema-force-cpu", **flag, help="*")
-    add("--model-ema-decay", type=float, default=0.9998, help="*")
+    add("--model-ema-decay", type=float, default=EMA_DECAY, help="*")
     add(
         "--model-ema-span",
         type=float,
         metavar="SHARE",
-        help="* instead of a decay: the average reaches back over this share of the run's "
-        "optimizer steps (decay 1 - 1 / (SHARE * steps))",
+        help="* where no other decay is given: the average reaches back over this share of the "
+        "run's optimizer steps (decay 1 - 1 / (SHARE * steps))",
     )
     add("--model-ema-warmup", **flag, help="*")
 
@@ -429,6 +430,15 @@ def parse(
                 f"peer {peer.name!r}: model-ema-span is {span}; expected a share of the run, above "
                 "0 and at most 1"
             )
+        if span is not None and not (peer.options.model_ema or peer.frozen or options.recipe):
+            raise OptionError(f"peer {peer.name!r}: model-ema-span without --model-ema; give both")
+    averaged = [peer.name for peer in peers if peer.options.model_ema and not peer.frozen]
+    if options.calibrate_scores == "epoch" and options.teachers == "peers" and averaged:
+        raise OptionError(
+            "--calibrate-scores epoch with --model-ema: temperatures are fitted on the averages, "
+            "and the models themselves are compared; give --teachers ema, or --calibrate-scores "
+            "start"
+        )
     bounds_of(options, GUARD_DROPS)
     return options, peers
 

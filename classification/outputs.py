@@ -211,9 +211,10 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a reader of the report wants to know of the run."""
     names = (
         "recipe peers data dataset held_out rule score calibrate_scores temperature "
-        "transfer_weight transfer_warmup_steps detach_teacher margin engine guard opt lr "
-        "lr_base weight_decay sched epochs batch_size grad_accum_steps amp amp_dtype mixup "
-        "cutmix smoothing model_ema seed"
+        "transfer_weight transfer_warmup_steps detach_teacher teachers margin gap_power "
+        "transfer_classes engine guard opt lr lr_base weight_decay sched epochs batch_size "
+        "grad_accum_steps amp amp_dtype mixup cutmix smoothing model_ema "
+        "model_ema_decay model_ema_span seed"
     ).split()
     values = {**plain(options), "recipe": recipes.told(options)}
     return {name: values[name] for name in names}

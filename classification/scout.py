@@ -57,7 +57,7 @@ from common.survey import Survey, describe_models, ensemble_accuracy, survey
 _logger = logging.getLogger("scout")
 
 _COMMANDS = 3
-_NOT_TRAINING = ("data", "data_dir", "peers", "output", "experiment", "plan", "gpu_mem")
+_NOT_TRAINING = ("recipe", "data", "data_dir", "peers", "output", "experiment", "plan", "gpu_mem")
 _HERE = Path("output/scout")
 
 

@@ -289,8 +289,8 @@ def _of_recipe(recipe: str | None, actions: Mapping[str, argparse.Action]) -> di
         raise OptionError(f"--recipe: {error}") from error
     if values.get("model_ema") and "model_ema" not in actions:
         raise OptionError(
-            f"--recipe {recipe} is for peers with averaged copies (model_ema), which this script "
-            "does not keep; it was measured on classifiers alone; give --rule and the like yourself"
+            f"--recipe {recipe} was measured on classifiers alone and is not offered here; its "
+            "parts are --rule mixture --temperature 2 --teachers ema+own, with averaged weights"
         )
     return {name: value for name, value in values.items() if name in actions}
 

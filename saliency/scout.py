@@ -112,6 +112,8 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     specs = read_peers(parser, options)
     videos = open_dataset(options.dataset, options.data_root, options.split)
     check_videos(options, [videos], progress=bars and sys.stderr.isatty())
+    if options.check_data:
+        return {}
     folder = options.output or _HERE / f"{datetime.now():%Y%m%d-%H%M%S}"
     make_writable(folder)
     watch = progress_bars(bars)
@@ -225,6 +227,10 @@ def commands(
         rest += ["--margin", f"{options.margin:g}"]
     if options.temperature != 1:
         rest += ["--temperature", f"{options.temperature:g}"]
+    for name in ("backbone", "size", "view", "before", "stride", "mean", "std"):
+        value = getattr(options, name)
+        if value is not None:
+            rest += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     found = []
     for team in teams:
         words = ["python", "saliency/train.py", "--dataset", options.dataset]

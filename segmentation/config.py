@@ -235,6 +235,12 @@ def _assemble(
     if unknown:
         raise ConfigError(f"{PEER_PREFIX}{unknown[0]}: no such peer; peers: {', '.join(names)}")
     specs = [{"LAYOUT": node.LAYOUT, **spec} for spec in specs]
+    tried = [spec["NAME"] for spec in specs if spec["LAYOUT"] == AUTO]
+    if node.ENGINE == "peer-parallel" and tried:
+        raise ConfigError(
+            f"peer {tried[0]!r}: LAYOUT auto with TRANSFER.ENGINE peer-parallel: what a peer tries "
+            "by itself would wait for the processes of the others; give contiguous or channels_last"
+        )
     peers = [
         _peer_config(spec, shared, common, own.get(spec["NAME"], []), path, allow_unsafe)
         for spec in specs

@@ -56,7 +56,9 @@ class Part:
     def records(self) -> list[dict[str, Any]]:
         """Return its records."""
         whole = [record for name in self.names for record in DatasetCatalog.get(name)]
-        return [whole[i] for i in self.indices(len(whole))]
+        files = list(dict.fromkeys(record["file_name"] for record in whole))  # each once
+        mine = {files[i] for i in self.indices(len(files))}
+        return [record for record in whole if record["file_name"] in mine]
 
 
 def sources(name: str) -> tuple[str, ...]:

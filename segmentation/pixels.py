@@ -41,7 +41,7 @@ class PixelRecord:
         """
         labels = self._labels_of(sample["file_name"]).to(probabilities.device)
         sure, answer = probabilities.max(dim=0)
-        sure = sure / probabilities.sum(dim=0)
+        sure = sure / probabilities.sum(dim=0).clamp_min(torch.finfo(sure.dtype).tiny)
         valid = labels != self.ignore
         right = (answer == labels)[valid]
         self._right.setdefault(name, []).append(np.packbits(right.cpu().numpy()))

@@ -251,7 +251,14 @@ def write_commands(folder: Path, run: RunConfig, teams: Sequence[Mapping[str, An
         for name in team["members"]:
             path = folder / "configs" / f"{name}.yaml"
             write_text(path, configs[name].cfg.dump())
-            specs.append({"NAME": name, "CONFIG": str(path), "FROZEN": configs[name].frozen})
+            specs.append(
+                {
+                    "NAME": name,
+                    "CONFIG": str(path),
+                    "FROZEN": configs[name].frozen,
+                    "LAYOUT": configs[name].layout,
+                }
+            )
         transfer = yaml.safe_load(run.transfer.dump()) | {"PEERS": specs}
         content = {"TRANSFER": transfer, "OUTPUT_DIR": f"output/{'_'.join(team['members'])}"}
         file = folder / f"team-{k}.yaml"

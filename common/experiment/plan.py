@@ -199,7 +199,7 @@ def _mapping(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]
     value = content.get(key) or {}
     if not isinstance(value, Mapping):
         raise OptionError(f"{path}: {key} is {value!r}; expected `option: value` lines")
-    return {str(name).replace("-", "_"): inner for name, inner in value.items()}
+    return {_option(name): inner for name, inner in value.items()}
 
 
 def _one_of(content: Mapping[str, Any], key: str, choices: Sequence[str], path: Path) -> str:
@@ -251,8 +251,11 @@ def _arms(content: Mapping[str, Any], path: Path) -> dict[str, Arm]:
         if name in arms or name == START:
             raise OptionError(f"{path}: arm {name!r} is there already; give it another name")
         shown = ", ".join(f"{option} {value}" for option, value in options.items())
-        rule = {} if "recipe" in options else {"rule": "best"}
-        arms[name] = Arm({**rule, **options}, about=shown or "rule best")
+        of_all = content.get("train") or {}
+        rule = {} if "recipe" in options or "recipe" in of_all else {"rule": "best"}
+        arms[name] = Arm(
+            {**rule, **options}, about=shown or ("rule best" if rule else "as all arms")
+        )
     return arms
 
 
@@ -270,7 +273,12 @@ def _named_arms(content: Mapping[str, Any], path: Path) -> Iterator[tuple[str, M
             raise OptionError(f"{path}: arm {name!r} is {options!r}; expected {{option: value}}")
         if "peers" in options or "seed" in options:
             raise OptionError(f"{path}: arm {name!r}: all arms have the same peers and seeds")
-        yield str(name), {str(key).replace("-", "_"): value for key, value in options.items()}
+        yield str(name), {_option(key): value for key, value in options.items()}
+
+
+def _option(name: Any) -> str:
+    """Write an option as YAML has it; a dotted key may have a peer's name in it."""
+    return str(name) if "." in str(name) else str(name).replace("-", "_")
 
 
 def _pairs(

@@ -50,9 +50,9 @@ def gather(experiment: Experiment) -> list[dict[str, Any]]:
     rows = []
     for arm in experiment.arms:
         for seed in experiment.seeds:
-            result = finished(experiment, arm, seed)
-            if result is not None:
-                rows.append({**result, START: finished(experiment, START, seed)})
+            result, start = (finished(experiment, one, seed) for one in (arm, START))
+            if result is not None and start is not None:
+                rows.append({**result, START: start})
     if {experiment.control} >= {row["arm"] for row in rows}:
         raise OptionError(
             f"{experiment.output}: nothing to compare yet; the control {experiment.control} and "

@@ -104,8 +104,9 @@ def work(experiment: Experiment, task: Task, label: str) -> dict[str, Any]:
 def _corrupt(experiment: Experiment, task: Task, found: dict[str, Any]) -> None:
     """Add to a result what its weights are worth under the experiment's corruptions."""
     arm, seed = found["arm"], found["seed"]
-    options = experiment.options(START, seed)
-    starts = start_files(experiment, task, task.check(options), seed)
+    names = task.check(experiment.options(START, seed))
+    starts = start_files(experiment, task, names, seed)
+    options = experiment.options(arm, seed, ranked=names)
     measured: list[tuple[dict[str, Path], dict[str, float]]] = []
     for what in ("test",) if arm == START else MEASURES:
         files = starts if arm == START else _weights(experiment, task, found, what)

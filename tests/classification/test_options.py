@@ -195,6 +195,14 @@ def test_an_average_reaches_back_over_a_share_of_the_run(span):
         parse(["/data", "--peer", "a", "--peer", f"b,model-ema-span={span}"])
 
 
+def test_what_an_average_would_leave_without_effect_is_refused():
+    asked = ["/data", "--peer", "a", "--peer", "b"]
+    with pytest.raises(OptionError, match="model-ema-span without --model-ema"):
+        parse([*asked, "--model-ema-span", "0.5"])
+    with pytest.raises(OptionError, match="fitted on the averages"):
+        parse([*asked, "--model-ema", "--calibrate-scores", "epoch"])
+
+
 def test_averaged_copies_teach_only_where_there_are_some():
     asked = ["/data", "--peer", "a", "--peer", "b,frozen=true", "--teachers", "ema"]
     assert parse([*asked, "--model-ema"])[0].teachers == "ema"

@@ -173,6 +173,8 @@ def test_an_average_reaches_back_over_a_share_of_the_run():
     )  # fmt: skip
     assert a.average.decay == pytest.approx(0.98)  # 50 of 200 steps
     assert b.average.decay == 0.9998
+    a, _ = peers_of("--model-ema", "--model-ema-decay", "0.9", "--model-ema-span", "0.25")
+    assert a.average.decay == 0.9  # what is given counts
 
 
 def test_model_dtype_and_memory_format_and_checkpointing():
@@ -261,5 +263,5 @@ def test_ranks_evaluate_the_same_statistics_of_weights_and_average(tmp_path):
 
 
 def test_an_unknown_compiler_is_named():
-    with pytest.raises(OptionError, match="compile=nonsense, mode None: Invalid backend"):
+    with pytest.raises(OptionError, match="compile=nonsense: Invalid backend"):
         peers_of(first=TINY + ",compile=nonsense")

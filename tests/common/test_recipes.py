@@ -42,7 +42,7 @@ def test_a_recipe_names_every_option_of_the_transfer_with_its_source(name):
 
 
 def test_a_script_that_keeps_no_averages_refuses_a_recipe_that_needs_them():
-    with pytest.raises(OptionError, match=r"averaged copies.*which this script does not keep"):
+    with pytest.raises(OptionError, match="measured on classifiers alone"):
         parsed("--recipe", "best-known", averages=False)
     assert parsed("--recipe", "paper", averages=False).rule == "best"
 
@@ -95,6 +95,9 @@ def test_an_arm_can_be_a_recipe():
     assert experiment.options("cooler", 0)["temperature"] == 0.5
     assert experiment.options("best", 0)["temperature"] == 4.0
     assert experiment.arms["as_published"].about == "recipe paper"
+    given = content(arms={"cool": {"temperature": 1.0}})
+    given["train"] = {**given.get("train", {}), "recipe": "best-known"}
+    assert "rule" not in read_experiment(given, PATH).arms["cool"].options  # the recipe's
 
 
 def test_the_help_tells_what_sets_them_apart():

@@ -57,6 +57,9 @@ def test_a_part_is_drawn_by_the_seed_alone_and_told_by_its_name(datasets):
     assert not np.array_equal(part.indices(10), other.indices(10))
     both = Part(("scenes_train", "scenes_val"), "held_out", 0.5, 0)
     assert len(load_datasets([both.name])) == 6
+    twice = [Part(("scenes_train",) * 2, kind, 0.3, 3) for kind in ("rest", "held_out")]
+    files = [{x["file_name"] for x in load_datasets([p.name])} for p in twice]
+    assert not files[0] & files[1]  # an image that is listed twice is on one side
     with pytest.raises(DataError, match="nothing would be left"):
         rest.indices(1)
 
