@@ -635,6 +635,7 @@ def _window(views: Sequence[ClipView], stride: int) -> int:
 
 def _reading(world: World, join: Callable[..., Any]) -> Mapping[str, Any]:
     """Return what training and evaluation loaders share."""
+    _one_thread()
     return {
         "collate_fn": join,
         "pin_memory": world.device.type == "cuda",
@@ -648,8 +649,13 @@ def _refuse_below_one(**numbers: int) -> None:
             raise DataError(f"{name} is {value}; expected at least 1")
 
 
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(1)  # of a reading process alone, as torch does for its own threads
+def _one_thread(worker: int = 0) -> None:
+    """Let OpenCV use one thread, as torch does in a reading process.
+
+    This process must too: forked from one that has OpenCV's threads, a worker would wait for them.
+    """
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
 
 
 def _area(size: Size) -> int:

@@ -5,12 +5,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+cv2.setNumThreads(1)  # a process forked from one with OpenCV's threads would wait for them
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,14 @@
 """Run a function in several gloo processes of this machine."""
 
+import time
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from common import distributed
+
+HUNG = 240  # seconds
 
 
 def _entry(rank, size, port, function, arguments):
@@ -27,7 +31,26 @@ def _entry(rank, size, port, function, arguments):
 
 
 def launch(function, size, *arguments):
-    """Call ``function(world, *arguments)`` in ``size`` processes; raise where one fails."""
+    """Call ``function(world, *arguments)`` in ``size`` processes; raise where one fails.
+
+    A process forked from one with threads may inherit a lock that a thread held, and hang. Such a
+    launch is ended and made once more.
+    """
+    if not _launch(function, size, arguments) and not _launch(function, size, arguments):
+        raise TimeoutError(f"{size} processes hung for {HUNG} seconds, twice")
+
+
+def _launch(function, size, arguments):
+    """Return whether all processes ended in time."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arguments = (size, store.port, function, arguments)
-    mp.start_processes(_entry, arguments, nprocs=size, start_method="fork")  # imports no more
+    context = mp.start_processes(  # forks: imports no more
+        _entry, arguments, nprocs=size, join=False, start_method="fork"
+    )
+    end = time.monotonic() + HUNG
+    while not context.join(timeout=5):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            return False
+    return True
