@@ -29,6 +29,7 @@ from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.logit_cache import CachedLogits, ChunkWriter, LogitCache, hash_weights
 from common.options import OptionError
+from common.scouting import refuse_unfit
 
 _logger = logging.getLogger("scout")
 
@@ -90,16 +91,7 @@ def inspect(
     for candidate in [c for c in found if c.classes != expected]:
         unfit[candidate.spec.name] = f"tells {candidate.classes} classes, expected {expected}"
         found.remove(candidate)
-    told = "\n".join(f"  {name}: {reason}" for name, reason in unfit.items())
-    if unfit and not skip:
-        raise OptionError(
-            f"{len(unfit)} of {len(specs)} models cannot be scouted:\n{told}\n"
-            "mend them or leave them out; --skip-unfit goes on without them"
-        )
-    if unfit:
-        _logger.warning("left out, for they cannot be scouted:\n%s", told)
-    if len(found) < 2:
-        raise OptionError(f"{len(found)} model(s) left; a team needs two")
+    refuse_unfit(unfit, len(specs), skip)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from common.options import OptionError
 from common.roles import ONE_WAY, assign_roles, check_rule
 from common.survey import Survey
+
+_logger = logging.getLogger("scout")
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,30 @@ class Team:
         if student is None:
             return math.fsum(values) / len(values)
         return values[self.members.index(student)]
+
+
+def refuse_unfit(unfit: Mapping[str, str], asked: int, skip: bool) -> None:
+    """Stop where models cannot be scouted, or too few can.
+
+    Args:
+        unfit: Why each of them cannot, by name.
+        asked: How many were asked for.
+        skip: Go on without those, and say which.
+
+    Raises:
+        OptionError: Some cannot, and ``skip`` is not set (names all of them, with the way out); or
+            fewer than two can.
+    """
+    told = "\n".join(f"  {name}: {reason}" for name, reason in unfit.items())
+    if unfit and not skip:
+        raise OptionError(
+            f"{len(unfit)} of {asked} models cannot be scouted:\n{told}\n"
+            "mend them or leave them out; --skip-unfit goes on without them"
+        )
+    if unfit:
+        _logger.warning("left out, for they cannot be scouted:\n%s", told)
+    if asked - len(unfit) < 2:
+        raise OptionError(f"{asked - len(unfit)} model(s) left; a team needs two")
 
 
 @dataclass(frozen=True)

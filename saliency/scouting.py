@@ -21,7 +21,7 @@ from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.logit_cache import CachedLogits, LogitCache, hash_weights
 from common.options import OptionError
-from common.scouting import PREDICTORS, Predictor
+from common.scouting import PREDICTORS, Predictor, refuse_unfit
 from common.survey import Survey, survey
 from saliency.check import fingerprint
 from saliency.clips import ClipView
@@ -106,16 +106,7 @@ def inspect(
             continue
         count = sum(parameter.numel() for parameter in module.parameters())
         found.append(Candidate(text, spec, view, count, hash_weights(module.state_dict())))
-    told = "\n".join(f"  {name}: {reason}" for name, reason in unfit.items())
-    if unfit and not skip:
-        raise OptionError(
-            f"{len(unfit)} of {len(specs)} models cannot be scouted:\n{told}\n"
-            "mend them or leave them out; --skip-unfit goes on without them"
-        )
-    if unfit:
-        _logger.warning("left out, for they cannot be scouted:\n%s", told)
-    if len(found) < 2:
-        raise OptionError(f"{len(found)} model(s) left; a team needs two")
+    refuse_unfit(unfit, len(specs), skip)
     return found
 
 

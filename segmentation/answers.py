@@ -17,6 +17,7 @@ from torch import Tensor
 from common.distributed import World
 from common.logit_cache import CHUNK, CachedLogits, ChunkWriter, LogitCache, hash_weights
 from common.options import OptionError
+from common.scouting import refuse_unfit
 from segmentation.config import PeerConfig, RunConfig
 from segmentation.data import allowed, check_labels, classes_of, load_datasets, read_labels
 from segmentation.errors import FAULTS
@@ -148,16 +149,7 @@ def inspect(run: RunConfig, skip: bool, watch: Watch) -> list[Candidate]:
             found.append(_inspect(config))
         except (*FAULTS, OptionError) as error:
             unfit[config.name] = str(error)
-    told = "\n".join(f"  {name}: {reason}" for name, reason in unfit.items())
-    if unfit and not skip:
-        raise OptionError(
-            f"{len(unfit)} of {len(run.peers)} models cannot be scouted:\n{told}\n"
-            "mend them or leave them out; --skip-unfit goes on without them"
-        )
-    if unfit:
-        _logger.warning("left out, for they cannot be scouted:\n%s", told)
-    if len(found) < 2:
-        raise OptionError(f"{len(found)} model(s) left; a team needs two")
+    refuse_unfit(unfit, len(run.peers), skip)
     return found
 
 
