@@ -6,24 +6,26 @@ import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
-import torch
 from torch import nn
 
 from classification import huggingface, outputs
 from classification.options import PeerSpec
-from common.card import Card, Evidence, card_text, file_sum, to_json, told_sum
-from common.disk import write_text
-from common.soup import Soup
+from common.card import (
+    Card,
+    Evidence,
+    chosen_row,
+    shares_taught,
+    soup_evidence,
+    start_title,
+    told_sum,
+    versions,
+    write_card,
+)
 from common.trainer import Trainer
-
-CARD, README = "card.json", "README.md"
 
 Origin = dict[str, Any]
 Row = Mapping[str, float]
@@ -100,10 +102,7 @@ def write_cards(
         if spec.frozen or spec.name not in here:
             continue
         card = describe(trainer, spec, specs, options, origins, images)
-        folder = trainer.folder / spec.name
-        best = folder / f"best{trainer.plan.export_suffix}"
-        write_text(folder / CARD, to_json(card))
-        write_text(folder / README, card_text(card, "best", best.name, file_sum(best)))
+        write_card(trainer.folder / spec.name, card, f"best{trainer.plan.export_suffix}")
 
 
 def describe(
@@ -135,7 +134,7 @@ def describe(
             "data": f"`{data}`, {_many(images.train)} to train on",
             "configuration (`args.yaml`)": f"sha256 `{_config_sum(options)}`",
         },
-        versions=_versions(),
+        versions=versions(timm=timm.__version__),
         loading=_loading(spec.model, trainer.metadata[spec.name]),
         loading_hub='timm.create_model("hf-hub:{repo}", pretrained=True)'
         if timm_builds(spec.model)
@@ -168,9 +167,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _title(other: PeerSpec, spec: PeerSpec) -> str:
-    if other.name == spec.name:
-        return "its start"
-    return f"peer `{other.name}` ({other.model}{', frozen' if other.frozen else ''}), start"
+    return start_title(other.name, other.model, other.frozen, spec.name)
 
 
 def _start(spec: PeerSpec, origins: Mapping[str, Origin]) -> str:
@@ -194,8 +191,7 @@ def _evidence(
     )
     where = f"{_many(images.held_out)} of {split}"
     metric = f"{name}/{trainer.plan.metric}"
-    rows = [row for row in history if row["epoch"] == best.epoch]
-    chosen = next((row for row in rows if row[metric] == best.value), rows[0])  # it may be NaN
+    chosen = chosen_row(history, "epoch", best.epoch, metric, best.value)
     about = (
         f"The weights after epoch {best.epoch} of {trainer.progress.epoch}, the best by "
         f"{trainer.plan.metric}"
@@ -209,7 +205,7 @@ def _evidence(
     for soup in trainer.soups:
         if soup.peer == name:
             half = f"every second one of {where}; the others chose the average"
-            found["soup"] = _of_soup(soup, found["best"], half)
+            found["soup"] = soup_evidence(soup, _METRICS[soup.metric], half, found["best"])
     return found
 
 
@@ -231,45 +227,12 @@ def _of_row(trainer: Trainer, name: str, row: Row, about: str, where: str) -> Ev
             for title in ("fixed", "broken")
             if f"{name}/{title}" in row
         },
-        teachers={
-            teacher: _mean([lesson[f"transfer/{teacher}->{name}/share"] for lesson in lessons])
-            for teacher in trainer.peers.names
-            if teacher != name and lessons
-        },
+        teachers=shares_taught(lessons, trainer.peers.names, name),
     )
-
-
-def _of_soup(soup: Soup, best: Evidence, where: str) -> Evidence:
-    title = _METRICS[soup.metric]
-    return Evidence(
-        f"An average of {100 * soup.alpha:g} % of the best weights and the rest of the start's.",
-        where,
-        before={title: soup.measured_at(0.0)},
-        after={title: soup.measured_at(soup.alpha)},
-        teachers=best.teachers,
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _config_sum(options: argparse.Namespace) -> str:
     return hashlib.sha256(outputs.arguments_text(options).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("peer-transfer")
-    except PackageNotFoundError:
-        own = "not installed, run from its sources"
-    return {
-        "peer-transfer": own,
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
 
 
 def _loading(model: str, described: Mapping[str, str]) -> str:

@@ -15,11 +15,11 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from timm.models import save_for_hf
 
-from classification.cards import CARD, README, timm_builds
+from classification.cards import timm_builds
 from classification.hub import NETWORK_ERRORS
 from classification.options import EXPORT, PeerSpec
 from classification.outputs import reload
-from common.card import card_text, file_sum, from_json
+from common.card import CARD, README, card_text, file_sum, from_json
 from common.checkpoint import read_metadata
 from common.disk import write_text, writing_into
 from common.options import OptionError

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from common.disk import write_text
 from common.options import OptionError
+from common.outputs import run_command
+from common.soup import Soup
 
 CARD, README = "card.json", "README.md"
 CAVEAT = (
@@ -143,6 +152,18 @@ def card_text(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def write_card(folder: Path, card: Card, best: str) -> None:
+    """Write ``card.json``, and ``README.md`` of the best weights.
+
+    Args:
+        folder: Of the peer.
+        card: What is told.
+        best: Name of the file of its best weights.
+    """
+    write_text(folder / CARD, to_json(card))
+    write_text(folder / README, card_text(card, "best", best, file_sum(folder / best)))
+
+
 def rewrite_card(folder: Path, which: str, file: str, analysis: Path | None = None) -> Path:
     """Write a peer's card for another of its files, or with what an experiment showed.
 
@@ -171,6 +192,89 @@ def rewrite_card(folder: Path, which: str, file: str, analysis: Path | None = No
     text = card_text(card, which, file, file_sum(folder / file), analysis=known)
     write_text(folder / README, text)
     return folder / README
+
+
+def rewrite_main(
+    prog: str, folder: str, files: Mapping[str, str], arguments: Sequence[str] | None
+) -> int:
+    """Run the command line that writes a card anew; bad input ends in one line.
+
+    Args:
+        prog: How it is called.
+        folder: How a peer's folder looks, for the help.
+        files: Names of the files of weights, by the card's evidence.
+        arguments: As on the command line; None: those of the process.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description="Write the model card of a peer anew.")
+    parser.add_argument("folder", type=Path, help=f"{folder} of a finished run")
+    parser.add_argument("--which", choices=tuple(files), default="best", help="which file")
+    parser.add_argument("--analysis", type=Path, help="analysis.json of an experiment")
+    asked = parser.parse_args(arguments)
+
+    def write() -> Any:
+        card = rewrite_card(asked.folder, asked.which, files[asked.which], asked.analysis)
+        return sys.stdout.write(f"{card}\n")
+
+    return run_command(write, (OptionError,))
+
+
+def start_title(name: str, model: str, frozen: bool, student: str) -> str:
+    """Say in a lineage whose start it is: the student's own, or another peer's."""
+    if name == student:
+        return "its start"
+    return f"peer `{name}` ({model}{', frozen' if frozen else ''}), start"
+
+
+def chosen_row(
+    history: Sequence[Mapping[str, float]], unit: str, when: float, metric: str, value: float
+) -> Mapping[str, float]:
+    """Return the evaluation of that epoch or iteration (``unit``) that chose the best weights."""
+    rows = [row for row in history if row[unit] == when]
+    return next((row for row in rows if row[metric] == value), rows[0])  # it may be NaN
+
+
+def shares_taught(
+    lessons: Sequence[Mapping[str, float]], names: Sequence[str], student: str
+) -> dict[str, float]:
+    """Average over the ledger's rows on what share of the samples each peer taught a student."""
+    return {
+        teacher: sum(row[f"transfer/{teacher}->{student}/share"] for row in lessons) / len(lessons)
+        for teacher in names
+        if teacher != student and lessons
+    }
+
+
+def soup_evidence(soup: Soup, title: str, where: str, best: Evidence) -> Evidence:
+    """Tell of an average of weights.
+
+    Args:
+        soup: The average.
+        title: Of its metric, with the unit.
+        where: What it was measured on.
+        best: Of the weights that are part of it.
+    """
+    return Evidence(
+        f"An average of {100 * soup.alpha:g} % of the best weights and the rest of the start's.",
+        where,
+        before={title: soup.measured_at(0.0)},
+        after={title: soup.measured_at(soup.alpha)},
+        teachers=best.teachers,
+    )
+
+
+def versions(**hosts: str) -> dict[str, str]:
+    """Tell the versions of the software, hosts among it, and the day."""
+    try:
+        own = version("peer-transfer")
+    except PackageNotFoundError:
+        own = "not installed, run from its sources"
+    return {
+        "peer-transfer": own,
+        "torch": str(torch.__version__),
+        **hosts,
+        "numpy": np.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
 
 
 def front_matter(front: Mapping[str, Any]) -> str:

@@ -10,30 +10,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import cv2
-import numpy as np
-import torch
 
 from common.card import (
-    CARD,
-    README,
     Card,
     Evidence,
-    card_text,
-    file_sum,
-    rewrite_card,
-    to_json,
+    chosen_row,
+    rewrite_main,
+    shares_taught,
+    soup_evidence,
+    start_title,
     told_sum,
+    versions,
+    write_card,
 )
-from common.disk import write_text
-from common.options import OptionError
-from common.outputs import run_command
-from common.soup import Soup
 from common.trainer import Trainer
 from saliency.evaluation import SaliencyEvaluator
 from saliency.layouts import VideoSet
@@ -99,10 +91,7 @@ def write_cards(
         if spec.frozen or spec.name not in here:
             continue
         card = describe(trainer, spec, specs, options, origins, train_set)
-        folder = trainer.folder / spec.name
-        write_text(folder / CARD, to_json(card))
-        best = folder / FILES["best"]
-        write_text(folder / README, card_text(card, "best", best.name, file_sum(best)))
+        write_card(trainer.folder / spec.name, card, FILES["best"])
 
 
 def describe(
@@ -130,21 +119,20 @@ def describe(
         made={name: str(value) for name, value in made.items()},
         evidence=_evidence(trainer, spec.name),
         lineage={
-            **{_title(o, spec): origins.get(o.name, "not recorded") for o in specs},
+            **{
+                start_title(o.name, o.model, o.frozen, spec.name): origins.get(
+                    o.name, "not recorded"
+                )
+                for o in specs
+            },
             "data": f"`{train_set.name}`, split `{train_set.split}`"
             + f" without {options.held_out:g} of its videos held out" * bool(options.held_out)
             + f": {len(train_set.videos)} videos, {frames} frames to train on",
         },
-        versions=_versions(),
+        versions=versions(opencv=cv2.__version__),
         loading=_loading(spec),
         loading_hub="",
     )
-
-
-def _title(other: PeerSpec, spec: PeerSpec) -> str:
-    if other.name == spec.name:
-        return "its start"
-    return f"peer `{other.name}` ({other.model}{', frozen' if other.frozen else ''}), start"
 
 
 def _loading(spec: PeerSpec) -> str:
@@ -159,8 +147,7 @@ def _evidence(trainer: Trainer, name: str) -> dict[str, Evidence]:
     evaluator = trainer.evaluator
     progress, metric = trainer.progress, trainer.plan.metric
     best = progress.best[name]
-    rows = [row for row in progress.history if row["epoch"] == best.epoch]
-    chosen = next((row for row in rows if row[f"{name}/{metric}"] == best.value), rows[0])
+    chosen = chosen_row(progress.history, "epoch", best.epoch, f"{name}/{metric}", best.value)
     where = _where(evaluator) if isinstance(evaluator, SaliencyEvaluator) else "the held-out data"
     start = " (0: the start itself, which no later one beat)" if best.epoch == 0 else ""
     least = "lowest" if metric in LOWER_IS_BETTER else "highest"
@@ -174,7 +161,8 @@ def _evidence(trainer: Trainer, name: str) -> dict[str, Evidence]:
     }
     for soup in trainer.soups:
         if soup.peer == name:
-            found["soup"] = _of_soup(soup, found["best"], where)
+            half = f"every second video of {where}; the others chose the average"
+            found["soup"] = soup_evidence(soup, _METRICS[soup.metric], half, found["best"])
     return found
 
 
@@ -198,54 +186,13 @@ def _of_row(
         where,
         before={title: start[f"{name}/{key}"] for key, title in titles.items()},
         after={title: row[f"{name}/{key}"] for key, title in titles.items()},
-        teachers={
-            teacher: sum(x[f"transfer/{teacher}->{name}/share"] for x in lessons) / len(lessons)
-            for teacher in trainer.peers.names
-            if teacher != name and lessons
-        },
+        teachers=shares_taught(lessons, trainer.peers.names, name),
     )
-
-
-def _of_soup(soup: Soup, best: Evidence, where: str) -> Evidence:
-    title = _METRICS[soup.metric]
-    return Evidence(
-        f"An average of {100 * soup.alpha:g} % of the best weights and the rest of the start's.",
-        f"every second video of {where}; the others chose the average",
-        before={title: soup.measured_at(0.0)},
-        after={title: soup.measured_at(soup.alpha)},
-        teachers=best.teachers,
-    )
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("peer-transfer")
-    except PackageNotFoundError:
-        own = "not installed, run from its sources"
-    return {
-        "peer-transfer": own,
-        "torch": str(torch.__version__),
-        "opencv": cv2.__version__,
-        "numpy": np.__version__,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    parser = argparse.ArgumentParser(
-        prog="python -m saliency.cards", description="Write the model card of a peer anew."
-    )
-    parser.add_argument("folder", type=Path, help="OUTPUT/RUN/PEER of a finished run")
-    parser.add_argument("--which", choices=tuple(FILES), default="best", help="which file")
-    parser.add_argument("--analysis", type=Path, help="analysis.json of an experiment")
-    asked = parser.parse_args(arguments)
-
-    def write() -> Any:
-        card = rewrite_card(asked.folder, asked.which, FILES[asked.which], asked.analysis)
-        return sys.stdout.write(f"{card}\n")
-
-    return run_command(write, (OptionError,))
+    return rewrite_main("python -m saliency.cards", "OUTPUT/RUN/PEER", FILES, arguments)
 
 
 if __name__ == "__main__":

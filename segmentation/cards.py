@@ -7,32 +7,23 @@ writes the card anew, with what an experiment showed of a peer of that name.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import detectron2
-import numpy as np
-import torch
 
 from common.card import (
-    CARD,
-    README,
     Card,
     Evidence,
-    card_text,
-    file_sum,
-    rewrite_card,
-    to_json,
+    chosen_row,
+    rewrite_main,
+    shares_taught,
+    soup_evidence,
+    start_title,
+    versions,
+    write_card,
 )
-from common.disk import write_text
-from common.options import OptionError
-from common.outputs import run_command
-from common.soup import Soup
 from segmentation import checkpoints
 from segmentation.config import PeerConfig, RunConfig
 from segmentation.data import classes_of, load_datasets
@@ -83,10 +74,7 @@ def write_cards(trainer: TransferTrainer) -> None:
     for config in run.peers:
         if config.frozen or config.name not in here:
             continue
-        card, folder = describe(trainer, config), trainer.folder / config.name
-        write_text(folder / CARD, to_json(card))
-        best = folder / FILES["best"]
-        write_text(folder / README, card_text(card, "best", best.name, file_sum(best)))
+        write_card(trainer.folder / config.name, describe(trainer, config), FILES["best"])
 
 
 def describe(trainer: TransferTrainer, config: PeerConfig) -> Card:
@@ -117,7 +105,7 @@ def describe(trainer: TransferTrainer, config: PeerConfig) -> Card:
             "data": f"{_names(run.cfg.DATASETS.TRAIN)}, {len(trainer.dataset)} images to train on",
             f"configuration (`{CONFIG}`)": f"sha256 `{_config_sum(run, config)}`",
         },
-        versions=_versions(),
+        versions=versions(detectron2=detectron2.__version__),
         loading=_LOADING,
         loading_hub="",
     )
@@ -133,10 +121,7 @@ def _names(datasets: Sequence[str]) -> str:
 
 
 def _title(other: PeerConfig, name: str) -> str:
-    if other.name == name:
-        return "its start"
-    kind = other.cfg.MODEL.META_ARCHITECTURE
-    return f"peer `{other.name}` ({kind}{', frozen' if other.frozen else ''}), start"
+    return start_title(other.name, other.cfg.MODEL.META_ARCHITECTURE, other.frozen, name)
 
 
 def _start(trainer: TransferTrainer, config: PeerConfig) -> str:
@@ -145,8 +130,7 @@ def _start(trainer: TransferTrainer, config: PeerConfig) -> str:
 
 def _evidence(trainer: TransferTrainer, name: str) -> dict[str, Evidence]:
     value, iteration = trainer.best[name]
-    rows = [row for row in trainer.history if row["iteration"] == iteration]
-    chosen = next((row for row in rows if row[f"{name}/{METRIC}"] == value), rows[0])
+    chosen = chosen_row(trainer.history, "iteration", iteration, f"{name}/{METRIC}", value)
     dataset = trainer.run.cfg.DATASETS.TEST[0]
     where = f"{len(load_datasets([dataset]))} images of {_names([dataset])}"
     start = " (0: the start itself, which no later one beat)" if iteration == 0 else ""
@@ -159,7 +143,8 @@ def _evidence(trainer: TransferTrainer, name: str) -> dict[str, Evidence]:
     }
     for soup in trainer.soups:
         if soup.peer == name:
-            found["soup"] = _of_soup(soup, found["best"], where)
+            half = f"every second one of {where}; the others chose the average"
+            found["soup"] = soup_evidence(soup, _METRICS[soup.metric], half, found["best"])
     return found
 
 
@@ -171,22 +156,7 @@ def _of_row(trainer: TransferTrainer, name: str, row: Row, about: str, where: st
         where,
         before={title: start[f"{name}/{key}"] for key, title in _METRICS.items()},
         after={title: row[f"{name}/{key}"] for key, title in _METRICS.items()},
-        teachers={
-            teacher: sum(x[f"transfer/{teacher}->{name}/share"] for x in lessons) / len(lessons)
-            for teacher in trainer.peers.names
-            if teacher != name and lessons
-        },
-    )
-
-
-def _of_soup(soup: Soup, best: Evidence, where: str) -> Evidence:
-    title = _METRICS[soup.metric]
-    return Evidence(
-        f"An average of {100 * soup.alpha:g} % of the best weights and the rest of the start's.",
-        f"every second one of {where}; the others chose the average",
-        before={title: soup.measured_at(0.0)},
-        after={title: soup.measured_at(soup.alpha)},
-        teachers=best.teachers,
+        teachers=shares_taught(lessons, trainer.peers.names, name),
     )
 
 
@@ -196,50 +166,9 @@ def _config_sum(run: RunConfig, config: PeerConfig) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    try:
-        own = version("peer-transfer")
-    except PackageNotFoundError:
-        own = "not installed, run from its sources"
-    return {
-        "peer-transfer": own,
-        "torch": str(torch.__version__),
-        "detectron2": detectron2.__version__,
-        "numpy": np.__version__,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-
-
-def rewrite(folder: Path, which: str, analysis: Path | None) -> Path:
-    """Write a peer's card for another of its files, or with what an experiment showed.
-
-    Args:
-        folder: Of the peer, with ``card.json``.
-        which: Of ``FILES``.
-        analysis: An experiment's ``analysis.json``.
-
-    Returns:
-        The card.
-
-    Raises:
-        OptionError: Files that are missing or not what they should be.
-    """
-    return rewrite_card(folder, which, FILES[which], analysis)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    parser = argparse.ArgumentParser(
-        prog="python -m segmentation.cards", description="Write the model card of a peer anew."
-    )
-    parser.add_argument("folder", type=Path, help="OUTPUT_DIR/PEER of a finished run")
-    parser.add_argument("--which", choices=tuple(FILES), default="best", help="which file")
-    parser.add_argument("--analysis", type=Path, help="analysis.json of an experiment")
-    asked = parser.parse_args(arguments)
-    return run_command(
-        lambda: sys.stdout.write(f"{rewrite(asked.folder, asked.which, asked.analysis)}\n"),
-        (OptionError,),
-    )
+    return rewrite_main("python -m segmentation.cards", "OUTPUT_DIR/PEER", FILES, arguments)
 
 
 if __name__ == "__main__":
