@@ -71,7 +71,7 @@ class JointEngine:
         self.scaler = GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.finite = FiniteCheck(peers)
         if transfer.wants_copies:
-            bare = [peer.name for peer in peers if peer.average is None and not peer.frozen]
+            bare = [peer.name for peer in peers.here if peer.average is None and not peer.frozen]
             if bare:
                 raise ValueError(f"no average of the weights of {', '.join(bare)}; it shall teach")
 
@@ -131,14 +131,16 @@ class JointEngine:
         """Forward the averaged copies, where they teach; a peer without one is its own copy."""
         if not self.transfer.wants_copies:
             return None
-        copies = []
-        for peer, output in zip(self.peers, outputs, strict=True):
-            if peer.average is None:
-                copies.append(_without_graph(output))
-                continue
-            with peer.averaged():
-                copies.append(self._forward(peer, batch, graph=False))
-        return copies
+        return [
+            self._copy(peer, batch, output)
+            for peer, output in zip(self.peers, outputs, strict=True)
+        ]
+
+    def _copy(self, peer: Peer, batch: Any, output: PeerOutput) -> PeerOutput:
+        if peer.average is None:
+            return _without_graph(output)
+        with peer.averaged():
+            return self._forward(peer, batch, graph=False)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.amp_dtype is None:
@@ -272,7 +274,7 @@ class _Part:
     dtype: torch.dtype
 
 
-_Parts = dict[str, _Part]
+_Parts = dict[tuple[int, str], _Part]  # of which output, and which of its tensors
 
 
 class PeerParallelEngine(JointEngine):
@@ -280,8 +282,9 @@ class PeerParallelEngine(JointEngine):
 
     A team reads the same samples. After the forwards, one collective brings every peer's task
     loss, score, logits, mask and correctness to all of the team, which then make the same roles
-    and the same total; each takes the gradient at its own logits back into its own peer. Images,
-    weights and gradients stay where they are. The gradients are those of the joint engine. The
+    and the same total; each takes the gradient at its own logits back into its own peer. Where
+    averaged copies teach, each process asks that of its own peer, and what it says travels along.
+    Images, weights and gradients stay where they are. The gradients are those of the joint engine. The
     roles need every peer's forward and the backward needs the roles, so between them nothing is
     left that the exchange could overlap with.
 
@@ -294,7 +297,7 @@ class PeerParallelEngine(JointEngine):
         team: Processes that hold the group's peers, in their order.
 
     Raises:
-        ValueError: Not one peer here; or copies that shall teach, which are not exchanged.
+        ValueError: Not one peer here.
     """
 
     def __init__(
@@ -306,14 +309,12 @@ class PeerParallelEngine(JointEngine):
         team: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(peers, transfer, device, amp_dtype)
-        if transfer.wants_copies:
-            raise ValueError(f"teachers {transfer.teachers!r}: take the engine joint or two-pass")
         if len(peers.here) != 1:
             raise ValueError(f"{len(peers.here)} peers in this process; expected one")
         self.own: Peer = peers.here[0]
         self.seat = peers.names.index(self.own.name)
         self.team = team
-        self._layouts: dict[tuple[tuple[str, _Part], ...], list[_Parts]] = {}
+        self._layouts: dict[tuple[tuple[tuple[int, str], _Part], ...], list[_Parts]] = {}
 
     def step(
         self,
@@ -327,8 +328,12 @@ class PeerParallelEngine(JointEngine):
         """Learn from one batch, which is the same in all of the team; see ``JointEngine.step``."""
         self.finite.begin(step)
         with nullcontext() if update else self.own.no_sync():
-            outputs = self._exchange(self._forward(self.own, batch))
-            result = self.transfer(outputs, step, check_finite=False)
+            own = self._forward(self.own, batch)
+            if self.transfer.wants_copies:
+                outputs, copies = self._exchange(own, self._copy(self.own, batch, own))
+            else:
+                (outputs,), copies = self._exchange(own), None
+            result = self.transfer(outputs, step, copies, check_finite=False)
             self.finite.note(result, names)
             if not self.own.frozen:
                 total = result.total * share if share != 1.0 else result.total
@@ -337,29 +342,36 @@ class PeerParallelEngine(JointEngine):
             self._update([self.own], step)
         return replace(result, total=result.total.detach())
 
-    def _exchange(self, own: PeerOutput) -> list[PeerOutput]:
-        """Return the outputs of all peers; the own one keeps its graph."""
+    def _exchange(self, *own: PeerOutput) -> list[list[PeerOutput]]:
+        """Return, for each output given here, those of all peers; the own ones keep their graph."""
         if len(self.peers) == 1:
-            return [own]
+            return [[output] for output in own]
         # the target is the same in all of the team, and need not travel
-        tensors = {name: x for name, x in vars(own).items() if x is not None and name != "target"}
-        layouts = self._layouts_of({name: _Part(x.shape, x.dtype) for name, x in tensors.items()})
+        tensors = {
+            (i, name): x
+            for i, output in enumerate(own)
+            for name, x in vars(output).items()
+            if x is not None and name != "target"
+        }
+        layouts = self._layouts_of({key: _Part(x.shape, x.dtype) for key, x in tensors.items()})
         dtype = functools.reduce(
             torch.promote_types, (part.dtype for parts in layouts for part in parts.values())
         )
         sizes = [sum(part.shape.numel() for part in parts.values()) for parts in layouts]
-        flat = own.logits.new_zeros(max(sizes), dtype=dtype)
+        flat = own[0].logits.new_zeros(max(sizes), dtype=dtype)
         torch.cat(
             [x.detach().reshape(-1).to(dtype) for x in tensors.values()],
             out=flat[: sizes[self.seat]],
         )
         rows = flat.new_empty(len(layouts), len(flat))
         dist.all_gather_into_tensor(rows.view(-1), flat, group=self.team)
+        found = [_unpacked(row, parts) for row, parts in zip(rows, layouts, strict=True)]
         outputs = [
-            replace(_unpacked(row, parts), target=own.target)
-            for row, parts in zip(rows, layouts, strict=True)
+            [PeerOutput(**told[i], target=output.target) for told in found]
+            for i, output in enumerate(own)
         ]
-        outputs[self.seat] = own
+        for given, output in zip(outputs, own, strict=True):
+            given[self.seat] = output
         return outputs
 
     def _layouts_of(self, parts: _Parts) -> list[_Parts]:
@@ -370,13 +382,15 @@ class PeerParallelEngine(JointEngine):
         return self._layouts[key]
 
 
-def _unpacked(row: Tensor, parts: _Parts) -> PeerOutput:
-    found, start = {}, 0
-    for name, part in parts.items():
+def _unpacked(row: Tensor, parts: _Parts) -> dict[int, dict[str, Tensor]]:
+    """Return the tensors of each output that a process sent, by name."""
+    found: dict[int, dict[str, Tensor]] = {}
+    start = 0
+    for (i, name), part in parts.items():
         end = start + part.shape.numel()
-        found[name] = row[start:end].view(part.shape).to(part.dtype)
+        found.setdefault(i, {})[name] = row[start:end].view(part.shape).to(part.dtype)
         start = end
-    return PeerOutput(**found)
+    return found
 
 
 ENGINES: dict[str, type[JointEngine]] = {

@@ -200,11 +200,6 @@ def check_copies(options: argparse.Namespace, bare: Sequence[str], flag: str) ->
     """
     if not wants_copies(options):
         return
-    if options.engine == "peer-parallel":
-        raise OptionError(
-            f"--teachers {options.teachers} with --engine peer-parallel: averaged copies are not "
-            "exchanged; take --engine joint or two-pass"
-        )
     if bare:
         raise OptionError(
             f"--teachers {options.teachers}: {', '.join(bare)} has no averaged copy beside it; "

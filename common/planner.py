@@ -79,14 +79,8 @@ def team_of(
         measure_transfer(transfer, costs, batch),
         options.grad_accum_steps,
         reduced=world.size > 1,
-        refused={**(refused or {}), **refused_by(transfer)},
+        refused=refused or {},
     )
-
-
-def refused_by(transfer: KnowledgeTransfer) -> dict[str, str]:
-    """Return the engines that cannot run an objective, and why."""
-    told = f"teachers {transfer.teachers!r} are averaged copies, which are not exchanged"
-    return {"peer-parallel": told} if transfer.wants_copies else {}
 
 
 @dataclass(frozen=True)
@@ -184,15 +178,18 @@ def _two_pass(team: TeamCost) -> EngineCost:
 
 def _peer_parallel(team: TeamCost) -> EngineCost:
     peers = team.peers
-    exchange = len(peers) * max(peer.output for peer in peers)
+    sent = 2 if any(peer.copy for peer in peers) else 1
+    exchange = sent * len(peers) * max(peer.output for peer in peers)
 
     def alone(peer: PeerCost) -> int:
         backward = _own(peer, team) + exchange + team.transfer.peak
+        copying = _waiting(peer, team) + peer.copy
         rest = peer.state + team.inputs + _buckets(peer, team)
-        return rest + max(backward, peer.gradients + peer.update)
+        return rest + max(backward, copying, peer.gradients + peer.update)
 
     largest = max(peers, key=alone)
-    times = [peer.train for peer in peers if peer.train is not None]
+    steps = [_sum([peer.train, *([peer.forward] if peer.copy else [])]) for peer in peers]
+    times = [seconds for seconds in steps if seconds is not None]
     return EngineCost(
         "peer-parallel",
         len(peers),

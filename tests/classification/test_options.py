@@ -210,7 +210,6 @@ def test_averaged_copies_teach_only_where_there_are_some():
     for more, message in (
         ([], "a has no averaged copy"),
         (["--model-ema", "--model-ema-force-cpu"], "on the peer's own device"),
-        (["--model-ema", "--engine", "peer-parallel"], "joint or two-pass"),
         (["--model-ema", "--no-detach-teacher"], "no gradient moves"),
     ):
         with pytest.raises(OptionError, match=message):

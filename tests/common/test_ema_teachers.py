@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.engine import JointEngine, PeerParallelEngine, TwoPassEngine
+from common.engine import JointEngine, TwoPassEngine
 from common.peers import PeerGroup
 from common.roles import assign_roles, with_own
 from common.transfer import KnowledgeTransfer, PeerOutput, teacher_kl
@@ -184,8 +184,6 @@ def test_what_cannot_be_is_refused():
         transfer(classify(random_logits(2, 3, 4), torch.arange(3)))
     with pytest.raises(ValueError, match="no average of the weights of p0, p1"):
         JointEngine(normed_peers(2), transfer, CPU)
-    with pytest.raises(ValueError, match="joint or two-pass"):
-        PeerParallelEngine(averaged_peers(2), transfer, CPU)
     alone = PeerGroup([averaged_peers(2)[0]])
     engine = JointEngine(alone, KnowledgeTransfer("self", names=["p0"], teachers="ema"), CPU)
     assert engine.step(make_batch(12), step=0).roles.all()

@@ -13,6 +13,7 @@ from common.ranks import SavedRanks
 from common.roles import NonFiniteError
 from common.transfer import KnowledgeTransfer
 from tests.common.test_distributed import ShardedLoader
+from tests.common.test_ema_teachers import Ema
 from tests.common.toy import HERE, ToyEvaluator, make_batch, make_peers, make_trainer
 from tests.launch import launch
 
@@ -23,14 +24,16 @@ def seated_group(world, peers):
     )
 
 
-def steps(world, folder, count, rule, detach, frozen, accumulate):
+def steps(world, folder, count, rule, detach, frozen, accumulate, teachers="peers"):
     """Make a few steps; keep each peer's weights and what the objective said."""
     world = distributed.seat_peers(world, count) if world.size > 1 else world
     peers = seated_group(world, make_peers(count, frozen=frozen))
     for peer in peers.here:
+        if teachers != "peers" and not peer.frozen:
+            peer.average = Ema(peer.module)
         peer.distribute(world)
     transfer = KnowledgeTransfer(
-        rule, 2.0, 0.7, detach, names=peers.names, frozen=peers.frozen,
+        rule, 2.0, 0.7, detach, names=peers.names, frozen=peers.frozen, teachers=teachers,
         classes="all" if detach else "non-target",
     )  # fmt: skip
     name = "peer-parallel" if world.seats > 1 else "joint"
@@ -48,28 +51,33 @@ def steps(world, folder, count, rule, detach, frozen, accumulate):
                 told[-1] += [result.roles, result.score, result.kl, result.correct]
     if world.leads:
         for peer in peers.here:
-            torch.save(peer.module.state_dict(), folder / f"{peer.name}.pt")
+            torch.save(peer.best_module.state_dict(), folder / f"{peer.name}.pt")
         torch.save(told, folder / f"told-{world.seat}.pt")
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "rule", "detach", "frozen", "accumulate"),
+    ("count", "size", "rule", "detach", "frozen", "accumulate", "teachers"),
     [
-        (2, 2, "best", True, (), 1),
-        (2, 2, "mutual", False, (), 2),
-        (3, 3, "random", True, (), 1),
-        (3, 3, "better", True, ("p1",), 2),
-        (4, 4, "best", False, (), 1),
-        (2, 4, "best", True, (), 2),
-        (2, 2, "none", True, (), 1),
+        (2, 2, "best", True, (), 1, "peers"),
+        (2, 2, "mutual", False, (), 2, "peers"),
+        (3, 3, "random", True, (), 1, "peers"),
+        (3, 3, "better", True, ("p1",), 2, "peers"),
+        (4, 4, "best", False, (), 1, "peers"),
+        (2, 4, "best", True, (), 2, "peers"),
+        (2, 2, "none", True, (), 1, "peers"),
+        (3, 3, "mixture", True, ("p1",), 2, "ema+own"),
+        (2, 4, "best", True, (), 1, "ema"),
+        (2, 2, "none", True, (), 1, "ema"),
     ],
 )
-def test_processes_equal_the_joint_engine(tmp_path, count, size, rule, detach, frozen, accumulate):
+def test_processes_equal_the_joint_engine(
+    tmp_path, count, size, rule, detach, frozen, accumulate, teachers
+):
     one, many = tmp_path / "one", tmp_path / "many"
     for folder in (one, many):
         folder.mkdir()
-    steps(HERE, one, count, rule, detach, frozen, accumulate)
-    launch(steps, size, many, count, rule, detach, frozen, accumulate)
+    steps(HERE, one, count, rule, detach, frozen, accumulate, teachers)
+    launch(steps, size, many, count, rule, detach, frozen, accumulate, teachers)
     moved = 0
     for i, peer in enumerate(make_peers(count, frozen=frozen)):
         joint, other = (torch.load(folder / f"p{i}.pt") for folder in (one, many))

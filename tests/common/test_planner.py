@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from common.planner import (
     notes,
     peer_rows,
     read_size,
-    refused_by,
     usable,
     with_batch,
 )
@@ -124,8 +124,6 @@ def test_an_engine_that_the_run_refuses_is_not_offered():
     assert "peer-parallel is left out: its layers talk." in notes(team, CPU, None)
     told = advise(team, memory_for(engine_costs(two_peers())["peer-parallel"].peak), Flags())
     assert told[0].startswith("It does not fit") and "peer-parallel" not in " ".join(told)
-    assert list(refused_by(transfer_of(make_peers(2), "ema"))) == ["peer-parallel"]
-    assert not refused_by(transfer_of(make_peers(2)))
 
 
 def test_measuring_leaves_a_peer_as_it_was():
@@ -339,6 +337,19 @@ def test_a_frozen_peer_costs_no_step_twice():
     b = cost("b", 0, 50, gradients=0, frozen=True, forward=2.0, train=2.0)
     found = engine_costs(TeamCost([a, b], 8, 0, Activations(0, 0)))
     assert found["two-pass"].seconds == found["joint"].seconds == 5.0
+
+
+def test_copies_that_teach_are_asked_and_sent_by_each_process():
+    plain = cost("a", 100, output=7, forward=1.0, train=3.0)
+    team = TeamCost([plain, plain], 8, 0, Activations(0, 0))
+    before = engine_costs(team)["peer-parallel"]
+    copied = replace(plain, copy=5)
+    sent = engine_costs(replace(team, peers=[copied, copied]))["peer-parallel"]
+    assert sent.seconds == before.seconds + 1.0
+    assert sent.peak == before.peak + 2 * 7  # the outputs of both copies
+    larger = replace(plain, copy=1000)
+    forwards = engine_costs(replace(team, peers=[larger, larger]))["peer-parallel"]
+    assert forwards.peak == plain.state + 100 + 7 + 1000
 
 
 def test_a_single_peer_has_one_engine():
