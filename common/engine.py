@@ -284,8 +284,8 @@ class PeerParallelEngine(JointEngine):
     loss, score, logits, mask and correctness to all of the team, which then make the same roles
     and the same total; each takes the gradient at its own logits back into its own peer. Where
     averaged copies teach, each process asks that of its own peer, and what it says travels along.
-    Images, weights and gradients stay where they are. The gradients are those of the joint engine. The
-    roles need every peer's forward and the backward needs the roles, so between them nothing is
+    Images, weights and gradients stay where they are. The gradients are those of the joint engine.
+    The roles need every peer's forward and the backward needs the roles, so between them nothing is
     left that the exchange could overlap with.
 
     With more processes than peers, those of one peer are data parallel; see

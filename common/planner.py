@@ -15,7 +15,6 @@ from common.distributed import World
 from common.engine import kept_peer
 from common.options import OptionError, transfer_of
 from common.peers import PeerGroup, RemotePeer
-from common.transfer import KnowledgeTransfer
 
 SAFETY = 0.15
 """Share of the memory that a plan leaves free: fragments that the allocator cannot use, workspaces
