@@ -25,6 +25,7 @@ from classification.data import ToView, View, common_view, view_of
 from classification.losses import SampleLoss, hard, sample_loss
 from classification.models import ModelError, create_classifier, head_of
 from classification.options import EMA_DECAY, PeerSpec
+from common.average import decay_of_span
 from common.distributed import World
 from common.options import OptionError
 from common.peers import Peer, RemotePeer
@@ -245,7 +246,7 @@ def _decay(options: argparse.Namespace, updates: int) -> float:
     """Return the decay of a peer's average, of which a short run needs a smaller one."""
     if options.model_ema_span is None or options.model_ema_decay != EMA_DECAY:  # given: it counts
         return options.model_ema_decay
-    return 1 - 1 / max(1.0, options.model_ema_span * updates)
+    return decay_of_span(options.model_ema_span, updates)
 
 
 def _optimizer(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.average import WeightAverage
 from common.checkpoint import load_weights, read_weights
 from common.distributed import World
 from common.options import OptionError
@@ -269,7 +270,7 @@ def build_peers(
                 "optimizer": optimizer,
                 "schedule": _schedule(optimizer, run, updates),
                 "clip": _clip(module, options),
-                "average": WeightAverage(module, options.ema_decay) if options.ema else None,
+                "average": _average(spec, module),
             }
         rest["channels_last"] = options.channels_last
         peer = SaliencyPeer(spec.name, module, view, sample_loss(run), run.score, **rest)
@@ -346,38 +347,13 @@ def _clip(module: nn.Module, options: argparse.Namespace) -> Callable[[], object
     return functools.partial(nn.utils.clip_grad_norm_, list(module.parameters()), options.clip_grad)
 
 
-class WeightAverage:
-    """An exponential moving average of weights and statistics, begun at the start's.
-
-    Whole numbers (tables of positions, counters) are not averaged but copied.
-
-    Args:
-        module: What is averaged.
-        decay: Weight of the past, in (0, 1).
-
-    Attributes:
-        module: The average.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        if not 0 < decay < 1:
-            raise OptionError(f"--ema-decay is {decay}; expected between 0 and 1")
-        self.decay = decay
-        self.module = copy.deepcopy(module).requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Move the average towards the model, without waiting for the device."""
-        pairs = list(
-            zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
-        )
-        moving = [(mine, new) for mine, new in pairs if mine.is_floating_point()]
-        torch._foreach_lerp_(
-            [mine for mine, _ in moving], [new for _, new in moving], 1 - self.decay
-        )
-        for mine, new in pairs:
-            if not mine.is_floating_point():
-                mine.copy_(new)
+def _average(spec: PeerSpec, module: nn.Module) -> WeightAverage | None:
+    if not spec.options.ema:
+        return None
+    try:
+        return WeightAverage(module, spec.options.ema_decay)
+    except ValueError as error:
+        raise OptionError(f"peer {spec.name!r}: --ema-decay: {error}") from error
 
 
 def warn_of_random_weights(specs: Sequence[PeerSpec]) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.distributed import World
 from common.options import OptionError
 from common.transfer import KnowledgeTransfer
 from saliency import losses
@@ -14,7 +15,6 @@ from saliency.options import build_parser, parse, read_peers
 from saliency.peer import (
     SaliencyPeer,
     StepSchedule,
-    WeightAverage,
     build_modules,
     build_peers,
     check_view,
@@ -204,8 +204,6 @@ def test_peers_are_built_as_asked():
     modules, views = build_modules(specs)
     assert (views[0].size, views[0].stride, views[0].before) == ((16, 24), 2, 4)
     assert views[1] == modules[1].view and modules[1].head.in_channels == 6
-    from common.distributed import World
-
     world = World(0, 1, 0, torch.device("cpu"))
     one, two, still = build_peers(specs, modules, views, run, world, 10)
     assert type(one.optimizer) is torch.optim.Adam and type(two.optimizer) is torch.optim.SGD
@@ -235,24 +233,11 @@ def test_the_rate_is_a_function_of_the_position():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.95, 0.999, 0.9995, 0.9999])
-def test_the_average_moves_by_its_decay_and_copies_whole_numbers(decay):
-    module = nn.BatchNorm1d(1)
-    module.register_buffer("table", torch.arange(200_000))
-    average = WeightAverage(module, decay)
-    nn.init.constant_(module.weight, 2.0)
-    module.running_mean.fill_(1.0)
-    module.num_batches_tracked.fill_(7)
-    average.update(module)
-    assert average.module.weight.item() == pytest.approx(2 - decay)
-    assert average.module.running_mean.item() == pytest.approx(1 - decay)
-    assert average.module.num_batches_tracked == 7
-    assert torch.equal(average.module.table, module.table)
-
-
 def test_a_decay_out_of_range_is_refused():
-    with pytest.raises(OptionError, match="ema-decay is 1"):
-        WeightAverage(nn.Linear(1, 1), 1.0)
+    run, specs = options_of("tests.saliency.toy:Flat,ema,ema_decay=1.0")
+    modules, views = build_modules(specs)
+    with pytest.raises(OptionError, match="peer 'Flat': --ema-decay: decay is 1"):
+        build_peers(specs, modules, views, run, World(0, 1, 0, torch.device("cpu")), 10)
 
 
 @pytest.mark.parametrize(
