@@ -139,7 +139,8 @@ def _exported(
     options: Mapping[str, Any], files: Mapping[str, Path]
 ) -> tuple[argparse.Namespace, list[nn.Module], list[View], Dataset]:
     """Read weights that were exported, and open the test set."""
-    plain = {key: x for key, x in options.items() if key not in ("peers", "rule")}
+    of_roles = ("peers", "rule", "calibrate_scores")
+    plain = {key: x for key, x in options.items() if key not in of_roles}
     peers = [{"model": str(file), "name": name} for name, file in files.items()]
     asked, specs = _parsed({**plain, "rule": "none", "peers": peers})
     modules, views = build_modules(specs, asked)

@@ -34,6 +34,7 @@ from common.options import (
     truth,
 )
 from common.planner import add_plan_options
+from common.roles import COMPARING, compares_scores
 from common.score_temperatures import WHEN
 from common.trials import with_layout_asked
 
@@ -432,6 +433,13 @@ def parse(
             )
         if span is not None and not (peer.options.model_ema or peer.frozen or options.recipe):
             raise OptionError(f"peer {peer.name!r}: model-ema-span without --model-ema; give both")
+    compares = compares_scores(options.rule, options.margin, options.gap_power)
+    if options.calibrate_scores != "off" and not compares:
+        raise OptionError(
+            f"--calibrate-scores {options.calibrate_scores} under --rule {options.rule}: no scores "
+            "are compared there, so temperatures change nothing; leave it out, or take a rule of "
+            f"{', '.join(COMPARING)}, a --margin or a --gap-power"
+        )
     averaged = [peer.name for peer in peers if peer.options.model_ema and not peer.frozen]
     if options.calibrate_scores == "epoch" and options.teachers == "peers" and averaged:
         raise OptionError(

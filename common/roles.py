@@ -120,6 +120,13 @@ def check_rule(rule: str, names: Sequence[str]) -> None:
         raise ValueError(f"rule {rule!r} needs two peers or more, got {len(names)}")
 
 
+def compares_scores(rule: str, margin: float | None = None, gap_power: float = 0.0) -> bool:
+    """Whether the roles depend on the scores; see ``assign_roles``."""
+    if rule in ("none", SELF):
+        return False
+    return rule in COMPARING or margin is not None or bool(gap_power)
+
+
 def _check_finite(score: Tensor, names: Sequence[str]) -> None:
     if bool(torch.isfinite(score).all()):
         return
@@ -184,3 +191,5 @@ _RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "none": _none,
 }
 RULES = (*_RULES, "random")
+COMPARING = ("best", "better", "better_sum", "mixture")
+"""Those that look at the scores; others do so only with a margin or a power of the gap."""

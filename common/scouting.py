@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.options import OptionError
-from common.roles import ONE_WAY, assign_roles, check_rule
+from common.roles import ONE_WAY, assign_roles, check_rule, compares_scores
 from common.survey import Survey
 
 _logger = logging.getLogger("scout")
@@ -282,8 +282,7 @@ class Judge:
     @property
     def compares(self) -> bool:
         """Whether the roles depend on the score."""
-        alike = self.rule in _ALIKE or self.rule == "none" or self.rule.startswith(ONE_WAY)
-        return self.margin is not None or not alike
+        return compares_scores(self.rule, self.margin)
 
     def may_be(self, members: Sequence[int]) -> bool:
         """Whether the rule applies to a team: ``one_way:NAME`` needs that teacher in it."""

@@ -12,6 +12,7 @@ from common import recipes
 from common.experiment.corruptions import Corruption, read_corruptions
 from common.options import OptionError, near
 from common.peers import check_names
+from common.roles import compares_scores
 
 START = "start"
 ONE_WAY = "one_way:{strongest}"
@@ -117,10 +118,12 @@ class Experiment:
             words |= {"{strongest}": ranked[0], "{weakest}": ranked[-1]}
         own = {"rule": "none"} if arm == START else self.arms[arm].options
         of_recipe = recipes.RECIPES.get(str(own.get("recipe")), {})  # before those of all arms
+        shared = {key: value for key, value in self.train.items() if key not in of_recipe}
+        asked = {**shared, **(setting or {}), **own}
+        if "calibrate_scores" not in own and not _compares(asked):
+            asked.pop("calibrate_scores", None)  # given for the arms that can use it
         content = {
-            **{key: value for key, value in self.train.items() if key not in of_recipe},
-            **(setting or {}),
-            **own,
+            **asked,
             "peers": [dict(peer) for peer in (self.peers if peers is None else peers)],
             "seed": seed,
             **({"device": self.device} if self.device else {}),
@@ -134,6 +137,15 @@ class Experiment:
     def result(self, arm: str, seed: int) -> Path:
         """Return the file that says that a job is finished, and what came of it."""
         return self.folder(arm, seed) / "result.json"
+
+
+def _compares(options: Mapping[str, Any]) -> bool:
+    """Whether a run's rule compares scores."""
+    of_recipe = recipes.RECIPES.get(str(options.get("recipe")), {})
+    asked = {**{key: setting.value for key, setting in of_recipe.items()}, **options}
+    return compares_scores(
+        str(asked.get("rule", "best")), asked.get("margin"), asked.get("gap_power") or 0.0
+    )
 
 
 def _filled(value: Any, words: Mapping[str, str]) -> Any:

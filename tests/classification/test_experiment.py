@@ -91,7 +91,7 @@ def small(digits, folder, **more):
             "device": "cpu",
         },
         "controls": ["solo", "none", "one_way"],
-        "arms": {"hot": {"temperature": 2}},
+        "arms": {"hot": {"temperature": 2, "calibrate_scores": "start"}},
         **more,
     }
     path = folder / "exp.yaml"

@@ -203,6 +203,23 @@ def test_what_an_average_would_leave_without_effect_is_refused():
         parse([*asked, "--model-ema", "--calibrate-scores", "epoch"])
 
 
+def test_temperatures_of_scores_that_nobody_compares_are_refused():
+    asked = ["/data", "--peer", "a", "--peer", "b", "--calibrate-scores", "start"]
+    for rule in ("mutual", "none", "random", "one_way:b"):
+        with pytest.raises(OptionError, match=f"start under --rule {rule}: no scores .*mixture"):
+            parse([*asked, "--rule", rule])
+    with pytest.raises(OptionError, match="under --rule self"):
+        parse([*asked, "--rule", "self", "--teachers", "ema", "--model-ema", "--margin", "1"])
+    for more in (
+        ["--rule", "better"],
+        ["--rule", "mutual", "--margin", "0.1"],
+        ["--rule", "random", "--gap-power", "1"],
+        ["--recipe", "paper"],
+    ):
+        assert parse([*asked, *more])[0].calibrate_scores == "start"
+    assert parse([*asked[:5], "--recipe", "paper", "--rule", "mutual"])
+
+
 def test_averaged_copies_teach_only_where_there_are_some():
     asked = ["/data", "--peer", "a", "--peer", "b,frozen=true", "--teachers", "ema"]
     assert parse([*asked, "--model-ema"])[0].teachers == "ema"

@@ -59,6 +59,28 @@ def test_controls_come_by_themselves_and_arms_are_a_line():
     assert labels_of(experiment)[:3] == ["start:0", "start:1", "solo:0"]
 
 
+def test_temperatures_for_all_arms_are_for_those_whose_rule_compares_scores():
+    asked = content(
+        train={"calibrate_scores": "start"},
+        arms={
+            "hot": {"temperature": 2},
+            "known": {"recipe": "best-known"},
+            "far": {"rule": "mutual", "margin": 1},
+            "own": {"rule": "mutual", "calibrate_scores": "epoch"},
+        },
+    )
+    experiment = read_experiment(asked, PATH)
+    told = {arm: experiment.options(arm, 0).get("calibrate_scores") for arm in experiment.arms}
+    assert {arm: told[arm] for arm in CONTROLS} == {
+        **dict.fromkeys(CONTROLS),
+        "best": "start",
+    }
+    assert {told[arm] for arm in ("hot", "far")} == {"start"}
+    assert told["known"] is None  # the recipe's own
+    assert told["own"] == "epoch"  # which the training script refuses
+    assert experiment.options("start", 0).get("calibrate_scores") is None
+
+
 def test_seed_and_rank_fill_texts_anywhere():
     asked = content(seeds=[3, 8], train={"data": "d/{seed}", "more": [{"x": "{seed}"}]})
     experiment = read_experiment(asked, PATH)
