@@ -341,12 +341,16 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     add("--bn-eps", type=float, help="*")
     add("--model-ema", **flag, help="*")
     add("--model-ema-force-cpu", **flag, help="*")
-    add("--model-ema-decay", type=float, default=EMA_DECAY, help="*")
+    add(
+        "--model-ema-decay",
+        type=float,
+        help=f"* {EMA_DECAY} where nothing is said; overrides a span",
+    )
     add(
         "--model-ema-span",
         type=float,
         metavar="SHARE",
-        help="* where no other decay is given: the average reaches back over this share of the "
+        help="* where no decay is given: the average reaches back over this share of the "
         "run's optimizer steps (decay 1 - 1 / (SHARE * steps))",
     )
     add("--model-ema-warmup", **flag, help="*")
@@ -486,6 +490,12 @@ def _peer_spec(
     entry = with_layout_asked(peer_mapping(asked, alone=("frozen",)))
     where = f"peer {entry['model']!r}"
     own = own_options(options, actions, entry, PEER_OPTIONS, PEER_ALIASES, PEER_OWN)
+    given = {key.replace("-", "_") for key in entry}
+    spans = "model_ema_span" in given and own.model_ema_span is not None
+    if spans and "model_ema_decay" not in given:
+        own.model_ema_decay = None  # the peer's own span goes before the run's decay
+    if own.model_ema_decay is None and own.model_ema_span is None:
+        own.model_ema_decay = EMA_DECAY
     checkpoint = entry.get("checkpoint")
     if isinstance(checkpoint, str) and "+" in checkpoint and not Path(checkpoint).exists():
         checkpoint = checkpoint.split("+")

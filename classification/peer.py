@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from classification.data import ToView, View, common_view, view_of
 from classification.losses import SampleLoss, hard, sample_loss
 from classification.models import ModelError, create_classifier, head_of
-from classification.options import EMA_DECAY, PeerSpec
+from classification.options import PeerSpec
 from common.average import decay_of_span
 from common.distributed import World
 from common.options import OptionError
@@ -244,7 +244,7 @@ def build_peers(
 
 def _decay(options: argparse.Namespace, updates: int) -> float:
     """Return the decay of a peer's average, of which a short run needs a smaller one."""
-    if options.model_ema_span is None or options.model_ema_decay != EMA_DECAY:  # given: it counts
+    if options.model_ema_decay is not None:
         return options.model_ema_decay
     return decay_of_span(options.model_ema_span, updates)
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from classification.options import PEER_OPTIONS, REJECTED, build_parser, parse
+from classification.peer import _decay
 from common.options import OptionError
 
 TIMM = json.loads(Path(__file__).with_name("timm_arguments.json").read_text())
@@ -29,8 +30,13 @@ def test_defaults_are_timms():
             continue
         if hasattr(options, dest) and getattr(options, dest) != default:
             differ[dest] = (getattr(options, dest), default)
-    # timm trains one model from scratch on CUDA; peers start from their weights, wherever they are
-    assert differ == {"pretrained": (None, False), "device": ("auto", "cuda")}
+    # timm trains one model from scratch on CUDA; peers start from their weights, wherever they are,
+    # and a decay is told from one that is not given
+    assert differ == {
+        "pretrained": (None, False),
+        "device": ("auto", "cuda"),
+        "model_ema_decay": (None, 0.9998),
+    }
 
 
 def test_peer_options_are_options():
@@ -193,6 +199,23 @@ def test_the_non_target_transfer_wants_hard_targets(more):
 def test_an_average_reaches_back_over_a_share_of_the_run(span):
     with pytest.raises(OptionError, match=rf"peer 'b': model-ema-span is {span}.*expected a share"):
         parse(["/data", "--peer", "a", "--peer", f"b,model-ema-span={span}"])
+
+
+def test_a_decay_that_is_given_goes_before_a_span_whatever_its_value():
+    def decays(*more, of_b=""):
+        asked = ["/data", "--model-ema", "--peer", "a", "--peer", f"b{of_b}", *more]
+        return [_decay(peer.options, 1000) for peer in parse(asked)[1]]
+
+    span = ("--model-ema-span", "0.1")
+    assert decays() == [0.9998] * 2
+    assert decays(*span) == [0.99] * 2
+    for given in (0.9998, 0.5):
+        assert decays(*span, "--model-ema-decay", str(given)) == [given] * 2
+        assert decays("--recipe", "best-known", "--model-ema-decay", str(given)) == [given] * 2
+        assert decays(*span, of_b=f",model_ema_decay={given}") == [0.99, given]
+    run = ("--model-ema-decay", "0.5")
+    assert decays(*run, of_b=",model-ema-span=0.1") == [0.5, 0.99]
+    assert decays(*run, of_b=",model-ema-span=0.1,model-ema-decay=0.7") == [0.5, 0.7]
 
 
 def test_what_an_average_would_leave_without_effect_is_refused():
