@@ -197,16 +197,26 @@ def build_peers(
     run: argparse.Namespace,
     world: World,
     updates_per_epoch: int,
+    common: View | None = None,
 ) -> tuple[list[Peer], int]:
     """Give every model its optimizer, schedule, average and view; move it to the device.
 
     Of models that other processes hold, only the name is left.
 
+    Args:
+        specs: As asked for.
+        modules: Of the peers.
+        views: Of the peers.
+        run: The run's options.
+        world: Where this process stands.
+        updates_per_epoch: Optimizer steps.
+        common: How images come; None: as ``common_view`` chooses for these peers.
+
     Returns:
         The peers, and the number of epochs their schedules ask for (warm-up and cool-down
         included).
     """
-    common, loss = common_view(views), sample_loss(run)
+    common, loss = common or common_view(views), sample_loss(run)
     peers: list[Peer] = []
     epochs = []
     for i, (spec, module, view) in enumerate(zip(specs, modules, views, strict=True)):

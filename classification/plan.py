@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from classification.data import STREAMS, View, common_view
 from classification.options import PeerSpec, mixes
 from classification.peer import build_modules, build_peers
-from common.costs import measure_peer
+from common.costs import PeerCost, measure_peer
 from common.distributed import World
 from common.memory import bytes_of
 from common.options import amp_dtype, wants_copies
@@ -36,12 +36,17 @@ def tell_plan(options: argparse.Namespace, specs: Sequence[PeerSpec], world: Wor
     for spec in specs:
         if spec.takes_published_weights:
             spec.options.pretrained = False
-        if spec.options.torchcompile == AUTO:  # what a trial will say is not known yet
-            spec.options.torchcompile = None
+        leave_trials_out(spec)
     modules, views = build_modules(specs, options)
     team = measure_team(options, specs, modules, views, world)
     flags = Flags(launch="torchrun --nproc-per-node={} classification/train.py")
     log_plan(team, options.gpu_mem, flags, world, amp_dtype(options))
+
+
+def leave_trials_out(spec: PeerSpec) -> None:
+    """Take a peer as it is without ``compile=auto``: what a trial will say is not known yet."""
+    if spec.options.torchcompile == AUTO:
+        spec.options.torchcompile = None
 
 
 def measure_team(
@@ -63,7 +68,28 @@ def measure_team(
     Raises:
         OptionError: An option that does not fit, or only frozen peers.
     """
-    batch, size = options.batch_size, common_view(views).size
+    costs, inputs = measure_peers(options, specs, modules, views, world)
+    return team_of(options, costs, inputs, world, _refused(options))
+
+
+def measure_peers(
+    options: argparse.Namespace,
+    specs: Sequence[PeerSpec],
+    modules: Sequence[nn.Module],
+    views: Sequence[View],
+    world: World,
+    common: View | None = None,
+) -> tuple[list[PeerCost], int]:
+    """Measure peers, one or more; see ``measure_team``.
+
+    Args:
+        common: How images come; None: as these peers alone would have them.
+
+    Returns:
+        What each needs, and the bytes of a batch.
+    """
+    common = common or common_view(views)
+    batch, size = options.batch_size, common.size
 
     def draw(samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
         images = torch.rand(samples, *size, device=device)
@@ -75,13 +101,12 @@ def measure_team(
     costs = []
     for i, module in enumerate(modules):
         seat = World(i, len(specs), 0, world.device, seats=len(specs))  # builds this peer alone
-        peer = build_peers(specs, modules, views, options, seat, updates_per_epoch=1)[0][i]
+        peer = build_peers(specs, modules, views, options, seat, 1, common)[0][i]
         dtype, copies = amp_dtype(options), wants_copies(options)
         costs.append(measure_peer(peer, draw, batch, world.device, dtype, copies=copies))
         del peer
         module.to("cpu")  # room for the next
-    inputs = bytes_of(draw(batch, torch.device("meta")))
-    return team_of(options, costs, inputs, world, _refused(options))
+    return costs, bytes_of(draw(batch, torch.device("meta")))
 
 
 def _refused(options: argparse.Namespace) -> dict[str, str]:

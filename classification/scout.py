@@ -9,10 +9,10 @@ teams are ranked by what their members may gain from one another. Takes the opti
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,7 +26,7 @@ from torch import Tensor
 from classification.data import classes_of, common_view, open_dataset
 from classification.options import PeerSpec, build_parser, parse
 from classification.realised import read_run, shared_specs
-from classification.scout_costs import TeamCosts
+from classification.scout_costs import ClassifierCosts
 from classification.scouting import (
     Candidate,
     Watch,
@@ -41,7 +41,6 @@ from common.distributed import World
 from common.logit_cache import CachedLogits
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
-from common.planner import read_size, shown_bytes
 from common.realised import compare, realised_gains
 from common.report.realised import (
     HEAD,
@@ -50,9 +49,11 @@ from common.report.realised import (
     write_realised_report,
 )
 from common.report.scouting import CAUTION, scout_lead, write_scout_report
+from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_outcome, write_outcome
 from common.scouting import PREDICTORS, Judge, Ranking, Team, default_predictor, rank_teams
 from common.survey import Survey, describe_models, ensemble_accuracy, survey
+from common.team_costs import TeamCosts, add_cost_options, shown_costs
 
 _logger = logging.getLogger("scout")
 
@@ -91,14 +92,7 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--samples", type=int, help="scout on so many images, drawn at random")
     add("--unlabelled", metavar="DIR", help="judge teams on these images, which have no labels")
-    add(
-        "--budget-gpu-mem",
-        type=read_size,
-        metavar="SIZE",
-        help="leave out teams that need more than a GPU of this memory, such as 24G, under both "
-        "--engine and two-pass",
-    )
-    add("--costs", action="store_true", help="tell each team's memory and step time, as --plan")
+    add_cost_options(add)
     add("--top", type=int, default=20, help="teams to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
     add("--models-at-once", type=int, default=8, help="in memory, of those of one geometry")
@@ -135,7 +129,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     predictor = options.predictor or default_predictor(found, judge.rule)
     costs = None
     if options.costs or options.budget_gpu_mem:
-        costs = TeamCosts(candidates, options, options.budget_gpu_mem, world, watch)
+        costs = ClassifierCosts(candidates, options, world, watch)
     ranking = _rank(judge, sizes, predictor, student, options, costs, watch)
     shown = ranking.teams[: options.top]
     if found.labelled:
@@ -148,7 +142,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     outcome["commands"] = [
         command_of(
             [asked[name] for name in team["members"]],
-            argparse.Namespace(**{**vars(options), "engine": team["engine"] or options.engine}),
+            with_engine(options, team),
             folder / f"team-{k + 1}.yaml",
         )
         for k, team in enumerate(outcome["teams"][:_COMMANDS])
@@ -388,43 +382,11 @@ def _measure_ensembles(teams: Sequence[Team], logits: CachedLogits) -> None:
 def command_of(
     peers: Sequence[str | Mapping[str, Any]], options: argparse.Namespace, file: Path
 ) -> str:
-    """Write the command that trains a team, with the options that scouting was given.
-
-    Args:
-        peers: The members as they were asked for.
-        options: The run's.
-        file: YAML that is written where a member came from a YAML file itself.
-    """
+    """Write the command that trains a team; see ``common.scout_commands.train_command``."""
     data = str(options.data) if is_labelled(options) else "DATA"
-    words = ["python", "classification/train.py", data, *_flags(options)]
-    if all(isinstance(peer, str) for peer in peers):
-        words += [word for peer in peers for word in ("--peer", str(peer))]
-    else:
-        text = yaml.safe_dump({"peers": list(peers)}, sort_keys=False)
-        file.write_text(text, encoding="utf-8")
-        words += ["-c", str(file)]
-    return shlex.join(words)
-
-
-def _flags(options: argparse.Namespace) -> list[str]:
-    """Return the flags of train.py that give the options which differ from its defaults."""
-    words: list[str] = []
-    for dest, action in actions_of(build_parser("train")).items():
-        value = getattr(options, dest, action.default)
-        if dest in _NOT_TRAINING or value == action.default:
-            continue
-        flag = action.option_strings[-1]
-        if isinstance(action, argparse.BooleanOptionalAction):
-            flag = next(o for o in action.option_strings if o.startswith("--no-") != value)
-        if isinstance(value, bool):
-            words.append(flag)
-        elif isinstance(value, dict):
-            words += [flag, *(f"{key}={item}" for key, item in value.items())]
-        elif isinstance(value, (list, tuple)):
-            words += [flag, *map(str, value)]
-        else:
-            words += [flag, str(value)]
-    return words
+    flags = flags_of(options, actions_of(build_parser("train")), _NOT_TRAINING)
+    start = ["python", "classification/train.py", data, *flags]
+    return train_command(start, peers, file, functools.partial(yaml.safe_dump, sort_keys=False))
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -447,7 +409,7 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
             "agree": f"{100 * team['agreement']:.1f}%",
             "ensemble": _percent(team["ensemble"]),
             "oracle": _percent(team["oracle"]),
-            **_costs(team),
+            **shown_costs(team),
         }
         for team in outcome["teams"][:top]
     ]
@@ -456,17 +418,6 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
     _logger.info("%s", CAUTION)
     for command in outcome["commands"]:
         _logger.info("  %s", command)
-
-
-def _costs(team: Mapping[str, Any]) -> dict[str, str]:
-    if team["memory"] is None:
-        return {}
-    step = team["step_seconds"]
-    return {
-        "engine": team["engine"],
-        "memory": shown_bytes(team["memory"]),
-        "step": "-" if step is None else f"{1e3 * step:.0f} ms",
-    }
 
 
 def _percent(value: float | None) -> str:

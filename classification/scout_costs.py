@@ -6,22 +6,22 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from classification.plan import measure_team
+from classification.data import View, common_view
+from classification.plan import leave_trials_out, measure_peers
 from classification.scouting import Candidate, Watch, build
-from common.costs import Activations, measure_transfer
+from common.costs import PeerCost
 from common.distributed import World
 from common.options import transfer_of
-from common.planner import TeamCost, engine_costs
-from common.scouting import Team
+from common.team_costs import TeamCosts, rule_of
+from common.transfer import KnowledgeTransfer
 
 
-class TeamCosts:
-    """Fills in what a team needs, and says whether it fits.
+class ClassifierCosts(TeamCosts):
+    """Measures every classifier on images as a team has them; see ``TeamCosts``.
 
     Args:
-        candidates: Each is measured once, in its own view, with the batch of the run.
-        options: Of the runs to come; their engine is tried first, then two-pass.
-        budget: Bytes of one GPU; None: everything fits.
+        candidates: The models.
+        options: Of the runs to come, and the budget.
         world: Where this process stands.
         watch: Wraps the models, for instance in a progress bar.
     """
@@ -30,48 +30,43 @@ class TeamCosts:
         self,
         candidates: Sequence[Candidate],
         options: argparse.Namespace,
-        budget: int | None,
         world: World,
         watch: Watch,
     ) -> None:
-        self.options = options
-        self.budget = budget
-        self._alone = [
-            _measure(one, options, world) for one in watch(candidates, "measuring models")
-        ]
-        self._transfer: dict[int, Activations] = {}
-
-    def __call__(self, team: Team) -> bool:
-        """Fill in engine, memory and seconds; return whether it fits under some engine."""
-        costs = engine_costs(self._of(team.members))
-        chosen = costs[self.options.engine]
-        fits = self.budget is None or chosen.fits(self.budget)
-        if self.budget is not None and not fits:
-            chosen = costs["two-pass"]
-            fits = chosen.fits(self.budget)
-        team.engine, team.memory, team.step_seconds = chosen.engine, chosen.peak, chosen.seconds
-        return fits
-
-    def _of(self, members: Sequence[int]) -> TeamCost:
-        alone = [self._alone[i] for i in members]
-        peers = [
-            replace(cost.peers[0], name=str(i)) for i, cost in zip(members, alone, strict=True)
-        ]
-        size = len(peers)
-        if size not in self._transfer:  # depends on batch and classes alone
-            names = [peer.name for peer in peers]
-            simple = argparse.Namespace(**{**vars(self.options), "rule": "best"})
-            transfer = transfer_of(simple, names)
-            self._transfer[size] = measure_transfer(transfer, peers, alone[0].batch)
-        return replace(
-            alone[0],
-            peers=peers,
-            inputs=max(cost.inputs for cost in alone),
-            transfer=self._transfer[size],
+        self.candidates, self.options, self.world = candidates, options, world
+        self._inputs: dict[View, int] = {}
+        super().__init__(
+            len(candidates),
+            options.batch_size,
+            options.grad_accum_steps,
+            options.engine,
+            options.budget_gpu_mem,
+            watch,
         )
 
+    def setting(self, members: Sequence[int]) -> View:
+        """Return how images come where these train together; it decides what is made of them."""
+        common = common_view([self.candidates[i].view for i in members])
+        return replace(common, interpolation="", crop_pct=1.0, crop_mode="")  # of the files alone
 
-def _measure(candidate: Candidate, options: argparse.Namespace, world: World) -> TeamCost:
-    module, view = build(candidate.spec, options)
-    alone = argparse.Namespace(**{**vars(options), "rule": "none"})
-    return measure_team(alone, [candidate.spec], [module], [view], world)
+    def measure(self, model: int, setting: View) -> PeerCost:
+        """Build a model with its weights, and measure it on such images."""
+        spec = self.candidates[model].spec
+        module, view = build(spec, self.options)
+        leave_trials_out(spec)
+        (cost,), inputs = measure_peers(
+            self.options, [spec], [module], [view], self.world, common=setting
+        )
+        self._inputs[setting] = inputs
+        return cost
+
+    def inputs(self, members: Sequence[int]) -> int:
+        """Return the bytes of a batch of such images, and of their targets."""
+        return self._inputs[self.setting(members)]
+
+    def transfer(self, names: Sequence[str], frozen: Sequence[str]) -> KnowledgeTransfer:
+        """Build the run's objective for other peers."""
+        rule = rule_of(self.options.rule, names)
+        return transfer_of(
+            argparse.Namespace(**{**vars(self.options), "rule": rule}), names, frozen
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,11 +170,25 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
 
 
-def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
-    """Build the parser of a training script; the defaults are those of the published runs."""
+Extend = Callable[[argparse.ArgumentParser], None]
+
+
+def build_parser(
+    dataset: str | None, script: str, extend: Extend | None = None
+) -> argparse.ArgumentParser:
+    """Build the parser of a training script; the defaults are those of the published runs.
+
+    Args:
+        dataset: The script's data set; None: ``--dataset`` chooses.
+        script: Its name, for the usage.
+        extend: Adds the options of another script that takes those of training, but ``--plan``.
+    """
     parser = argparse.ArgumentParser(
         prog=f"saliency/{script}.py",
-        description="Fine-tune N video saliency models that teach each other.",
+        description="Fine-tune N video saliency models that teach each other."
+        if extend is None
+        else "Choose, before any training, which of several video saliency models should teach "
+        "each other.",
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", default="", metavar="FILE", help="YAML of options")
@@ -225,12 +239,19 @@ def build_parser(dataset: str | None, script: str) -> argparse.ArgumentParser:
     add("--checkpoint-hist", type=int, default=3)
     add("--log-wandb", **_FLAG)
     add("--wandb-project")
-    add_plan_options(parser)
+    parser.set_defaults(plan=False)
+    if extend is None:
+        add_plan_options(parser)
+    else:
+        extend(parser)
     return parser
 
 
 def parse(
-    dataset: str | None, script: str, arguments: Sequence[str] | None = None
+    dataset: str | None,
+    script: str,
+    arguments: Sequence[str] | None = None,
+    extend: Extend | None = None,
 ) -> tuple[argparse.Namespace, list[PeerSpec]]:
     """Parse a training script's flags over a YAML file over the defaults.
 
@@ -238,6 +259,7 @@ def parse(
         dataset: The script's data set.
         script: Its name.
         arguments: None: ``sys.argv``.
+        extend: See ``build_parser``.
 
     Returns:
         The run's options, ``dataset`` among them, and its peers as asked for.
@@ -247,7 +269,7 @@ def parse(
             that do not fit.
         SystemExit: As argparse does, for flags.
     """
-    parser = build_parser(dataset, script)
+    parser = build_parser(dataset, script, extend)
     options = parse_over_file(parser, arguments, read_yaml)
     options.dataset = dataset or options.dataset
     _check(options)

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
-from common.costs import measure_peer
+from common.costs import PeerCost, measure_peer
 from common.distributed import World
 from common.memory import bytes_of
 from common.options import amp_dtype, wants_copies
@@ -37,13 +38,18 @@ def tell_plan(
         OptionError, ModelError: As the run itself would.
     """
     dtype = amp_dtype(options)
-    specs = [spec.without_weights() for spec in specs]
-    for spec in specs:
-        if spec.options.compile == AUTO:  # what a trial will say is not known yet
-            spec.options.compile = None
+    specs = [to_measure(spec) for spec in specs]
     team = measure_team(options, specs, world, dtype)
     flags = Flags(launch=f"torchrun --nproc-per-node={{}} saliency/{script}.py")
     log_plan(team, options.gpu_mem, flags, world, dtype)
+
+
+def to_measure(spec: PeerSpec) -> PeerSpec:
+    """Return a peer without its weights, and without ``compile=auto``: no trial has been made."""
+    bare = spec.without_weights()
+    if bare.options.compile == AUTO:
+        bare.options.compile = None
+    return bare
 
 
 def measure_team(
@@ -64,6 +70,25 @@ def measure_team(
         OptionError, ModelError: As the run itself would.
     """
     modules, views = build_modules(specs)
+    costs = measure_peers(options, specs, modules, views, world, dtype)
+    inputs = batch_bytes(views, options)
+    return team_of(options, costs, inputs, world, _refused(options))
+
+
+def measure_peers(
+    options: argparse.Namespace,
+    specs: Sequence[PeerSpec],
+    modules: Sequence[nn.Module],
+    views: Sequence[ClipView],
+    world: World,
+    dtype: torch.dtype | None,
+) -> list[PeerCost]:
+    """Measure peers, one or more; see ``measure_team``.
+
+    Args:
+        modules: Of the peers, on the CPU, where they are afterwards.
+        views: Of the peers.
+    """
     batch, alone = options.batch_size, World(0, 1, 0, world.device)
 
     def draw(samples: int, device: torch.device) -> ClipBatch:
@@ -76,14 +101,24 @@ def measure_team(
         costs.append(measure_peer(peer, draw, batch, world.device, dtype, copies=copies))
         del peer
         module.to("cpu")  # room for the next
-    inputs = bytes_of(draw(batch, torch.device("meta")))
-    return team_of(options, costs, inputs, world, _refused(options))
+    return costs
+
+
+def batch_bytes(views: Sequence[ClipView], options: argparse.Namespace) -> int:
+    """Count the bytes of a run's batch, with the clips of all views."""
+    return bytes_of(random_batch(views, options, options.batch_size, torch.device("meta")))
 
 
 def _refused(options: argparse.Namespace) -> dict[str, str]:
     if not options.max_bad_samples:
         return {}
     return {"peer-parallel": f"not with --max-bad-samples {options.max_bad_samples}"}
+
+
+def grid_of(views: Sequence[ClipView], options: argparse.Namespace) -> tuple[int, ...]:
+    """Return the size of ground truth and transfer: as asked for, else of the largest view."""
+    largest = max((view.size for view in views), key=lambda size: size[0] * size[1])
+    return tuple(options.map_size or largest)
 
 
 def random_batch(
@@ -100,7 +135,7 @@ def random_batch(
     length = {size: 0 for size in (view.size for view in views)}
     for view in views:
         length[view.size] = max(length[view.size], view.frames)
-    size = tuple(options.map_size or max(length, key=lambda size: size[0] * size[1]))
+    size = grid_of(views, options)
     looked = torch.ones(samples, *size, device=device) if options.nss else None
     batch = ClipBatch(
         frames={

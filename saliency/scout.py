@@ -11,8 +11,8 @@ frames better than whom, what teams know together, and whom the rule would let t
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -20,23 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from common.options import OptionError, check_least
+from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, progress_bars, run_command, start_world
 from common.report.numbers import number
+from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_ranking, write_outcome
 from common.scouting import Judge, rank_teams
+from common.team_costs import TeamCosts, add_cost_options, shown_costs
 from saliency.evaluation import metrics_for
+from saliency.held_out import split_held_out
 from saliency.layouts import SPLITS, VideoSet, open_dataset
 from saliency.metrics import METRICS
-from saliency.options import (
-    LOWER_IS_BETTER,
-    add_data_options,
-    add_machine_options,
-    add_peer_options,
-    check_data_options,
-    read_peers,
-)
+from saliency.options import LOWER_IS_BETTER, build_parser, parse
+from saliency.scout_costs import SaliencyCosts
 from saliency.scout_report import CAUTION, frames_lead, write_frames_report
 from saliency.scouting import (
     FRAME_PREDICTORS,
@@ -51,22 +49,14 @@ from saliency.train import FAULTS, check_videos
 _logger = logging.getLogger("scout")
 
 _COMMANDS = 3
+_NOT_TRAINING = "recipe peers output experiment plan gpu_mem check_data".split()
 _HERE = Path("output/scout")
 _SCORES = {"loss": "loss", "confidence": "raw confidence"}
 _COUNTED = tuple(m for m in METRICS if m not in LOWER_IS_BETTER and m != "auc_shuffled")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser."""
-    parser = argparse.ArgumentParser(
-        prog="saliency/scout.py",
-        description="Choose, before any training, which of several video saliency models should "
-        "teach each other.",
-        allow_abbrev=False,
-    )
-    add_data_options(parser, None)
-    add_peer_options(parser)
-    add_machine_options(parser)
+def add_scout_options(parser: argparse.ArgumentParser) -> None:
+    """Add what scouting has besides the options of train.py."""
     add = parser.add_argument_group("scouting").add_argument
     add("--model", action="append", dest="peers", metavar="MODEL[,key=value...]", help="as --peer")
     add("--split", default="val", choices=SPLITS)
@@ -75,17 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--team-size", type=int, nargs="+", default=[2], metavar="N", help="2, or 2 3")
     add("--metric", default="cc", choices=_COUNTED, help="by which frames are won")
     add("--predictor", choices=tuple(FRAME_PREDICTORS), help="what teams are ranked by")
-    add("--rule", default="best", help="as of train.py")
-    add("--score", default="loss", choices=tuple(_SCORES), help="as of train.py")
-    add("--margin", type=float, help="as of train.py")
-    add("--temperature", type=float, default=1.0, help="as of train.py")
-    add("--map-size", type=int, nargs=2, default=[36, 64], metavar=("H", "W"), help="of kept maps")
+    add("--kept-size", type=int, nargs=2, default=[36, 64], metavar=("H", "W"), help="of kept maps")
+    add_cost_options(add)
     add("--top", type=int, default=20, help="teams to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
     add("--skip-unfit", action="store_true", help="go on without models that cannot be scouted")
     add("--cache", type=Path, default=_HERE / "cache", help="of what models say")
-    add("--output", type=Path, help="folder of the report")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,27 +91,26 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     Raises:
         OptionError, ModelError, DataError, CheckpointError: Bad input.
     """
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, specs = parse(None, "scout", arguments, add_scout_options)
     _check(options)
-    specs = read_peers(parser, options)
-    videos = open_dataset(options.dataset, options.data_root, options.split)
-    check_videos(options, [videos], progress=bars and sys.stderr.isatty())
+    videos = _open(options, bars)
     if options.check_data:
         return {}
-    folder = options.output or _HERE / f"{datetime.now():%Y%m%d-%H%M%S}"
-    make_writable(folder)
+    folder = _make_folder(options)
     watch = progress_bars(bars)
     candidates = inspect(specs, options.peers, options.skip_unfit, watch)
     student = _student(options.student, [candidate.spec.name for candidate in candidates])
     world = start_world(options.device)
     caches = cached_answers(candidates, videos, options, world, watch)
     metrics = metrics_for(videos, options.metrics)
-    view = Answered(caches, metrics, options.metric, options.map_size, options.temperature)
-    outcome = _outcome(view, options, student)
+    view = Answered(caches, metrics, options.metric, options.kept_size, options.temperature)
+    costs = None
+    if options.costs or options.budget_gpu_mem:
+        costs = SaliencyCosts(candidates, options, world, watch)
+    outcome = _outcome(view, options, student, costs)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact["parameters"] = candidate.parameters
-    outcome["commands"] = commands(options, candidates, outcome["teams"][:_COMMANDS])
+    outcome["commands"] = commands(folder, options, candidates, outcome["teams"][:_COMMANDS])
     outcome["settings"] = _settings(options, videos)
     write_outcome(folder, outcome)
     report = write_frames_report(folder / "report.html", outcome, options.top)
@@ -136,20 +120,37 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
 
 
 def _check(options: argparse.Namespace) -> None:
-    check_data_options(options)
-    least = {"frames": 1, "top": 1, "most_teams": 1, "seed": 0}
-    check_least(options, {name: low for name, low in least.items() if getattr(options, name)})
-    if min(options.map_size) < 1 or not options.temperature > 0:
-        raise OptionError(
-            f"--map-size is {options.map_size}, --temperature {options.temperature}; expected "
-            "numbers above 0"
-        )
+    check_least(options, {"frames": 1, "top": 1, "most_teams": 1})
+    if min(options.kept_size) < 1:
+        raise OptionError(f"--kept-size is {options.kept_size}; expected numbers above 0")
     if options.max_bad_samples or options.packed:
         raise OptionError(
             "scout.py leaves no frame out and packs none: leave --max-bad-samples and --packed out"
         )
     if options.metrics and options.metric not in (*options.metrics, "cc"):
         raise OptionError(f"--metric {options.metric} is not among --metrics; add it")
+
+
+def _open(options: argparse.Namespace, bars: bool) -> VideoSet:
+    """List what is scouted on, after a look at its files: with ``--held-out`` that part.
+
+    Raises:
+        DataError, OptionError: See ``saliency.train.open_splits``.
+    """
+    split = "train" if options.held_out else options.split
+    videos = open_dataset(options.dataset, options.data_root, split)
+    check_videos(options, [videos], progress=bars and sys.stderr.isatty())
+    if options.held_out:
+        return split_held_out(videos, options.held_out, options.seed)[1]
+    return videos
+
+
+def _make_folder(options: argparse.Namespace) -> Path:
+    folder = Path(options.output or _HERE)
+    if options.experiment or not options.output:
+        folder /= options.experiment or f"{datetime.now():%Y%m%d-%H%M%S}"
+    make_writable(folder)
+    return folder
 
 
 def _student(asked: str | None, names: Sequence[str]) -> int | None:
@@ -160,7 +161,9 @@ def _student(asked: str | None, names: Sequence[str]) -> int | None:
     return list(names).index(asked)
 
 
-def _outcome(view: Answered, options: argparse.Namespace, student: int | None) -> dict[str, Any]:
+def _outcome(
+    view: Answered, options: argparse.Namespace, student: int | None, costs: TeamCosts | None
+) -> dict[str, Any]:
     predictor = options.predictor or default_predictor(options.rule)
     try:
         judge = Judge(
@@ -171,7 +174,14 @@ def _outcome(view: Answered, options: argparse.Namespace, student: int | None) -
             predictors=FRAME_PREDICTORS,
         )
         sizes = sorted(set(options.team_size))
-        ranking = rank_teams(judge, sizes, predictor, student=student, most=options.most_teams)
+        ranking = rank_teams(
+            judge,
+            sizes,
+            predictor,
+            student=student,
+            most=options.most_teams,
+            fits=costs or (lambda team: True),
+        )
     except ValueError as error:
         raise OptionError(str(error)) from error
     for team in ranking.teams:
@@ -216,42 +226,42 @@ def _models(view: Answered) -> list[dict[str, Any]]:
 
 
 def commands(
+    folder: Path,
     options: argparse.Namespace,
     candidates: Sequence[Candidate],
     teams: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """Write the command that trains each team, with each model as it was asked for."""
     asked = {candidate.spec.name: candidate for candidate in candidates}
-    rest = ["--rule", options.rule, "--score", options.score]
-    if options.margin is not None:
-        rest += ["--margin", f"{options.margin:g}"]
-    if options.temperature != 1:
-        rest += ["--temperature", f"{options.temperature:g}"]
-    for name in ("backbone", "size", "view", "before", "stride", "mean", "std"):
-        value = getattr(options, name)
-        if value is not None:
-            rest += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    found = []
-    for team in teams:
-        words = ["python", "saliency/train.py", "--dataset", options.dataset]
-        words += ["--data-root", str(options.data_root)]
-        for name in team["members"]:
-            words += ["--peer", _named(asked[name])]
-        found.append(shlex.join([*words, *rest]))
-    return found
+    actions = actions_of(build_parser(None, "train"))
+    dump = functools.partial(yaml.safe_dump, sort_keys=False)
+    return [
+        train_command(
+            [
+                *("python", "saliency/train.py"),
+                *flags_of(with_engine(options, team), actions, _NOT_TRAINING),
+            ],
+            [_named(asked[name]) for name in team["members"]],
+            folder / f"team-{k}.yaml",
+            dump,
+        )
+        for k, team in enumerate(teams, 1)
+    ]
 
 
-def _named(candidate: Candidate) -> str:
+def _named(candidate: Candidate) -> str | dict[str, Any]:
     """Return what was asked for, with the name that it has here: another team has other repeats."""
-    return (
-        candidate.asked
-        if ",name=" in candidate.asked
-        else f"{candidate.asked},name={candidate.spec.name}"
-    )
+    asked, name = candidate.asked, candidate.spec.name
+    if not isinstance(asked, str):
+        return {**asked, "name": name}
+    return asked if ",name=" in asked else f"{asked},name={name}"
 
 
 def _settings(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
-    names = "rule score margin temperature metric val_stride frames blur map_size seed".split()
+    names = (
+        "rule score margin temperature metric val_stride frames blur kept_size seed engine "
+        "batch_size budget_gpu_mem"
+    ).split()
     shown = {name: getattr(options, name) for name in names}
     return {"data": str(videos), "for": options.student, **shown, "cache": str(options.cache)}
 
@@ -267,10 +277,12 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
             "overlap": number(team["agreement"], 3),
             "ensemble": number(team["ensemble"], 4),
             "oracle": number(team["oracle"], 4),
+            **shown_costs(team),
         }
         for team in outcome["teams"][:top]
     ]
-    log_table(rows)
+    if rows:
+        log_table(rows)
     _logger.info("%s", CAUTION)
     for command in outcome["commands"]:
         _logger.info("  %s", command)

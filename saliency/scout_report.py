@@ -21,7 +21,7 @@ from common.report.page import (
     settings_section,
     write_page,
 )
-from common.report.scouting import matrix_figure
+from common.report.scouting import COSTS_TOLD, cost_columns, matrix_figure
 
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
@@ -89,7 +89,7 @@ def frames_sentences(outcome: Outcome) -> list[str]:
         "clips."
     ]
     if not outcome["teams"]:
-        return [*told, "No team is possible."]
+        return [*told, "No team fits."]
     best = outcome["teams"][0]
     aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
     strongest = max(best["accuracy"].values())
@@ -103,11 +103,15 @@ def frames_sentences(outcome: Outcome) -> list[str]:
             f"{outcome['possible']} teams are possible; the larger ones were grown from the best "
             "smaller ones, which can miss some."
         )
+    if outcome["too_large"]:
+        told.append(f"{outcome['too_large']} teams were left out: they do not fit the memory.")
     return told
 
 
 def _team_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> Html:
+    costs = cost_columns(teams)
     head = ["#", "Team", outcome["predictor"], "Taught", outcome["metric"], "Oracle", "Ensemble"]
+    head += ["Overlap", *costs]
     rows = [
         [
             k,
@@ -118,12 +122,12 @@ def _team_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> Html:
             number(team["oracle"], 4),
             MISSING if team["ensemble"] is None else number(team["ensemble"], 4),
             number(team["agreement"], 3),
+            *(column[k - 1] for column in costs.values()),
         ]
         for k, team in enumerate(teams, 1)
     ]
-    head.append("Overlap")
     roles = f"rule {outcome['rule']}" + (f", score {outcome['score']}" if outcome["score"] else "")
-    height, width = outcome["settings"]["map_size"]
+    height, width = outcome["settings"]["kept_size"]
     caption = (
         f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of frames on "
         f"which each member is taught, in the order of the names; then {outcome['metric']} of "
@@ -131,6 +135,7 @@ def _team_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> Html:
         f"maps, at {height} x {width} pixels, where values differ a little from those at full "
         "size. Overlap: how alike the members' maps are, 1 where they are the same."
         + (f" The ranking is by what {outcome['for']} may gain." if outcome["for"] else "")
+        + COSTS_TOLD * bool(costs)
     )
     return data_table(caption, head, rows, labels=2)
 

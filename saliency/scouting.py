@@ -127,7 +127,7 @@ def cached_answers(
         watch: Wraps batches.
 
     Returns:
-        A complete cache a model. Its logits are the logarithm of each map at ``map_size``; beside
+        A complete cache a model. Its logits are the logarithm of each map at ``kept_size``; beside
         them lie ``scores`` [n, metrics] and the ground truth at that size, ``truth`` [n, h * w].
     """
     whole = build_evaluator(options, videos, [candidates[0].view], world)
@@ -141,7 +141,7 @@ def cached_answers(
             {**_told(candidate, options), **data},
             candidate.spec.name,
             len(places),
-            options.map_size[0] * options.map_size[1],
+            options.kept_size[0] * options.kept_size[1],
         )
         missing = cache.missing()
         module = _module(candidate, world) if missing else None
@@ -160,7 +160,7 @@ def _told(candidate: Candidate, options: argparse.Namespace) -> dict[str, Any]:
         "kwargs": candidate.spec.options.kwargs,
         "view": repr(candidate.view),
         "amp": options.amp_dtype if options.amp else None,
-        **{name: getattr(options, name) for name in ("val_stride", "blur", "map_size", "seed")},
+        **{name: getattr(options, name) for name in ("val_stride", "blur", "kept_size", "seed")},
     }
 
 
@@ -189,7 +189,7 @@ def _answer(
 
     def truths(batches: Iterable[ClipBatch], title: str) -> Iterator[ClipBatch]:
         for batch in watch(batches, f"{name}, {cache.samples(chunk).stop} of {cache.count}"):
-            keep("truth", batch.targets, reduced(batch.maps, options.map_size))
+            keep("truth", batch.targets, reduced(batch.maps, options.kept_size))
             yield batch
 
     evaluator = build_evaluator(
@@ -198,7 +198,7 @@ def _answer(
         [candidate.view],
         world,
         watch=truths,
-        on_maps=lambda _, targets, maps: keep("maps", targets, reduced(maps, options.map_size)),
+        on_maps=lambda _, targets, maps: keep("maps", targets, reduced(maps, options.kept_size)),
         on_scores=lambda _, targets, values: keep("scores", targets, values),
     )
     evaluator.loader.choose(lambda total: places)

@@ -70,7 +70,7 @@ from saliency.options import (
 from saliency.packed import PackedFrames, pack_frames
 from saliency.peer import build_modules, build_peers, describe, warn_of_random_weights
 from saliency.pictures import teaching_pictures
-from saliency.plan import tell_plan
+from saliency.plan import grid_of, tell_plan
 from saliency.trials import choose_ways
 
 _logger = logging.getLogger("train")
@@ -235,7 +235,6 @@ def _train_loader(
             f"--nss is {options.nss}, but {videos} has no fixations; leave it out, or bring "
             "VIDEO/fixation/maps/*.mat or VIDEO/fixation/*.png"
         )
-    largest = max((view.size for view in views), key=lambda size: size[0] * size[1])
     return TrainLoader(
         videos,
         [view for i, view in enumerate(views) if world.holds(i)],
@@ -244,7 +243,7 @@ def _train_loader(
         seed=options.seed,
         workers=options.workers,
         clips_per_video=options.clips_per_video,
-        map_size=tuple(options.map_size) if options.map_size else largest,
+        map_size=grid_of(views, options),
         fixations=bool(options.nss),
         packed=packed,
         bad=bad,

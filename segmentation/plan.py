@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from common.costs import measure_peer, measure_transfer
+from common.costs import PeerCost, measure_peer, measure_transfer
 from common.distributed import World
 from common.memory import bytes_of
 from common.outputs import log_plan
@@ -50,22 +52,11 @@ def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
         ConfigError, SegmentorError, DataError: As the run itself would.
     """
     ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
-    device = torch.device(run.cfg.MODEL.DEVICE)
     shards = shards_of(run, processes)
     batch = per_rank_batch(run.cfg.SOLVER.IMS_PER_BATCH, shards)
-    costs, masks = [], False
-    refused: dict[str, str] = {}
-    for config in run.peers:
-        peer = _peer(config, run)
-        refused |= _refused(run, peer)
-        masks = masks or not peer.dense
-
-        def draw(samples: int, device: torch.device, masks: bool = not peer.dense) -> Batch:
-            return random_batch(run, samples, device, ignore, masks)
-
-        with told_of(f"peer {config.name!r}"):
-            costs.append(measure_peer(peer, draw, batch, device, run.amp_dtype))
-        del peer
+    measured = [measure_config(config, run, batch, ignore) for config in run.peers]
+    costs = [one.cost for one in measured]
+    refused = {engine: why for one in measured for engine, why in one.refused.items()}
     try:
         PeerGroup([RemotePeer(peer.name, peer.frozen) for peer in run.peers])
     except ValueError as error:
@@ -75,12 +66,56 @@ def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
     return TeamCost(
         costs,
         batch,
-        batch * bytes_of(random_batch(run, 1, torch.device("cpu"), ignore, masks)),
+        batch_bytes(run, batch, ignore, masks=any(one.masks for one in measured)),
         transfer,
         run.transfer.ACCUMULATE,
         reduced=shards > 1,
         refused=refused,
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One peer of a run.
+
+    Attributes:
+        cost: What it needs.
+        masks: Whether it learns from one mask a class.
+        refused: Engines that cannot hold it, and why.
+    """
+
+    cost: PeerCost
+    masks: bool
+    refused: dict[str, str]
+
+
+def measure_config(config: PeerConfig, run: RunConfig, batch: int, ignore: int) -> Measured:
+    """Measure one peer, with random weights.
+
+    Args:
+        config: Of the peer.
+        run: Whose images it learns from.
+        batch: Images a process.
+        ignore: The ignore label.
+
+    Raises:
+        ConfigError, SegmentorError: As the run itself would.
+    """
+    peer = _peer(config, run)
+    refused, masks = _refused(run, peer), not peer.dense
+
+    def draw(samples: int, device: torch.device) -> Batch:
+        return random_batch(run, samples, device, ignore, masks)
+
+    device = torch.device(run.cfg.MODEL.DEVICE)
+    with told_of(f"peer {config.name!r}"):
+        cost = measure_peer(peer, draw, batch, device, run.amp_dtype)
+    return Measured(cost, masks, refused)
+
+
+def batch_bytes(run: RunConfig, batch: int, ignore: int, masks: bool) -> int:
+    """Count the bytes of a batch of training images."""
+    return batch * bytes_of(random_batch(run, 1, torch.device("cpu"), ignore, masks))
 
 
 def _refused(run: RunConfig, peer: SegmentorPeer) -> dict[str, str]:

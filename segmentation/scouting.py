@@ -30,6 +30,7 @@ from common.report.scouting import scout_lead, write_scout_report
 from common.scout_outcome import describe_outcome, write_outcome
 from common.scouting import PREDICTORS, Judge, Team, default_predictor, rank_teams
 from common.survey import Survey, random_half, survey
+from common.team_costs import TeamCosts, add_cost_options, shown_costs
 from segmentation.answers import Pixels, cached_answers, draw_pixels, inspect
 from segmentation.classwise import (
     class_iou,
@@ -43,6 +44,7 @@ from segmentation.config import RunConfig, load_run
 from segmentation.data import check_classes
 from segmentation.errors import FAULTS
 from segmentation.held_out import hold_out
+from segmentation.scout_costs import SegmentorCosts
 from segmentation.trainer import current_world
 
 _logger = logging.getLogger("scout")
@@ -81,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, help="scout on so many images, drawn at random")
     add("--pixels", type=int, default=64, help="of each image, drawn at random; a power of two")
     add("--seed", type=int, default=0, help="of the draws")
+    add_cost_options(add)
     add("--top", type=int, default=20, help="teams to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
     add("--skip-unfit", action="store_true", help="go on without models that cannot be scouted")
@@ -123,7 +126,10 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     world = current_world(run.cfg.MODEL.DEVICE)
     answers = cached_answers(candidates, pixels, asked.cache, world, watch)
     view = Answered(answers, pixels, run.transfer.TEMPERATURE, asked.seed)
-    outcome = _outcome(view, run, asked, student)
+    costs = None
+    if asked.costs or asked.budget_gpu_mem:
+        costs = SegmentorCosts(candidates, run, asked.budget_gpu_mem, watch)
+    outcome = _outcome(view, run, asked, student, costs)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact["parameters"] = candidate.parameters
         fact["weights"] = candidate.config.cfg.MODEL.WEIGHTS
@@ -186,7 +192,11 @@ class Answered:
 
 
 def _outcome(
-    view: Answered, run: RunConfig, asked: argparse.Namespace, student: int | None
+    view: Answered,
+    run: RunConfig,
+    asked: argparse.Namespace,
+    student: int | None,
+    costs: TeamCosts | None,
 ) -> dict[str, Any]:
     granularity = run.transfer.GRANULARITY
     judges = {kind: view.judge(run, kind) for kind in ("image", "pixel")}
@@ -198,6 +208,7 @@ def _outcome(
             predictor,
             student=student,
             most=asked.most_teams,
+            fits=costs or (lambda team: True),
         )
     except ValueError as error:
         raise OptionError(str(error)) from error
@@ -221,7 +232,9 @@ def _outcome(
         "flips_by_class": by_class.tolist(),
         "best_by_class": class_rows(
             view.found, view.truth, view.weight, view.classes, shown[0].members, view.iou
-        ),
+        )
+        if shown
+        else [],
     }
 
 
@@ -260,6 +273,7 @@ def write_commands(folder: Path, run: RunConfig, teams: Sequence[Mapping[str, An
                 }
             )
         transfer = yaml.safe_load(run.transfer.dump()) | {"PEERS": specs}
+        transfer["ENGINE"] = team["engine"] or transfer["ENGINE"]
         content = {"TRANSFER": transfer, "OUTPUT_DIR": f"output/{'_'.join(team['members'])}"}
         file = folder / f"team-{k}.yaml"
         write_text(file, yaml.safe_dump(content, sort_keys=False))
@@ -282,6 +296,8 @@ def _settings(asked: argparse.Namespace, run: RunConfig, dataset: str) -> dict[s
     return {
         "data": dataset,
         **{key: getattr(asked, key) for key in ("images", "pixels", "seed", "team_size")},
+        "engine": run.transfer.ENGINE,
+        "budget_gpu_mem": asked.budget_gpu_mem,
         "for": asked.student,
         **{key.lower(): run.transfer[key] for key in keys},
         "cache": str(asked.cache),
@@ -374,10 +390,12 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
             "mIoU": _listed(team["miou"], 1),
             "ensemble": as_percent(team["ensemble_miou"]),
             "oracle": as_percent(team["oracle_miou"]),
+            **shown_costs(team),
         }
         for team in outcome["teams"][:top]
     ]
-    log_table(rows)
+    if rows:
+        log_table(rows)
     _logger.info("%s", CAUTION)
     for command in outcome["commands"]:
         _logger.info("  %s", command)

@@ -39,6 +39,7 @@ CAUTION = (
     "scout.py --realised RUN... on finished runs. On small models of digits it did not order teams "
     "by their mean gain, and partners of one model no better than by their accuracy."
 )
+COSTS_TOLD = " Memory and step: as --plan works them out."
 _NUMBERED = 16
 _SHOWN = 8
 
@@ -131,12 +132,10 @@ def _predictor_notes(outcome: Mapping[str, Any]) -> Html:
 
 
 def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) -> Html:
-    known = any(team["memory"] is not None for team in teams)
-    head = ["#", "Team", outcome["predictor"], "Taught", "Agree", "Ensemble", "Oracle"]
-    head += ["Engine", "Memory", "Step"] * known
-    rows = []
-    for k, team in enumerate(teams):
-        row = [
+    costs = cost_columns(teams)
+    head = ["#", "Team", outcome["predictor"], "Taught", "Agree", "Ensemble", "Oracle", *costs]
+    rows = [
+        [
             k + 1,
             ", ".join(team["members"]),
             number(team["value"], 4),
@@ -144,18 +143,29 @@ def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) 
             as_percent(team["agreement"]),
             as_percent(team["ensemble"]),
             as_percent(team["oracle"]),
+            *(column[k] for column in costs.values()),
         ]
-        if known:
-            row += [team["engine"], _gigabytes(team["memory"]), _milliseconds(team["step_seconds"])]
-        rows.append(row)
+        for k, team in enumerate(teams)
+    ]
     roles = f"rule {outcome['rule']}" + (f", score {outcome['score']}" if outcome["score"] else "")
     caption = (
         f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of samples on "
         "which each member is taught, in the order of the names."
         + (f" The ranking is by what {outcome['for']} may gain." if outcome["for"] else "")
-        + " Memory and step: as --plan works them out." * known
+        + COSTS_TOLD * bool(costs)
     )
     return data_table(caption, head, rows, labels=2)
+
+
+def cost_columns(teams: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return what teams need, by the column's name; nothing where that was not looked at."""
+    if all(team["memory"] is None for team in teams):
+        return {}
+    return {
+        "Engine": [team["engine"] for team in teams],
+        "Memory": [_gigabytes(team["memory"]) for team in teams],
+        "Step": [_milliseconds(team["step_seconds"]) for team in teams],
+    }
 
 
 def _predictor_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) -> Html:

@@ -1,5 +1,6 @@
 """scout.py from the command line: real images, cache, wildcards, data without labels, errors."""
 
+import argparse
 import csv
 import json
 import re
@@ -12,11 +13,15 @@ import torch
 from classification.held_out import Part
 from classification.models import ModelError, models_meant
 from classification.options import build_parser, parse
+from classification.peer import build_modules
+from classification.plan import measure_team
 from classification.scout import add_scout_options, main, scout, team_sizes
 from classification.train import run
 from classification.validate import validate
 from common import logit_cache
+from common.distributed import World
 from common.options import OptionError
+from common.planner import engine_costs
 
 VIT = "kwargs.patch_size=8,kwargs.embed_dim=24,kwargs.depth=1,kwargs.num_heads=2,img_size=32"
 PEERS = [
@@ -199,6 +204,19 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(scouting, no_report):
     assert ("--engine two-pass" in found["commands"][0]) == (first == "two-pass")
     none = scout([*scouting, "--budget-gpu-mem", "10K"], bars=False)
     assert none["teams"] == [] and none["too_large"] == 6 and none["commands"] == []
+
+
+def test_costs_are_those_of_the_plan_with_copies_that_teach(scouting, no_report):
+    given = [*scouting, *"--model-ema --teachers ema --rule better --opt adamw --lr 1e-3".split()]
+    found = scout([*given, "--costs"], bars=False)
+    needs = {frozenset(team["members"]): team["memory"] for team in found["teams"]}
+    options, specs = parse(given, "scout", add_scout_options)
+    pair = [spec for spec in specs if spec.name in "ab"]
+    modules, views = build_modules(pair, argparse.Namespace(**{**vars(options), "num_classes": 10}))
+    world = World(0, 1, 0, torch.device("cpu"))
+    plan = measure_team(options, pair, modules, views, world)
+    assert all(peer.copy > 0 for peer in plan.peers)
+    assert needs[frozenset("ab")] == engine_costs(plan)["joint"].peak
 
 
 def test_broken_images_are_named_or_left_out(scouting, digits, tmp_path, caplog, no_report):

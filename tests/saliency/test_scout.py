@@ -3,15 +3,23 @@
 import csv
 import json
 import math
+import shlex
 
 import pytest
 import torch
+import yaml
 
 from common.checkpoint import save_weights
+from common.distributed import World
 from common.options import OptionError
+from common.planner import engine_costs
 from saliency import scouting
 from saliency.evaluate import evaluate
-from saliency.scout import main, scout
+from saliency.held_out import split_held_out
+from saliency.layouts import open_dataset
+from saliency.options import parse
+from saliency.plan import measure_team
+from saliency.scout import add_scout_options, main, scout
 from saliency.scouting import reduced, wins
 from saliency.train import run
 from tests.saliency.folders import write_dataset
@@ -49,7 +57,7 @@ def home(tmp_path, monkeypatch):
 def arguments(data, models, folder, *rest):
     return [
         *("--data-root", str(data), *models, "--workers", "0", "--device", "cpu"),
-        *("--val-stride", "2", "--map-size", "9", "16", "--cache", str(folder / "cache")),
+        *("--val-stride", "2", "--kept-size", "9", "16", "--cache", str(folder / "cache")),
         *("--output", str(folder / "out"), *map(str, rest)),
     ]
 
@@ -157,6 +165,67 @@ def test_chunks_join_to_the_same_answers(data, models, scouted, tmp_path, monkey
     assert len(list(tmp_path.glob("cache/*/chunk-*"))) == 3 * 3
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Draw nothing: that takes longest."""
+    monkeypatch.setattr("saliency.scout.write_frames_report", lambda path, *rest: path)
+
+
+def costs_of(found):
+    return {tuple(team["members"]): team["memory"] for team in found["teams"]}
+
+
+def test_teams_that_do_not_fit_a_gpu_are_left_out(data, models, scouted, no_report):
+    def told(*rest):
+        return scout(arguments(data, models, scouted[0], *rest), bars=False)
+
+    free = told("--costs")
+    need = costs_of(free)
+    assert len(need) == 3 and all(team["engine"] == "joint" for team in free["teams"])
+    assert all(team["step_seconds"] > 0 for team in free["teams"])
+    least = min(need.values()) // 0.85 // 1024 + 1
+    found = told("--budget-gpu-mem", f"{least:.0f}K")
+    for team in found["teams"]:
+        alone = need[tuple(team["members"])] == min(need.values())
+        assert team["engine"] == ("joint" if alone else "two-pass")
+    assert found["teams"] and len(found["teams"]) + found["too_large"] == found["judged"] == 3
+    first = found["teams"][0]["engine"]
+    assert ("--engine two-pass" in found["commands"][0]) == (first == "two-pass")
+    none = told("--budget-gpu-mem", "1K")
+    assert none["teams"] == [] and none["too_large"] == 3 and none["commands"] == []
+
+
+@pytest.mark.parametrize("rest", [(), ("--ema", "--teachers", "ema", "--opt", "sgd")])
+def test_costs_are_those_of_the_plan(data, models, scouted, no_report, rest):
+    given = arguments(data, models, scouted[0], "-b", 3, *rest)
+    needs = costs_of(scout([*given, "--costs"], bars=False))
+    options, specs = parse(None, "scout", given, add_scout_options)
+    for pair in ("ab", "bc"):  # beside a, b has larger maps
+        team = [spec for spec in specs if spec.name in pair]
+        plan = measure_team(options, team, World(0, 1, 0, torch.device("cpu")), None)
+        assert needs[tuple(pair)] == engine_costs(plan)["joint"].peak
+        assert all(peer.copy > 0 for peer in plan.peers) == bool(rest)
+
+
+def test_models_of_a_yaml_file_are_trained_from_one(data, models, scouted, tmp_path, no_report):
+    file = tmp_path / "peers.yaml"
+    entries = [model.split(",") for model in models[1::2]]
+    content = [dict(model=m, **dict(pair.split("=") for pair in pairs)) for m, *pairs in entries]
+    file.write_text(yaml.safe_dump({"peers": content, "rule": "better"}))
+    given = [*arguments(data, [], scouted[0]), "-c", str(file), "--clip-grad", "2"]
+    words = shlex.split(scout(given, bars=False)["commands"][0])
+    options, specs = parse(None, "train", words[2:])
+    assert len(specs) == 2 and {spec.name for spec in specs} < {"a", "b", "c"}
+    assert options.rule == "better" and options.clip_grad == 2 and options.val_stride == 2
+
+
+def test_the_held_out_part_is_scouted(data, models, scouted, no_report):
+    given = arguments(data, models, scouted[0], "--held-out", "0.5", "--seed", 3)
+    found = scout(given, bars=False)
+    part = split_held_out(open_dataset("dhf1k", data, "train"), 0.5, 3)[1]
+    assert found["samples"] == len(part.videos) * 2 and "--held-out 0.5" in found["commands"][0]
+
+
 @pytest.mark.parametrize(
     ("rest", "told"),
     [
@@ -164,7 +233,7 @@ def test_chunks_join_to_the_same_answers(data, models, scouted, tmp_path, monkey
         (("--rule", "fairest"), "fairest"),
         (("--team-size", "9"), "teams of 9 of 3 models"),
         (("--max-bad-samples", "1"), "leaves no frame out"),
-        (("--map-size", "0", "4"), "--map-size"),
+        (("--kept-size", "0", "4"), "--kept-size"),
     ],
 )
 def test_faults_end_in_one_line(data, models, scouted, caplog, rest, told):

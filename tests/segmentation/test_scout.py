@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from common.options import OptionError
+from common.planner import engine_costs
 from segmentation import answers, scouting
 from segmentation.answers import draw_pixels
 from segmentation.classwise import class_iou, flips_by_class, mean_iou
@@ -18,6 +20,7 @@ from segmentation.evaluation import evaluating, predict
 from segmentation.keys import value_at
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
+from segmentation.plan import measure_team
 from segmentation.scouting import main, scout
 from tests.segmentation.runs import SHARED, write_peer
 
@@ -142,6 +145,34 @@ def test_the_ranking_for_one_model_has_it_in_every_team(scouted):
     arguments, _ = scouted
     outcome = scout([*arguments, "--for", "b"], bars=False)
     assert outcome["for"] == "b" and all("b" in team["members"] for team in outcome["teams"])
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Draw nothing: that takes longest."""
+    monkeypatch.setattr("segmentation.scouting.write_scout_report", lambda path, *rest: path)
+
+
+def test_teams_that_do_not_fit_a_gpu_are_left_out(models, scouted, no_report):
+    arguments, _ = scouted
+    pairs = [*arguments, "--team-size", "2"]
+    free = scout([*pairs, "--costs"], bars=False)
+    need = {tuple(team["members"]): team["memory"] for team in free["teams"]}
+    assert len(need) == 3 and all(team["engine"] == "joint" for team in free["teams"])
+    assert all(team["step_seconds"] > 0 for team in free["teams"])
+    run = load_run([models])
+    pair = replace(run, peers=[peer for peer in run.peers if peer.name in "ab"])
+    assert need["a", "b"] == engine_costs(measure_team(pair))["joint"].peak
+    least = min(need.values()) // 0.85 // 1024 + 1
+    found = scout([*pairs, "--budget-gpu-mem", f"{least:.0f}K"], bars=False)
+    for team in found["teams"]:
+        alone = need[tuple(team["members"])] == min(need.values())
+        assert team["engine"] == ("joint" if alone else "two-pass")
+    assert found["teams"] and len(found["teams"]) + found["too_large"] == found["judged"] == 3
+    file = arguments[arguments.index("--output") + 1] + "/team-1.yaml"
+    assert found["teams"][0]["engine"] == load_run([file]).transfer.ENGINE
+    none = scout([*pairs, "--budget-gpu-mem", "10K"], bars=False)
+    assert none["teams"] == [] and none["too_large"] == 3 and none["commands"] == []
 
 
 def test_flips_by_class_add_up_to_those_of_all():
