@@ -28,6 +28,7 @@ from classification.peer import build_modules
 from classification.train import FAULTS, check_classes, check_same_classes, open_both, run
 from classification.train import start as begin
 from common import experiment
+from common.broken import BadSamples
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.distributed import World
 from common.experiment import Measured, Trained
@@ -83,7 +84,8 @@ class Classification:
             scores = _scores(asked, modules, views, dataset, world)
             found[what] = measured(scores, names, None, classes)
         for name, right in zip(names, scores.correct, strict=True):
-            atomic_write(_right(files[name]), lambda to, x=right: torch.save({"right": x}, to))
+            told = {"right": right, "valid": scores.valid}
+            atomic_write(_right(files[name]), lambda to, told=told: torch.save(told, to))
         return found
 
     def started(self, peer: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
@@ -105,9 +107,10 @@ class Classification:
         """Measure exported weights on the test set."""
         asked, modules, views, test = _exported(options, files)
         scores = _scores(asked, modules, views, test, begin(asked))
-        before = torch.stack([read_file(_right(start[name]))["right"] for name in files])
+        told = [read_file(_right(start[name])) for name in files]
+        before = torch.stack([one["right"] for one in told])
         classes = _class_names(test, modules[0].num_classes)
-        return measured(scores, list(files), before, classes)
+        return measured(scores, list(files), before, classes, told[0].get("valid"))
 
     def measure_corrupted(
         self,
@@ -169,11 +172,16 @@ def _scores(
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
     for module in modules:
         module.to(world.device)
-    return PeerEvaluator(dataset, views, options, world, amp_dtype).score(modules)
+    bad = BadSamples(options.max_bad_samples)
+    return PeerEvaluator(dataset, views, options, world, amp_dtype, bad=bad).score(modules)
 
 
 def measured(
-    scores: Scores, names: Sequence[str], before: Tensor | None, classes: Sequence[str]
+    scores: Scores,
+    names: Sequence[str],
+    before: Tensor | None,
+    classes: Sequence[str],
+    was_valid: Tensor | None = None,
 ) -> Measured:
     """Turn scores into what the report wants: metrics, flips, calibration, every class.
 
@@ -182,16 +190,18 @@ def measured(
         names: The peers', in order.
         before: Which samples were right at the start [N, n]; None: no flips.
         classes: Names of the classes, by number.
+        was_valid: Which samples could be read at the start [n]; None: all.
     """
-    found = Measured(scores.metrics(names, before))
-    present = scores.target.unique().tolist()
+    found = Measured(scores.metrics(names, before, was_valid))
+    target = scores.target[scores.valid]
+    confidence, correct = (x[:, scores.valid] for x in (scores.confidence, scores.correct))
+    present = target.unique().tolist()
     for i, name in enumerate(names):
         found.metrics[f"{name}/ece"] = expected_calibration_error(
-            scores.confidence[i].double().numpy(), scores.correct[i].numpy()
+            confidence[i].double().numpy(), correct[i].numpy()
         )
         found.classes[name] = {
-            classes[k]: 100 * scores.correct[i][scores.target == k].double().mean().item()
-            for k in present
+            classes[k]: 100 * correct[i][target == k].double().mean().item() for k in present
         }
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -14,12 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.broken import BadSamples, Replaced
 from common.distributed import World
 from common.logit_cache import CHUNK, CachedLogits, ChunkWriter, LogitCache, hash_weights
 from common.options import OptionError
 from common.scouting import refuse_unfit
 from segmentation.config import PeerConfig, RunConfig
-from segmentation.data import allowed, check_labels, classes_of, load_datasets, read_labels
+from segmentation.data import (
+    LeavingOut,
+    TestMapper,
+    allowed,
+    check_labels,
+    classes_of,
+    load_datasets,
+    read_labels,
+)
 from segmentation.errors import FAULTS
 from segmentation.evaluation import evaluating, predict, test_samples
 from segmentation.models import build_with_weights
@@ -58,7 +68,14 @@ class Pixels:
         return self.where.shape[1]
 
 
-def draw_pixels(dataset: str, each: int, images: int | None, seed: int, watch: Watch) -> Pixels:
+def draw_pixels(
+    dataset: str,
+    each: int,
+    images: int | None,
+    seed: int,
+    watch: Watch,
+    bad: BadSamples | None = None,
+) -> Pixels:
     """Draw pixels of a dataset's images, the same for every model.
 
     Args:
@@ -67,10 +84,12 @@ def draw_pixels(dataset: str, each: int, images: int | None, seed: int, watch: W
         images: How many, drawn at random; None: all.
         seed: Of the draws.
         watch: Wraps the images, for instance in a progress bar.
+        bad: Counts images whose files are broken, which are left out; None: none is allowed. Where
+            some are, each image is read too.
 
     Raises:
         OptionError: Another number of pixels, or no labelled pixel at all.
-        DataError: Files that are missing or broken.
+        DataError: More files that are missing or broken than allowed.
     """
     if each < 1 or CHUNK % each:
         raise OptionError(f"--pixels {each}: expected a power of two from 1 to {CHUNK}")
@@ -79,21 +98,46 @@ def draw_pixels(dataset: str, each: int, images: int | None, seed: int, watch: W
     if images is not None and images < len(records):
         order = np.random.default_rng([seed, 3]).permutation(len(records))
         records = [records[i] for i in sorted(order[:images])]
-    where = torch.zeros(len(records), each, dtype=torch.long)
-    labels = torch.full((len(records), each), _BROKEN)
-    weight = torch.zeros(len(records), dtype=torch.float64)
+    bad = bad or allowed()
+    read = LeavingOut(functools.partial(_truth, len(classes), ignore, bad.most > 0))
+    kept: list[dict[str, Any]] = []
+    where, labels, weight = [], [], []
     for i, record in enumerate(watch(records, "drawing pixels")):
-        truth = read_labels(record["sem_seg_file_name"], dtype=np.int64)
-        check_labels(truth, len(classes), ignore, record["sem_seg_file_name"])
+        truth = read(record)
+        if isinstance(truth, Replaced):
+            bad.add(truth.passed_over, evaluating=True)
+            continue
         there = np.flatnonzero(truth != ignore)
+        chosen = np.zeros(each, dtype=np.int64)
         if len(there):
             draw = np.random.default_rng([seed, 4, i])
             chosen = np.sort(draw.choice(there, each, replace=len(there) < each))
-            where[i], labels[i] = torch.from_numpy(chosen), torch.from_numpy(truth.flat[chosen])
-            weight[i] = len(there) / each
-    if not bool(weight.any()):
+        kept.append(record)
+        where.append(torch.from_numpy(chosen))
+        told = torch.from_numpy(truth.flat[chosen])
+        labels.append(told if len(there) else torch.full((each,), _BROKEN))
+        weight.append(len(there) / each)
+    bad.tell_evaluation(len(records) - len(kept), len(records))
+    if not any(weight):
         raise OptionError(f"{dataset}: no pixel has a label; there is nothing to scout on")
-    return Pixels(records, classes, where, labels, weight, _fingerprint(records, each, seed))
+    return Pixels(
+        kept,
+        classes,
+        torch.stack(where),
+        torch.stack(labels),
+        torch.tensor(weight, dtype=torch.float64),
+        _fingerprint(kept, each, seed),
+    )
+
+
+def _truth(classes: int, ignore: int, whole: bool, record: dict[str, Any]) -> np.ndarray:
+    """Read an image's labels, and where ``whole`` the image, so that it is known to be sound."""
+    path = record["sem_seg_file_name"]
+    truth = read_labels(path, dtype=np.int64)
+    check_labels(truth, classes, ignore, path)
+    if whole:
+        TestMapper(0, 0)(record)
+    return truth
 
 
 def _fingerprint(records: Sequence[dict[str, Any]], each: int, seed: int) -> str:

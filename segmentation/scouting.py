@@ -41,7 +41,7 @@ from segmentation.classwise import (
     oracle_answers,
 )
 from segmentation.config import RunConfig, load_run
-from segmentation.data import check_classes
+from segmentation.data import allowed, check_classes
 from segmentation.errors import FAULTS
 from segmentation.held_out import hold_out
 from segmentation.scout_costs import SegmentorCosts
@@ -122,7 +122,8 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     names = [candidate.config.name for candidate in candidates]
     student = _student(asked.student, names)
     dataset = run.cfg.DATASETS.TEST[0]
-    pixels = draw_pixels(dataset, asked.pixels, asked.images, asked.seed, watch)
+    bad = allowed(run.transfer.MAX_BAD_SAMPLES)
+    pixels = draw_pixels(dataset, asked.pixels, asked.images, asked.seed, watch, bad)
     world = current_world(run.cfg.MODEL.DEVICE)
     answers = cached_answers(candidates, pixels, asked.cache, world, watch)
     view = Answered(answers, pixels, run.transfer.TEMPERATURE, asked.seed)

@@ -16,6 +16,7 @@ import torch
 from detectron2.utils.env import seed_all_rng
 
 from common import experiment
+from common.broken import BadSamples
 from common.checkpoint import atomic_write, read_file
 from common.disk import remove_leftovers
 from common.experiment import Measured, Trained
@@ -23,7 +24,7 @@ from common.options import OptionError
 from segmentation import checkpoints
 from segmentation.cli import begin, end_logging, hush, train
 from segmentation.config import PEER_PREFIX, RunConfig, load_content, read_yaml
-from segmentation.data import check_classes, classes_of, load_datasets
+from segmentation.data import allowed, check_classes, classes_of, load_datasets
 from segmentation.errors import FAULTS
 from segmentation.evaluation import ENSEMBLE, METRICS, evaluate_group
 from segmentation.held_out import hold_out
@@ -50,6 +51,7 @@ _ELSEWHERE = {
     "MODEL.WEIGHTS": "give WEIGHTS of each peer",
 }
 _NAMED = {_RULE: "rule"}
+_BAD = "TRANSFER.MAX_BAD_SAMPLES"
 
 
 class Segmentation:
@@ -108,8 +110,9 @@ class Segmentation:
             content = {"model": module.state_dict()}
             atomic_write(files[config.name], functools.partial(torch.save, content))
             peers.append(SegmentorPeer(config.name, module, cfg, frozen=True))
-        held_out, _ = measured(peers, hold_out(run).cfg.DATASETS.TEST[0])
-        test, pixels = measured(peers, run.cfg.DATASETS.TEST[0])
+        bad = allowed(run.transfer.MAX_BAD_SAMPLES)
+        held_out, _ = measured(peers, hold_out(run).cfg.DATASETS.TEST[0], bad)
+        test, pixels = measured(peers, run.cfg.DATASETS.TEST[0], bad)
         for name, file in files.items():
             content = {"right": pixels.right(name)}
             atomic_write(_right(file), functools.partial(torch.save, content))
@@ -143,7 +146,8 @@ class Segmentation:
     ) -> Measured:
         """Measure exported weights on the test set."""
         peers = [self._exported(options, name, file) for name, file in files.items()]
-        found, pixels = measured(peers, peers[0].cfg.DATASETS.TEST[0])
+        bad = allowed(int(options.get(_BAD, 0)))
+        found, pixels = measured(peers, peers[0].cfg.DATASETS.TEST[0], bad)
         for name in files:
             before = read_file(_right(start[name]))["right"]
             fixed, broken = flips(before, pixels.right(name))
@@ -186,8 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return experiment.main(Segmentation(), FAULTS, arguments)
 
 
-def measured(peers: Sequence[SegmentorPeer], dataset: str) -> tuple[Measured, PixelRecord]:
-    """Measure peers and their ensemble on a dataset.
+def measured(
+    peers: Sequence[SegmentorPeer], dataset: str, bad: BadSamples
+) -> tuple[Measured, PixelRecord]:
+    """Measure peers and their ensemble on a dataset; broken files are left out, and counted.
 
     Returns:
         mIoU and its like, in percent, each class's IoU where there is one, and the calibration
@@ -196,7 +202,7 @@ def measured(peers: Sequence[SegmentorPeer], dataset: str) -> tuple[Measured, Pi
     hush()
     world = current_world(peers[0].cfg.MODEL.DEVICE)
     pixels = PixelRecord(dataset)
-    rows = evaluate_group(peers, dataset, world, watch=pixels)
+    rows = evaluate_group(peers, dataset, world, bad=bad, watch=pixels)
     names = [peer.name for peer in peers]
     found = Measured({k: v for k, v in rows.items() if k.split("/")[1] in METRICS})
     for name in names:

@@ -13,6 +13,7 @@ from classification.data import classes_of, open_dataset
 from classification.experiment import Classification, main, measured
 from classification.held_out import Part, labels_of, split_held_out
 from classification.train import run
+from common.broken import BadSampleError
 from common.checkpoint import read_weights
 from common.experiment import read_experiment
 from common.experiment.work import labels_of as jobs_of
@@ -140,6 +141,41 @@ def test_measured_by_hand():
     assert found.classes == {"a": {"x": 50.0, "z": 100.0}}
     assert found.metrics["a/fixed"] == found.metrics["a/broken"] == 1
     assert found.metrics["a/ece"] == pytest.approx(100 * (0.8 + 0.8) / 4)
+
+
+def test_what_could_not_be_read_counts_nowhere():
+    from classification.evaluation import Scores
+
+    right = torch.tensor([[True, False, False, True]])
+    confidence = torch.tensor([[0.9, 0.9, 0.1, 0.6]])
+    target = torch.tensor([0, 0, -1, 2])
+    scores = Scores(right, right, torch.zeros(1, 4), right[0], confidence, target)
+    before, was_valid = torch.tensor([[True, True, True, False]]), torch.tensor([1, 1, 1, 0]) > 0
+    found = measured(scores, ["a"], before, ["x", "y", "z"], was_valid)
+    assert found.classes == {"a": {"x": 50.0, "z": 100.0}}
+    assert (found.metrics["a/fixed"], found.metrics["a/broken"]) == (0, 1)
+    assert found.metrics["a/ece"] == pytest.approx(100 * (0.4 * 2 + 0.4) / 3)
+
+
+def test_broken_images_are_left_out_of_what_is_measured(digits, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    next((data / "validation").rglob("*.png")).write_bytes(b"no image")
+    found = {}
+    for most in (0, 1):
+        path = small(data, tmp_path, controls=["none"], arms={"best": {}})
+        content = yaml.safe_load(path.read_text())
+        content["train"] |= {"max_bad_samples": most, "epochs": 1}
+        path.write_text(yaml.safe_dump(content))
+        task = Classification()
+        experiment = read_experiment(task.read(path), path)
+        if most == 0:
+            with pytest.raises(BadSampleError, match="mend or remove it"):
+                work(experiment, task, "start:3")
+    found = [work(experiment, task, label) for label in ("start:3", "best:3")]
+    assert "-1" not in found[1]["last"]["classes"]["a"]
+    values = [found[0]["test"]["metrics"]["a/top1"], found[1]["last"]["metrics"]["a/top1"]]
+    assert all((x * 199 / 100) == pytest.approx(round(x * 199 / 100), abs=1e-6) for x in values)
 
 
 def test_what_ships_is_understood():

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 
@@ -38,3 +40,11 @@ def loggers():
     setup_logger.cache_clear()
     for name in ("fvcore", "detectron2", "segmentation", "common"):
         logging.getLogger(name).handlers.clear()
+
+
+@pytest.fixture
+def own_datasets(tmp_path, datasets, monkeypatch):
+    """A copy that a test may break."""
+    shutil.copytree(datasets / "scenes", tmp_path / "data" / "scenes")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    return tmp_path / "data" / "scenes"

@@ -163,6 +163,27 @@ def test_a_frozen_peer_teaches_and_is_measured_as_it_was(datasets, tmp_path):
     assert row["last"]["metrics"]["fpn/fixed"] + row["last"]["metrics"]["fpn/broken"] > 0
 
 
+def test_broken_files_are_left_out_of_what_is_measured(own_datasets, tmp_path):
+    """Of the held-out part and of the test set, at the start and at the end."""
+    held_out = load_datasets([Part(("scenes_train",), "held_out", 0.3, 3).name])
+    for broken in (held_out[0]["sem_seg_file_name"], load_datasets(["scenes_val"])[1]["file_name"]):
+        Path(broken).write_bytes(b"no image")
+    path = written(tmp_path, controls=["none"], arms={"best": {}})
+    content = yaml.safe_load(path.read_text())
+    content["train"]["SOLVER"]["MAX_ITER"] = 1
+    for most in (1, 2):
+        content["train"]["TRANSFER"] = {"MAX_BAD_SAMPLES": most}
+        path.write_text(yaml.safe_dump(content))
+        task = Segmentation()
+        experiment = read_experiment(task.read(path), path)
+        if most == 1:
+            with pytest.raises(DataError, match="2 broken files, 1 are allowed"):
+                work(experiment, task, "start:3")
+    start, row = (work(experiment, task, label) for label in ("start:3", "best:3"))
+    assert row["history"][0]["fpn/mIoU"] == start["held_out"]["metrics"]["fpn/mIoU"]
+    assert row["last"]["metrics"]["fpn/fixed"] + row["last"]["metrics"]["fpn/broken"] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,7 +1,6 @@
 """What goes wrong while a run is on its way ends in one line that names it."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,14 +22,6 @@ from segmentation.trainer import TransferTrainer
 from tests.segmentation.runs import write_run
 
 ONE_STEP = ["SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "SOLVER.CHECKPOINT_PERIOD", "0"]
-
-
-@pytest.fixture
-def own_datasets(tmp_path, datasets, monkeypatch):
-    """A copy that a test may break."""
-    shutil.copytree(datasets / "scenes", tmp_path / "data" / "scenes")
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
-    return tmp_path / "data" / "scenes"
 
 
 def fails(run, *options, capfd):

@@ -16,6 +16,7 @@ from segmentation.answers import draw_pixels
 from segmentation.classwise import class_iou, flips_by_class, mean_iou
 from segmentation.config import load_run
 from segmentation.data import load_datasets, read_labels
+from segmentation.errors import DataError
 from segmentation.evaluation import evaluating, predict
 from segmentation.keys import value_at
 from segmentation.models import build_with_weights
@@ -76,6 +77,19 @@ def test_pixels_are_drawn_alike_from_those_with_a_label(datasets):
         assert weight * 64 == (truth != 255).sum() and len(set(where.tolist())) == 64
     with pytest.raises(OptionError, match="power of two"):
         draw_pixels("scenes_val", 100, None, 0, plain)
+
+
+def test_images_with_broken_files_are_left_out_of_what_is_scouted_on(own_datasets):
+    whole = draw_pixels("scenes_val", 64, None, 0, plain)
+    for k, kind in ((1, "images"), (2, "labels")):
+        sorted((own_datasets / "val" / kind).iterdir())[k].write_bytes(b"no image")
+    found = draw_pixels("scenes_val", 64, None, 0, plain, answers.allowed(2))
+    assert [x["file_name"] for x in found.records] == [
+        str(path) for path in sorted((own_datasets / "val/images").iterdir())[:1]
+    ]
+    assert torch.equal(found.where, whole.where[:1]) and len(found.weight) == 1
+    with pytest.raises(DataError, match="2 broken files, 1 are allowed"):
+        draw_pixels("scenes_val", 64, None, 0, plain, answers.allowed(1))
 
 
 def test_what_is_told_equals_a_forward_by_hand(models, scouted):
