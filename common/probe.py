@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,7 @@ def time_in_turns(
     *,
     repeats: int = 5,
     patience: float = 60.0,
+    agreed: Callable[[bool], bool] = bool,
 ) -> dict[str, float]:
     """Return the median seconds of several peers' steps, made in turns.
 
@@ -108,11 +109,13 @@ def time_in_turns(
         dtype: See ``autocast``.
         repeats: How often each, at most, after one to warm up.
         patience: Seconds after which no more turns are begun; one is always timed.
+        agreed: Given whether this process would go on, says whether all do. Where models talk to
+            one another's processes in a step, all must take as many turns.
     """
     begun = time.perf_counter()
     found: dict[str, list[float]] = {name: [] for name in trials}
     for turn in range(1 + repeats):
-        if turn > 1 and time.perf_counter() - begun > patience:
+        if turn > 1 and not agreed(time.perf_counter() - begun <= patience):
             break
         for name, (peer, batch) in trials.items():
             with untouched(peer, device):

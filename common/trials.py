@@ -103,7 +103,7 @@ def choose_layouts(
     """
 
     def faster(i: int) -> bool:
-        seconds = time_layouts(functools.partial(build, i), world.device, dtype)
+        seconds = time_layouts(functools.partial(build, i), world.device, dtype, world)
         return _is_faster(asking[i], seconds)
 
     return _decided(asking, faster, world, chosen)
@@ -145,11 +145,19 @@ def time_layouts(
     build: Callable[[bool], Trial],
     device: torch.device,
     dtype: torch.dtype | None = None,
+    world: World | None = None,
     repeats: int = 5,
 ) -> dict[str, float]:
-    """Return the median seconds of a forward and backward in both layouts, in turns."""
+    """Return the median seconds of a forward and backward in both layouts, in turns.
+
+    Where several processes hold the peer, all must call it, and all take as many turns.
+    """
+
+    def agreed(more: bool) -> bool:
+        return more if world is None else all(distributed.gather_objects(more, world.replicas))
+
     trials = {"contiguous": build(False), "channels_last": build(True)}
-    return time_in_turns(trials, device, dtype, repeats=repeats)
+    return time_in_turns(trials, device, dtype, repeats=repeats, agreed=agreed)
 
 
 def time_compiled(

@@ -1,9 +1,11 @@
 """The faster way is taken, by all ranks alike, and what cannot be compiled stays as it is."""
 
+import functools
 import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from common import distributed, trials
@@ -62,6 +64,35 @@ def test_all_ranks_take_the_same_choice(tmp_path, seats, chosen, taken):
     launch(_chooses, 2, tmp_path, seats, chosen)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found == [dict(zip("ab", taken, strict=True))] * 2
+
+
+class Talking(ToyPeer):
+    """Its forward needs all processes, as that of Mask2Former or of SyncBatchNorm does."""
+
+    calls = 0
+
+    def forward(self, batch):
+        Talking.calls += 1
+        dist.all_reduce(torch.ones(3))
+        return super().forward(batch)
+
+
+def _takes_turns(world, file):
+    """One rank would go on for long, the other not at all."""
+    patience = (60.0, -1.0)[world.rank]
+    trials.time_in_turns = functools.partial(time_in_turns, patience=patience)
+
+    def talking(number, channels_last):
+        return Talking("a", make_peers(1)[0].module, frozen=True), make_batch(4)
+
+    choose_layouts({0: "a"}, talking, world)
+    (file / f"{world.rank}.json").write_text(json.dumps(Talking.calls))
+
+
+def test_all_ranks_take_as_many_turns(tmp_path):
+    launch(_takes_turns, 2, tmp_path)
+    calls = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert calls == [4, 4]  # both ways once to warm up, and once timed
 
 
 def test_ways_are_timed_in_turns():
