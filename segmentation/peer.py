@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from common.distributed import World, merge_over_seats, sum_over_ranks
+from common.distributed import World, gather_objects, merge_over_seats
 from common.peers import Peer
 from common.transfer import PeerOutput, confidence
 from segmentation.data import FORMATS, peer_view
@@ -136,8 +136,7 @@ class SegmentorPeer(Peer):
         self._caught: Any = None
         self._ends = False
         module.get_submodule(where).register_forward_hook(self._catch)
-        self._losses: dict[tuple[str, ...], Tensor] = {}
-        self._batches: Tensor | int = 0
+        self._losses: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def forward(self, batch: Batch) -> PeerOutput:
         """Run the host's own training forward once; gradient reaches task_loss and logits."""
@@ -189,18 +188,18 @@ class SegmentorPeer(Peer):
             p.sub_(p.amax(dim=0, keepdim=True)).exp_()
         return p.div_(p.sum(dim=0, keepdim=True).clamp_min(_tiny(p)))
 
-    def take_losses(self) -> tuple[dict[str, Tensor], Tensor | int]:
-        """Return the sum of each of the host's losses and its batches, and begin anew.
+    def take_losses(self) -> dict[str, Tensor]:
+        """Return of each of the host's losses its sum and the batches that had it [2]; begin anew.
 
         Batches of which a loss is not finite do not count.
         """
-        sums = {
-            name: value
-            for names, values in self._losses.items()
-            for name, value in zip(names, values.unbind(), strict=True)
-        }
-        batches, self._losses, self._batches = self._batches, {}, 0
-        return sums, batches
+        found: dict[str, Tensor] = {}
+        for names, (values, batches) in self._losses.items():
+            for name, value in zip(names, values.float().unbind(), strict=True):
+                told = torch.stack([value, batches.float()])
+                found[name] = found[name] + told if name in found else told
+        self._losses = {}
+        return found
 
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
         inputs = self.inputs(batch.samples, batch.ignore)
@@ -243,17 +242,18 @@ class SegmentorPeer(Peer):
         return torch.where(batch.labelled, losses, torch.zeros_like(losses))
 
     def _count(self, names: tuple[str, ...], losses: Tensor) -> None:
+        """Add a batch's losses; a host may have others in the next batch."""
         finite = losses.isfinite().all()
         losses = torch.where(finite, losses, torch.zeros_like(losses))
-        so_far = self._losses.get(names)
-        self._losses[names] = losses if so_far is None else so_far + losses
-        self._batches = self._batches + finite
+        sums, batches = self._losses.get(names, (torch.zeros_like(losses), 0))
+        self._losses[names] = sums + losses, batches + finite
 
 
 def read_losses(peers: Sequence[SegmentorPeer], world: World) -> dict[str, float]:
     """Return the mean of each of the hosts' losses since the last call, over all ranks.
 
-    All ranks must call it; it waits for the device, once for all peers.
+    A loss counts for the batches that had it. All ranks must call it; it waits for the device, once
+    for all peers.
 
     Args:
         peers: That this process holds.
@@ -262,19 +262,18 @@ def read_losses(peers: Sequence[SegmentorPeer], world: World) -> dict[str, float
     Returns:
         ``PEER/LOSS``; a frozen peer has none.
     """
-    sums: dict[str, Tensor] = {}
-    counts: list[Tensor | int] = []
-    for peer in peers:
-        losses, batches = peer.take_losses()
-        sums |= {f"{peer.name}/{name}": x.float() for name, x in losses.items()}
-        counts += [batches] * len(losses)
-    means = {}
-    if sums:
-        values = torch.stack(list(sums.values()))
-        told = torch.stack([torch.as_tensor(count, device=values.device) for count in counts])
-        both = torch.stack([values, told.to(values.dtype)])
-        totals, taken = sum_over_ranks(both, world.replicas).tolist()
-        means = {name: x / max(n, 1) for name, x, n in zip(sums, totals, taken, strict=True)}
+    found = {
+        f"{peer.name}/{name}": told for peer in peers for name, told in peer.take_losses().items()
+    }
+    pairs = torch.stack(list(found.values())).tolist() if found else []
+    mine = dict(zip(found, pairs, strict=True))
+    sums: dict[str, float] = {}
+    batches: dict[str, float] = {}
+    for part in gather_objects(mine, world.replicas):  # a loss need not be there on every rank
+        for name, (value, count) in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+            batches[name] = batches.get(name, 0.0) + count
+    means = {name: value / max(batches[name], 1) for name, value in sums.items()}
     return merge_over_seats(means, world)
 
 

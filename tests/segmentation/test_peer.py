@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -22,6 +23,7 @@ from segmentation.peer import (
     to_grid,
 )
 from tests.common.toy import HERE
+from tests.launch import launch
 from tests.segmentation.original import mended
 from tests.segmentation.toy import ARCHITECTURES, CLASSES, make_peer, make_samples
 
@@ -273,6 +275,46 @@ def test_a_batch_without_labels_teaches_a_dense_peer_nothing(kind):
         assert gradients and all(gradient.isfinite().all() for gradient in gradients)
     assert all(not p.grad.any() for p in peers[0].module.parameters())
     assert set(read_losses(peers[:1], HERE).values()) == {0.0}
+
+
+def test_a_loss_counts_for_the_batches_that_had_it():
+    """Some hosts have a loss of their own in some batches alone."""
+    peer = make_peer("fpn")
+    peer.train()
+    batch, host, seen = batch_of(), peer.model, []
+
+    def sometimes(inputs):
+        losses = host(inputs)
+        seen.append(float(losses["loss_sem_seg"]))
+        return losses | ({"loss_aux": torch.tensor(2.0)} if len(seen) != 2 else {})
+
+    peer.model = sometimes
+    for _ in range(3):
+        peer.forward(batch)
+    assert read_losses([peer], HERE) == pytest.approx(
+        {"fpn/loss_sem_seg": sum(seen) / 3, "fpn/loss_aux": 2.0}
+    )
+    seen.append(0.0)  # of the next ones, two have it
+    peer.forward(batch)
+    assert read_losses([peer], HERE)["fpn/loss_aux"] == 2.0
+
+
+def _loses(world, file):
+    peer = make_peer("fpn")
+    peer.train()
+    if world.rank == 0:
+        host = peer.model
+        peer.model = lambda inputs: {"loss_aux": torch.tensor(3.0), **host(inputs)}
+    for _ in range(1 + world.rank):
+        peer.forward(batch_of())
+    (file / f"{world.rank}.json").write_text(json.dumps(read_losses([peer], world)))
+
+
+def test_a_loss_need_not_be_there_on_every_rank(tmp_path):
+    launch(_loses, 2, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1] and found[0]["fpn/loss_aux"] == 3.0
+    assert found[0]["fpn/loss_sem_seg"] > 0
 
 
 @pytest.mark.parametrize(("kind", "dense"), [("fpn", True), ("mask2former", False)])
