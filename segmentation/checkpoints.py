@@ -144,6 +144,22 @@ def fault_of_best(folder: Path, name: str, iterations: int) -> str:
     return "" if found == iterations - 1 else "is of a later moment than the run's record"
 
 
+def weights_at(folder: Path, name: str, iterations: int) -> Mapping[str, Any] | None:
+    """Return a peer's weights after so many iterations, if one of the run's files still has them.
+
+    Args:
+        folder: Of the run.
+        name: Of the peer.
+        iterations: That were finished; 0: the start's.
+    """
+    path = folder / name / (_file_of(iterations) if iterations else START)
+    try:
+        content = read_file(path, sums=True)
+    except CheckpointError:
+        return None
+    return content.get("model") if content.get("iteration") == iterations - 1 else None
+
+
 def check_starts(folder: Path, names: Sequence[str]) -> None:
     """Refuse a resume with TRANSFER.SOUP of a run that kept no starts.
 

@@ -26,7 +26,7 @@ from torch import nn
 from common import distributed
 from common.board import Board
 from common.broken import BadSamples, is_worker_death
-from common.checkpoint import read_weights
+from common.checkpoint import CheckpointError, read_weights
 from common.distributed import World
 from common.engine import build_engine
 from common.finite import FiniteCheck, refuse_broken_weights
@@ -495,7 +495,13 @@ class TransferTrainer(TrainerBase):
             load_rng_state(mine["rng"], self.world.device)
 
     def _mend_best(self, record: dict[str, Any], kept: dict[str, dict[str, Any]]) -> None:
-        """Write best files that are lost anew from what is loaded, or let them be measured anew."""
+        """Write best files that are lost anew, from what is loaded or from another of the run's.
+
+        Where that cannot be, the best is measured anew.
+
+        Raises:
+            CheckpointError: The run is finished, so nothing is measured any more.
+        """
         told: dict[str, str] = {}
         if self.world.is_main:
             for name in set(self.best) & set(self.run.learning):
@@ -506,20 +512,30 @@ class TransferTrainer(TrainerBase):
         for peer in (peer for peer in self.peers.here if peer.name in lost):
             held, iterations = kept[peer.name].get("best"), int(self.best[peer.name][1])
             if iterations == record["iteration"]:
-                held = {"module": peer.module.state_dict()}
-            if held is not None:
+                weights = peer.module.state_dict()
+            elif held is not None:
+                weights = held["module"]
+            else:
+                weights = checkpoints.weights_at(self.folder, peer.name, iterations)
+            if weights is not None:
                 mended.append(peer.name)
                 if self.world.leads:
-                    more = {"model": dict(held["module"])}
-                    checkpoints.save_plain(self.folder, peer, iterations, **more)
+                    checkpoints.save_plain(self.folder, peer, iterations, model=dict(weights))
         mended = [name for names in distributed.gather_objects(mended) for name in names]
         for name, fault in lost.items():
-            done = (
-                "it is written anew" if name in mended else f"the best of {name} is measured anew"
-            )
-            _logger.warning("%s %s; %s", self.folder / name / checkpoints.BEST, fault, done)
-            if name not in mended and record["iteration"] < self.max_iter:
-                del self.best[name]
+            path = self.folder / name / checkpoints.BEST
+            if name in mended:
+                _logger.warning("%s %s; it is written anew", path, fault)
+                continue
+            if record["iteration"] >= self.max_iter:
+                raise CheckpointError(
+                    f"{path} {fault}, the run is finished, and none of its other files has the "
+                    f"weights of iteration {int(self.best[name][1])}; put the file back from a "
+                    f"copy, take {checkpoints.FINAL}, or give a larger SOLVER.MAX_ITER: then the "
+                    "run goes on, and the best is measured anew"
+                )
+            _logger.warning("%s %s; the best of %s is measured anew", path, fault, name)
+            del self.best[name]
 
 
 def build_peer(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> SegmentorPeer:

@@ -246,6 +246,33 @@ def test_a_kill_while_a_longer_run_is_saved_costs_nothing(
         assert (tmp_path / "out" / peer.name / "last_checkpoint").read_text() == "model_final.pth"
 
 
+def test_a_finished_run_without_its_best_files_mends_them_or_says_the_way_out(
+    finished, datasets, tmp_path, capfd
+):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    record = read_file(tmp_path / "out" / checkpoints.RECORD)
+    had = {"fpn": 4, "deeplab": 0}  # a checkpoint's iteration; the start, kept for the soup
+    record["best"] = {name: [50.0, iteration] for name, iteration in had.items()}
+    torch.save(record, tmp_path / "out" / checkpoints.RECORD)
+    for name in had:
+        (tmp_path / "out" / name / checkpoints.BEST).unlink()
+    path = write_run(tmp_path, RULE="random")
+    TransferTrainer(load_run([path]), resume=True)
+    for name, file in (("fpn", "model_0000003.pth"), ("deeplab", checkpoints.START)):
+        mended = read_file(tmp_path / "out" / name / checkpoints.BEST)
+        assert mended["iteration"] == had[name] - 1
+        assert same(mended["model"], weights(tmp_path / "out", name, file))
+    for file in (checkpoints.BEST, "model_0000003.pth"):
+        (tmp_path / "out/fpn" / file).unlink()
+    assert main(["--config-file", str(path), "--resume"]) == 1
+    told = capfd.readouterr()
+    assert "Traceback" not in told.out + told.err
+    assert f"fpn/{checkpoints.BEST} is gone, the run is finished" in told.err
+    assert "larger SOLVER.MAX_ITER" in told.err
+    longer = TransferTrainer(load_run([path], ["SOLVER.MAX_ITER", 7]), resume=True)
+    assert longer.start_iter == 6 and list(longer.best) == ["deeplab"]
+
+
 def test_a_run_of_all_features_goes_on_bit_for_bit(tmp_path, datasets):
     """Accumulation, bfloat16, PreciseBN, a warm-up of the transfer and a peer with masks."""
     options = ["SOLVER.MAX_ITER", 3, "SOLVER.AMP.ENABLED", True, "SOLVER.CHECKPOINT_PERIOD", 2]
