@@ -23,7 +23,7 @@ from classification import outputs
 from classification.corruptions import SEVERITIES, Corrupted
 from classification.data import View, classes_of, open_dataset
 from classification.evaluation import PeerEvaluator, Scores
-from classification.options import PeerSpec, parse, read_yaml
+from classification.options import PEER_ALIASES, PeerSpec, parse, read_yaml
 from classification.peer import build_modules
 from classification.train import FAULTS, check_classes, check_same_classes, open_both, run
 from classification.train import start as begin
@@ -31,7 +31,7 @@ from common import experiment
 from common.broken import BadSamples
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.distributed import World
-from common.experiment import Measured, Trained
+from common.experiment import Measured, Trained, hidden_by
 from common.options import OptionError
 from common.significance import expected_calibration_error
 
@@ -64,6 +64,12 @@ class Classification:
                 "files would replace one another; push one of them with classification/push.py"
             )
         return [spec.name for spec in specs]
+
+    def hidden(
+        self, peer: Mapping[str, Any], train: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """Say which options of an arm a peer's own would hide; see ``common.experiment.Task``."""
+        return hidden_by(peer, own, PEER_ALIASES)
 
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
         """Write each peer's weights as they are before training; measure them."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common import experiment
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.distributed import World
-from common.experiment import Measured, Trained
+from common.experiment import Measured, Trained, hidden_by
 from common.options import OptionError
 from common.outputs import start_world
 from saliency.clips import ClipView
@@ -65,6 +65,12 @@ class Saliency:
         if not Path(asked.data_root).expanduser().is_dir():
             raise OptionError(f"data_root {asked.data_root}: no such folder")
         return [spec.name for spec in specs]
+
+    def hidden(
+        self, peer: Mapping[str, Any], train: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """Say which options of an arm a peer's own would hide; see ``common.experiment.Task``."""
+        return hidden_by(peer, own, {})
 
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
         """Write each peer's weights as they are before training; measure them."""

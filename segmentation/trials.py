@@ -100,6 +100,22 @@ class Segmentation:
             raise OptionError(str(error)) from error
         return run.names
 
+    def hidden(
+        self, peer: Mapping[str, Any], train: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """Say which options of an arm a peer's own would hide; see ``common.experiment.Task``."""
+        alone = f"{PEER_PREFIX}{_name_of(peer)}."
+        places = {str(key): "OPTS of its entry" for key in list(peer.get("OPTS") or ())[::2]}
+        places |= {
+            key.removeprefix(alone): f"train's {key}" for key in train if key.startswith(alone)
+        }
+        return {
+            key: f"{places[key]} goes before it; give {alone}{key} in the arm too, or take it out "
+            "there"
+            for key in own
+            if key in places and f"{alone}{key}" not in own
+        }
+
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
         """Write each peer's weights as they are before training; measure them."""
         run = self._run(options)

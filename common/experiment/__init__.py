@@ -2,6 +2,14 @@
 
 from common.experiment.command import main
 from common.experiment.plan import Experiment, read_experiment
-from common.experiment.task import Measured, Task, Trained
+from common.experiment.task import Measured, Task, Trained, hidden_by
 
-__all__ = ["Experiment", "Measured", "Task", "Trained", "main", "read_experiment"]
+__all__ = [
+    "Experiment",
+    "Measured",
+    "Task",
+    "Trained",
+    "hidden_by",
+    "main",
+    "read_experiment",
+]

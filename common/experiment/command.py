@@ -117,10 +117,20 @@ def _read(asked: argparse.Namespace, task: Task) -> Experiment:
     for arm in experiment.arms:
         for setting in experiment.tuned:
             try:
+                _refuse_hidden(task, experiment, {**setting, **experiment.arms[arm].options}, names)
                 task.check(experiment.options(arm, seed, None, setting, names))
             except OptionError as error:
                 raise OptionError(f"{asked.experiment}: arm {arm!r}: {error}") from error
     return experiment
+
+
+def _refuse_hidden(
+    task: Task, experiment: Experiment, own: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Refuse an arm that would differ from others less than it says."""
+    for name, peer in zip(names, experiment.peers, strict=True):
+        for option, why in task.hidden(peer, experiment.train, own).items():
+            raise OptionError(f"{option} {own[option]} would not reach peer {name!r}: {why}")
 
 
 def run_jobs(

@@ -47,6 +47,32 @@ class Trained:
     files: Mapping[str, str] = field(default_factory=lambda: {"chosen": "best", "last": "last"})
 
 
+def hidden_by(
+    peer: Mapping[str, Any], own: Mapping[str, Any], aliases: Mapping[str, str]
+) -> dict[str, str]:
+    """Answer ``Task.hidden`` where a peer's entry has options beside its model.
+
+    Args:
+        peer: Its entry.
+        own: Options of an arm.
+        aliases: Other names of options in an entry.
+    """
+    written = {str(key).replace("-", "_"): value for key, value in peer.items()}
+    of_peer = {aliases.get(key, key): value for key, value in written.items()}
+    return {
+        option: f"its entry has {option} {of_peer[option]}; take it out there, and give it under "
+        "train"
+        for option, value in own.items()
+        if option in of_peer and not _apart(value, of_peer[option])
+    }
+
+
+def _apart(one: Any, other: Any) -> bool:
+    """Whether two options hold keys of their own, of which none is in both."""
+    both = isinstance(one, Mapping) and isinstance(other, Mapping)
+    return both and not set(one) & set(other)
+
+
 class Task(Protocol):
     """Classification, say. Options are those of its training script, by their YAML names.
 
@@ -71,6 +97,20 @@ class Task(Protocol):
 
     def check(self, options: Mapping[str, Any]) -> list[str]:
         """Refuse options that cannot be used; return the peers' names."""
+
+    def hidden(
+        self, peer: Mapping[str, Any], train: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> Mapping[str, str]:
+        """Say which options of an arm would not reach a peer, as it has its own.
+
+        Args:
+            peer: Its entry.
+            train: The options for all arms.
+            own: Those of the arm, and of what is tried for all.
+
+        Returns:
+            By option where the peer's value stands, and the way out.
+        """
 
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
         """Write each peer's weights as they are before training; measure them.

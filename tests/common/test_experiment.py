@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.experiment import hidden_by
 from common.experiment.command import run
 from common.experiment.local import ClusterJob, run_local, run_submitit
 from common.experiment.plan import CONTROLS, read_experiment
@@ -119,6 +120,19 @@ def test_options_of_every_arm_are_tried_before_any_work(tmp_path):
     with pytest.raises(OptionError, match=r"arm .typo.*temprature"):
         run(ToyTask(), [str(path)])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_option_that_a_peer_has_of_its_own_is_refused_in_an_arm(tmp_path):
+    peers = [PEERS[0], {**PEERS[1], "rate": 0.2}]
+    assert not hidden_by(peers[1], {"rule": "best"}, {})
+    assert not hidden_by({"kwargs": {"depth": 2}}, {"kwargs": {"width": 3}}, {})
+    assert hidden_by({"kwargs": {"depth": 2}}, {"kwargs": {"depth": 3}}, {})
+    for more in ({"arms": {"fast": {"lr": 0.3}}}, {"tune": {"lr": [0.1, 0.3]}}):
+        path = written(tmp_path, **{"peers": peers, **more})
+        with pytest.raises(OptionError, match=r"arm '\w+': lr 0\.\d would not reach peer 'bb'"):
+            run(ToyTask(), [str(path), "--list"])
+    path = written(tmp_path, peers=peers, train={"epochs": 2, "lr": 0.3})
+    run(ToyTask(), [str(path), "--list"])  # what is for all may be another's
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,9 @@ class ToyTask:
             raise OptionError(f"unknown options {set(options) - self.known}")
         return names
 
+    def hidden(self, peer, train, own):
+        return experiment.hidden_by(peer, own, {"rate": "lr"})
+
     def start(self, options, files):
         modules = {entry["name"]: built(entry) for entry in options["peers"]}
         for name, module in modules.items():

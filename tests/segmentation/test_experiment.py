@@ -29,6 +29,7 @@ def written(folder, **more):
         {"NAME": kind, "CONFIG": write_peer(folder, kind).name, "WEIGHTS": ""}
         for kind in ("fpn", "deeplab")
     ]
+    peers[1]["OPTS"] = ["SOLVER.MOMENTUM", 0.8]
     train = {key: value for key, value in SHARED.items() if key != "SEED"}
     train["SOLVER"] = {**train["SOLVER"], "MAX_ITER": 4, "CHECKPOINT_PERIOD": 0}
     content = {
@@ -191,6 +192,11 @@ def test_broken_files_are_left_out_of_what_is_measured(own_datasets, tmp_path):
         ({"arms": {"x": {"TRANSFER": 3}}}, "arm 'x'"),
         ({"train": {"SEED": 1}}, "list them under seeds"),
         ({"train": {"DATASETS": {"TRAIN": ["none"], "TEST": ["none"]}}}, "unknown dataset 'none'"),
+        (
+            {"arms": {"x": {"SOLVER": {"MOMENTUM": 0.5}}}},
+            "SOLVER.MOMENTUM 0.5 would not reach peer",
+        ),
+        ({"tune": {"SOLVER.MOMENTUM": [0.5]}}, "give PEER.deeplab.SOLVER.MOMENTUM in the arm too"),
         ({"peers": [{"NAME": "a"}, {"NAME": "b"}]}, "has no CONFIG"),
         ({"seeds": [3, 4], "arms": {"x": {"PEER.a.SOLVER.BASE_LR": 1}}}, "no such peer"),
     ],
@@ -199,6 +205,15 @@ def test_faults_end_in_one_line_before_any_work(datasets, tmp_path, caplog, chan
     assert main([str(written(tmp_path, **change))]) == 1
     assert message in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_peer_has_of_its_own_hides_an_arms_option():
+    task, peer = Segmentation(), {"NAME": "a", "OPTS": ["SOLVER.BASE_LR", 0.1]}
+    told = task.hidden(peer, {"PEER.a.SEED": 3}, {"SOLVER.BASE_LR": 0.2, "SEED": 4, "rule": "best"})
+    assert told.keys() == {"SOLVER.BASE_LR", "SEED"}
+    assert "OPTS of its entry" in told["SOLVER.BASE_LR"] and "train's PEER.a.SEED" in told["SEED"]
+    both = {"SOLVER.BASE_LR": 0.2, "PEER.a.SOLVER.BASE_LR": 0.3}
+    assert not task.hidden(peer, {}, both) and not task.hidden({"NAME": "b"}, {}, both)
 
 
 def test_starts_that_are_not_there_are_told_for_every_seed(datasets, tmp_path, caplog):
