@@ -31,7 +31,7 @@ from common import experiment
 from common.broken import BadSamples
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.distributed import World
-from common.experiment import Measured, Trained, hidden_by
+from common.experiment import Measured, Trained, hidden_by, refuse_frozen, unchanged
 from common.options import OptionError
 from common.significance import expected_calibration_error
 
@@ -63,6 +63,7 @@ class Classification:
                 f"push_to_hub {asked.push_to_hub}: the runs of an experiment are not pushed, their "
                 "files would replace one another; push one of them with classification/push.py"
             )
+        refuse_frozen(specs)
         return [spec.name for spec in specs]
 
     def hidden(
@@ -101,6 +102,10 @@ class Classification:
 
     def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
         """Train, or go on with the run of that folder."""
+        specs = _parsed(options)[1]
+        if all(spec.frozen for spec in specs):
+            starts = {spec.name: Path(str(spec.checkpoint)) for spec in specs}
+            return unchanged(starts, folder, self.suffix)
         where = ["--output", str(folder.parent), "--experiment", folder.name]
         arguments = [*_arguments(options, folder / "options.yaml"), *where, "--resume", "auto"]
         progress = run(arguments, bars=False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common import experiment
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.distributed import World
-from common.experiment import Measured, Trained, hidden_by
+from common.experiment import Measured, Trained, hidden_by, refuse_frozen, unchanged
 from common.options import OptionError
 from common.outputs import start_world
 from saliency.clips import ClipView
@@ -64,6 +64,7 @@ class Saliency:
             )
         if not Path(asked.data_root).expanduser().is_dir():
             raise OptionError(f"data_root {asked.data_root}: no such folder")
+        refuse_frozen(specs)
         return [spec.name for spec in specs]
 
     def hidden(
@@ -96,6 +97,10 @@ class Saliency:
 
     def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
         """Train, or go on with the run of that folder."""
+        specs = _parsed(options)[1]
+        if all(spec.frozen for spec in specs):
+            starts = {spec.name: Path(str(spec.checkpoint)) for spec in specs}
+            return unchanged(starts, folder, self.suffix)
         where = ["--output", str(folder.parent), "--experiment", folder.name]
         arguments = [*_arguments(options, folder / "options.yaml"), *where, "--resume", "auto"]
         trainer = run(None, SCRIPT, arguments, bars=False)

@@ -19,7 +19,7 @@ from common import experiment
 from common.broken import BadSamples
 from common.checkpoint import atomic_write, read_file
 from common.disk import remove_leftovers
-from common.experiment import Measured, Trained
+from common.experiment import Measured, Trained, refuse_frozen, unchanged
 from common.options import OptionError
 from segmentation import checkpoints
 from segmentation.cli import begin, end_logging, hush, train
@@ -94,6 +94,7 @@ class Segmentation:
             self._check_data(run)
             for peer in run.peers:
                 _check_weights(peer.name, peer.cfg.MODEL.WEIGHTS)
+            refuse_frozen(run.peers)
         except OptionError:
             raise
         except FAULTS as error:
@@ -143,6 +144,14 @@ class Segmentation:
         run = self._run(options, folder)
         begin(run)
         remove_leftovers(folder)
+        files = {
+            which: Path(file).stem
+            for which, file in (("chosen", checkpoints.BEST), ("last", checkpoints.FINAL))
+        }
+        if all(peer.frozen for peer in run.peers):
+            end_logging()
+            starts = {peer.name: Path(peer.cfg.MODEL.WEIGHTS) for peer in run.peers}
+            return unchanged(starts, folder, self.suffix, files)
         resumed = (folder / checkpoints.RECORD).is_file()
         try:
             trainer = train(run, resume=True)
@@ -150,10 +159,6 @@ class Segmentation:
             end_logging()
         keep_frozen(trainer)
         chosen = {name: (int(when), value) for name, (value, when) in trainer.best.items()}
-        files = {
-            which: Path(file).stem
-            for which, file in (("chosen", checkpoints.BEST), ("last", checkpoints.FINAL))
-        }
         updates = trainer.max_iter
         return Trained(trainer.history, trainer.lessons, chosen, updates, resumed, files)
 

@@ -2,7 +2,14 @@
 
 from common.experiment.command import main
 from common.experiment.plan import Experiment, read_experiment
-from common.experiment.task import Measured, Task, Trained, hidden_by
+from common.experiment.task import (
+    Measured,
+    Task,
+    Trained,
+    hidden_by,
+    refuse_frozen,
+    unchanged,
+)
 
 __all__ = [
     "Experiment",
@@ -12,4 +19,6 @@ __all__ = [
     "hidden_by",
     "main",
     "read_experiment",
+    "refuse_frozen",
+    "unchanged",
 ]

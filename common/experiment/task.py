@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from common.checkpoint import atomic_write
+from common.options import OptionError
+
+FILES: Mapping[str, str] = {"chosen": "best", "last": "last"}
+"""How weights are called where a task does not say."""
 
 
 @dataclass
@@ -44,7 +53,39 @@ class Trained:
     chosen: Mapping[str, tuple[int, float]]
     updates: int
     resumed: bool = False
-    files: Mapping[str, str] = field(default_factory=lambda: {"chosen": "best", "last": "last"})
+    files: Mapping[str, str] = field(default_factory=lambda: FILES)
+
+
+def unchanged(
+    starts: Mapping[str, Path], folder: Path, suffix: str, files: Mapping[str, str] = FILES
+) -> Trained:
+    """Leave what a run of frozen peers alone would: their starts, to be measured.
+
+    Args:
+        starts: Weights of each peer.
+        folder: Of the run.
+        suffix: Of exported weights.
+        files: See ``Trained``.
+    """
+    none = {name: (0, math.nan) for name in starts}
+    for name, start in starts.items():
+        for file in files.values():
+            copied = functools.partial(shutil.copyfile, start)
+            atomic_write(folder / name / f"{file}{suffix}", copied)
+    return Trained([], [], none, updates=0, files=files)
+
+
+def refuse_frozen(peers: Sequence[Any]) -> None:
+    """Refuse an experiment in which nobody learns.
+
+    Args:
+        peers: As the task understood them, with ``frozen``.
+
+    Raises:
+        OptionError: Every peer is frozen.
+    """
+    if all(peer.frozen for peer in peers):
+        raise OptionError("every peer is frozen; nothing would be trained")
 
 
 def hidden_by(
@@ -123,7 +164,10 @@ class Task(Protocol):
         """Return a peer's entry that starts from a file of ``start``, its options kept."""
 
     def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
-        """Train, or go on with the run of that folder; leave each peer's best and last weights."""
+        """Train, or go on with the run of that folder; leave each peer's best and last weights.
+
+        Frozen peers alone, as in ``solo``, stay ``unchanged``.
+        """
 
     def measure(
         self, options: Mapping[str, Any], files: Mapping[str, Path], start: Mapping[str, Path]

@@ -178,6 +178,27 @@ def test_broken_images_are_left_out_of_what_is_measured(digits, tmp_path):
     assert all((x * 199 / 100) == pytest.approx(round(x * 199 / 100), abs=1e-6) for x in values)
 
 
+def test_a_frozen_peer_stays_what_it_is_where_it_is_alone(digits, tmp_path, caplog):
+    path = small(digits, tmp_path, controls=["none", "solo"], arms={"best": {}})
+    content = yaml.safe_load(path.read_text())
+    content["train"]["epochs"] = 1
+    content["peers"][1]["frozen"] = True
+    path.write_text(yaml.safe_dump(content))
+    task = Classification()
+    experiment = read_experiment(task.read(path), path)
+    start, solo, none = (work(experiment, task, x) for x in ("start:3", "solo:3", "none:3"))
+    for which in ("chosen", "last"):
+        assert solo[which] == none[which]
+        assert solo[which]["metrics"]["b/top1"] == start["test"]["metrics"]["b/top1"]
+        assert solo[which]["metrics"]["b/fixed"] == solo[which]["metrics"]["b/broken"] == 0
+    assert solo["last"]["metrics"]["a/loss"] != start["test"]["metrics"]["a/loss"]
+    assert main([str(path), "--report"]) == 0
+    content["peers"][0]["frozen"] = True
+    path.write_text(yaml.safe_dump({**content, "output": str(tmp_path / "other")}))
+    assert main([str(path)]) == 1 and "every peer is frozen" in caplog.text
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_ships_is_understood():
     for path in CONFIGS.glob("*.yaml"):
         experiment = read_experiment(Classification().read(path), path)

@@ -102,6 +102,24 @@ def small(data, folder, **more):
     return path
 
 
+def test_a_frozen_peer_stays_what_it_is_where_it_is_alone(data, tmp_path, caplog):
+    path = small(data, tmp_path, controls=["none", "solo"], arms={"best": {}})
+    content = yaml.safe_load(path.read_text())
+    content["train"]["epochs"] = 1
+    content["peers"][1] = {"model": f"{TOY}:Flat", "name": "b", "frozen": True}
+    path.write_text(yaml.safe_dump(content))
+    task = Saliency()
+    experiment = read_experiment(task.read(path), path)
+    start, solo, none = (work(experiment, task, x) for x in ("start:3", "solo:3", "none:3"))
+    for which in ("chosen", "last"):
+        assert str(solo[which]) == str(none[which])  # as text: a frame may have no score
+        assert solo[which]["metrics"]["b/cc"] == start["test"]["metrics"]["b/cc"]
+        assert solo[which]["metrics"]["b/fixed"] == solo[which]["metrics"]["b/broken"] == 0
+    content["peers"][0]["frozen"] = True
+    path.write_text(yaml.safe_dump({**content, "output": str(tmp_path / "other")}))
+    assert main([str(path)]) == 1 and "every peer is frozen" in caplog.text
+
+
 def test_an_experiment_from_its_yaml_to_its_report(data, tmp_path):
     path = small(data, tmp_path)
     task = Saliency()

@@ -11,6 +11,7 @@ import yaml
 from common.checkpoint import read_file
 from common.experiment import read_experiment
 from common.experiment.work import labels_of, work
+from common.options import OptionError
 from segmentation import prepare_scenes
 from segmentation.config import load_run
 from segmentation.data import load_datasets
@@ -149,19 +150,21 @@ def test_an_experiment_from_its_yaml_to_its_report(datasets, tmp_path):
 
 
 def test_a_frozen_peer_teaches_and_is_measured_as_it_was(datasets, tmp_path):
-    path = written(tmp_path, controls=["none"], arms={"best": {}})
+    path = written(tmp_path, controls=["none", "solo"], arms={"best": {}})
     content = yaml.safe_load(path.read_text())
     content["peers"][1]["FROZEN"] = True
     content["train"]["SOLVER"]["MAX_ITER"] = 1
     path.write_text(yaml.safe_dump(content))
     task = Segmentation()
     experiment = read_experiment(task.read(path), path)
-    start, row = (work(experiment, task, label) for label in ("start:3", "best:3"))
+    labels = ("start:3", "solo:3", "best:3")
+    start, solo, row = (work(experiment, task, label) for label in labels)
     for which in ("chosen", "last"):
-        found = row[which]["metrics"]
-        assert found["deeplab/mIoU"] == start["test"]["metrics"]["deeplab/mIoU"]
-        assert found["deeplab/fixed"] == found["deeplab/broken"] == 0
-    assert row["last"]["metrics"]["fpn/fixed"] + row["last"]["metrics"]["fpn/broken"] > 0
+        for found in (row[which]["metrics"], solo[which]["metrics"]):
+            assert found["deeplab/mIoU"] == start["test"]["metrics"]["deeplab/mIoU"]
+            assert found["deeplab/fixed"] == found["deeplab/broken"] == 0
+    for found in (row["last"]["metrics"], solo["last"]["metrics"]):
+        assert found["fpn/fixed"] + found["fpn/broken"] > 0
 
 
 def test_broken_files_are_left_out_of_what_is_measured(own_datasets, tmp_path):
@@ -183,6 +186,17 @@ def test_broken_files_are_left_out_of_what_is_measured(own_datasets, tmp_path):
     start, row = (work(experiment, task, label) for label in ("start:3", "best:3"))
     assert row["history"][0]["fpn/mIoU"] == start["held_out"]["metrics"]["fpn/mIoU"]
     assert row["last"]["metrics"]["fpn/fixed"] + row["last"]["metrics"]["fpn/broken"] > 0
+
+
+def test_an_experiment_in_which_nobody_learns_is_refused(datasets, tmp_path):
+    path = written(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    for peer in content["peers"]:
+        peer["FROZEN"] = True
+    path.write_text(yaml.safe_dump(content))
+    task = Segmentation()
+    with pytest.raises(OptionError, match="every peer is frozen"):
+        task.check(read_experiment(task.read(path), path).options("none", 3))
 
 
 @pytest.mark.parametrize(
