@@ -43,8 +43,8 @@ _METRICS = {
     "pACC": "pixel accuracy (%)",
 }
 _TRANSFER = (
-    "RULE SCORE GRANULARITY WEIGHT TEMPERATURE MARGIN DETACH_TEACHER WARMUP_ITERS ENGINE GUARD "
-    "ACCUMULATE HELD_OUT"
+    "RULE SCORE GRANULARITY WEIGHT TEMPERATURE MARGIN DETACH_TEACHER TEACHERS MODEL_EMA "
+    "MODEL_EMA_SPAN MODEL_EMA_DECAY WARMUP_ITERS ENGINE GUARD ACCUMULATE HELD_OUT"
 ).split()
 _OWN = (
     "SOLVER.MAX_ITER SOLVER.IMS_PER_BATCH SOLVER.OPTIMIZER SOLVER.BASE_LR "
@@ -134,12 +134,13 @@ def _evidence(trainer: TransferTrainer, name: str) -> dict[str, Evidence]:
     dataset = trainer.run.cfg.DATASETS.TEST[0]
     where = f"{len(load_datasets([dataset]))} images of {_names([dataset])}"
     start = " (0: the start itself, which no later one beat)" if iteration == 0 else ""
-    about = f"The weights after iteration {int(iteration)} of {trainer.max_iter}, the best by mIoU"
+    kind = "average of the weights" if trainer.run.transfer.MODEL_EMA else "weights"
+    about = f"The {kind} after iteration {int(iteration)} of {trainer.max_iter}, the best by mIoU"
     optimistic = f"{where}, which also chose it: what they say of this file is optimistic"
     last = trainer.history[-1]
     found = {
         "best": _of_row(trainer, name, chosen, f"{about}{start}.", optimistic),
-        "last": _of_row(trainer, name, last, "The weights after the last iteration.", where),
+        "last": _of_row(trainer, name, last, f"The {kind} after the last iteration.", where),
     }
     for soup in trainer.soups:
         if soup.peer == name:

@@ -26,6 +26,7 @@ SOUP = "model_soup.pth"
 FINAL = "model_final.pth"
 LAST = "last_checkpoint"  # where Detectron2 looks for a file's name
 _PEER_KEYS = {"model", "optimizer", "scheduler", "iteration"}
+_LEARNING = "unaveraged"  # the weights that learn, where "model" is their average
 _KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "history", "lessons"}
 
 
@@ -92,9 +93,11 @@ def _file_of(iterations: int) -> str:
 
 
 def _save_peer(path: Path, peer: SegmentorPeer, iteration: int, kept: Mapping[str, Any]) -> None:
+    own = {} if peer.average is None else {_LEARNING: peer.module.state_dict()}
     content = {
         **kept,
-        "model": peer.module.state_dict(),
+        **own,
+        "model": peer.best_module.state_dict(),
         "optimizer": peer.optimizer.state_dict(),  # type: ignore[union-attr]
         "scheduler": peer.scheduler.state_dict(),
         "iteration": iteration,
@@ -110,7 +113,7 @@ def _tag(folder: Path, learning: Sequence[str], file: str) -> None:
 def save_plain(
     folder: Path, peer: SegmentorPeer, iteration: int, file: str = BEST, **more: Any
 ) -> None:
-    """Write a peer's weights alone; ``last_checkpoint`` stays as it is.
+    """Write a peer's weights alone, as evaluated; ``last_checkpoint`` stays as it is.
 
     Args:
         folder: Of the run.
@@ -119,7 +122,7 @@ def save_plain(
         file: The file's name.
         more: What else it shall hold.
     """
-    content = {"model": peer.module.state_dict(), "iteration": iteration - 1, **more}
+    content = {"model": peer.best_module.state_dict(), "iteration": iteration - 1, **more}
     atomic_write(folder / peer.name / file, lambda to: torch.save(content, to))
 
 
@@ -269,7 +272,9 @@ def _load_peer(path: Path, peer: Any, iteration: int) -> dict[str, Any]:
             f"{path}: of iteration {content['iteration']}, the run's record is of {iteration}; the "
             "peers' files are not of one moment"
         )
-    load_weights(peer.module, content["model"], path)
+    load_weights(peer.module, content.get(_LEARNING, content["model"]), path)
+    if peer.average is not None:
+        load_weights(peer.average.module, content["model"], path)
     try:
         peer.optimizer.load_state_dict(content["optimizer"])  # type: ignore[union-attr]
     except ValueError as error:
@@ -277,4 +282,4 @@ def _load_peer(path: Path, peer: Any, iteration: int) -> dict[str, Any]:
             f"{path}: {error}; resume with the run's own SOLVER settings"
         ) from error
     peer.scheduler.load_state_dict(content["scheduler"])
-    return {key: value for key, value in content.items() if key not in _PEER_KEYS}
+    return {k: value for k, value in content.items() if k not in {*_PEER_KEYS, _LEARNING}}

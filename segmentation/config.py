@@ -22,7 +22,7 @@ from common.finite import MOST_SKIPS, ON_NONFINITE
 from common.guard import POLICIES
 from common.peers import check_names
 from common.roles import check_rule
-from common.transfer import SCORES
+from common.transfer import SCORES, TEACHERS, KnowledgeTransfer
 from common.trials import AUTO
 from segmentation import compat
 from segmentation.errors import ConfigError, told_of
@@ -56,6 +56,7 @@ SHARED_KEYS = (
 )
 # Of the solver, what a run may be resumed with in another value.
 MAY_CHANGE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
+_LASTING = ("ACCUMULATE", "AMP_DTYPE", "MODEL_EMA", "MODEL_EMA_SPAN", "MODEL_EMA_DECAY")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def lasting_settings(run: RunConfig) -> dict[str, str]:
     cfg = run.cfg
     keys = ("DATASETS.TRAIN", "DATASETS.TEST", "SEED")
     found: dict[str, Any] = {key: value_at(cfg, key) for key in keys}
-    found |= {f"TRANSFER.{key}": run.transfer[key] for key in ("ACCUMULATE", "AMP_DTYPE")}
+    found |= {f"TRANSFER.{key}": run.transfer[key] for key in _LASTING}
     for peer in run.peers:
         found[f"{PEER_PREFIX}{peer.name}.FROZEN"] = peer.frozen
         for key, value in _flat(peer.cfg.SOLVER, "SOLVER"):
@@ -143,6 +144,10 @@ def transfer_defaults() -> CfgNode:
     node.DETACH_TEACHER = True
     node.MARGIN = 0.0  # by how much a teacher's score must be higher
     node.WARMUP_ITERS = 0  # the weight grows linearly from 0 over these
+    node.TEACHERS = "peers"  # or "ema", "ema+own": the peers' averages score and teach
+    node.MODEL_EMA = False  # average each learning peer's weights: evaluated, chosen, exported
+    node.MODEL_EMA_SPAN = 0.25  # the average reaches back over this share of SOLVER.MAX_ITER
+    node.MODEL_EMA_DECAY = 0.0  # instead of what the span gives
     node.ENGINE = "joint"  # or "two-pass", "peer-parallel": see the README
     node.ACCUMULATE = 1  # batches of SOLVER.IMS_PER_BATCH in one iteration
     node.AMP_DTYPE = "float16"  # with SOLVER.AMP.ENABLED
@@ -252,7 +257,9 @@ def _assemble(
         peer.cfg.OUTPUT_DIR = str(output / peer.name)
         peer.cfg.freeze()
     node.freeze()
-    return RunConfig(peers, node, output)
+    run = RunConfig(peers, node, output)
+    _check_averages(run, path)
+    return run
 
 
 def _read_files(
@@ -374,6 +381,7 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
     named = {
         "GRANULARITY": GRANULARITIES,
         "SCORE": SCORES,
+        "TEACHERS": TEACHERS,
         "AMP_DTYPE": tuple(AMP_DTYPES),
         "ENGINE": tuple(ENGINES),
         "GUARD": POLICIES,
@@ -395,9 +403,70 @@ def _check_run(node: CfgNode, names: Sequence[str], file: str | Path) -> None:
         raise ConfigError(
             f"{file}: TRANSFER.HELD_OUT is {node.HELD_OUT}; expected a share from 0 to below 1"
         )
+    if not 0 <= node.MODEL_EMA_DECAY < 1:
+        raise ConfigError(
+            f"{file}: TRANSFER.MODEL_EMA_DECAY is {node.MODEL_EMA_DECAY}; expected more than 0 and "
+            "less than 1, or 0 for what MODEL_EMA_SPAN gives"
+        )
+    if not 0 < node.MODEL_EMA_SPAN <= 1:
+        raise ConfigError(
+            f"{file}: TRANSFER.MODEL_EMA_SPAN is {node.MODEL_EMA_SPAN}; expected a share of the "
+            "run, above 0 and at most 1"
+        )
     for key in ("TEMPERATURE", "GUARD_METRIC_DROP"):
         if not node[key] > 0:
             raise ConfigError(f"{file}: TRANSFER.{key} is {node[key]}; expected more than 0")
+
+
+def _check_averages(run: RunConfig, file: str | Path) -> None:
+    """Refuse averages of weights that teach where they cannot, or are measured with others' parts.
+
+    Raises:
+        ConfigError: Names the keys, and the way out.
+    """
+    node, defaults = run.transfer, transfer_defaults()
+    try:
+        transfer = build_transfer(run, seed=0)
+    except ValueError as error:
+        raise ConfigError(f"{file}: TRANSFER: {error}") from error
+    if transfer.wants_copies and not node.MODEL_EMA:
+        raise ConfigError(
+            f"{file}: TRANSFER.TEACHERS is {node.TEACHERS!r}, and there are no averages to teach; "
+            "give TRANSFER.MODEL_EMA True"
+        )
+    for key in ("MODEL_EMA_SPAN", "MODEL_EMA_DECAY"):
+        if node[key] != defaults[key] and not node.MODEL_EMA:
+            raise ConfigError(
+                f"{file}: TRANSFER.{key} is {node[key]} without TRANSFER.MODEL_EMA; give both"
+            )
+    for peer in run.peers:
+        if node.MODEL_EMA and peer.cfg.TEST.PRECISE_BN.ENABLED and not peer.frozen:
+            raise ConfigError(
+                f"peer {peer.name!r}: TEST.PRECISE_BN with TRANSFER.MODEL_EMA: it estimates the "
+                "statistics of the weights, and their average is what is evaluated, whose "
+                "statistics are averaged too; leave one of them out"
+            )
+
+
+def build_transfer(run: RunConfig, seed: int) -> KnowledgeTransfer:
+    """Build the objective from the TRANSFER node.
+
+    Raises:
+        ValueError: See ``KnowledgeTransfer``.
+    """
+    node = run.transfer
+    return KnowledgeTransfer(
+        node.RULE,
+        node.TEMPERATURE,
+        node.WEIGHT,
+        node.DETACH_TEACHER,
+        margin=node.MARGIN or None,
+        teachers=node.TEACHERS,
+        warmup_steps=node.WARMUP_ITERS,
+        names=run.names,
+        frozen=[peer.name for peer in run.peers if peer.frozen],
+        seed=seed,
+    )
 
 
 def _peer_config(

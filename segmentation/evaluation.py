@@ -139,9 +139,12 @@ def evaluate_group(
 
 
 def predict(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
-    """Return a peer's probabilities [C, height, width] for one image, at the file's resolution."""
+    """Return a peer's probabilities [C, height, width] for one image, at the file's resolution.
+
+    Of the average of its weights, where it has one.
+    """
     seen = peer_view(sample, peer.cfg.INPUT.FORMAT)
-    return peer.probabilities(peer.module([seen])[0]["sem_seg"])
+    return peer.probabilities(peer.best_module([seen])[0]["sem_seg"])
 
 
 def augmented(peer: SegmentorPeer, sample: dict[str, Any]) -> Tensor:
@@ -226,13 +229,14 @@ def _evaluator(dataset: str, world: World) -> LabelEvaluator:
 @contextmanager
 def evaluating(peers: Sequence[SegmentorPeer]) -> Iterator[None]:
     """Evaluate, then put every module's mode back as it was."""
-    modes = [[(module, module.training) for module in peer.module.modules()] for peer in peers]
-    for peer in peers:
-        peer.module.eval()
+    evaluated = [peer.best_module for peer in peers]
+    modes = [[(module, module.training) for module in whole.modules()] for whole in evaluated]
+    for whole in evaluated:
+        whole.eval()
     try:
         yield
     finally:
-        for module, training in (pair for of_peer in modes for pair in of_peer):
+        for module, training in (pair for of_one in modes for pair in of_one):
             module.training = training
 
 

@@ -86,7 +86,7 @@ def make_batch(samples: Sequence[dict[str, Any]], device: torch.device, ignore: 
 
 
 class _CaughtError(Exception):
-    """Ends the forward of a frozen peer, whose prediction is caught."""
+    """Ends a forward that is only for the prediction, which is caught."""
 
 
 class SegmentorPeer(Peer):
@@ -135,14 +135,18 @@ class SegmentorPeer(Peer):
         self._mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
         self._caught: Any = None
         self._ends = False
-        module.get_submodule(where).register_forward_hook(self._catch)
+        for whole in {id(x): x for x in (module, self.best_module)}.values():
+            whole.get_submodule(where).register_forward_hook(self._catch)
         self._losses: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def forward(self, batch: Batch) -> PeerOutput:
-        """Run the host's own training forward once; gradient reaches task_loss and logits."""
+        """Run the host's own training forward once; gradient reaches task_loss and logits.
+
+        Of a frozen peer, and of an average that teaches, the evaluation's as far as the prediction.
+        """
         losses, logits = self._run(batch)
         score, valid = dense_score(logits, batch.labels, batch.ignore, self.granularity)
-        if self.frozen:
+        if losses is None:
             task_loss = -score.mean()  # for the record alone; nothing is learned from it
         else:
             values = self._where_labelled(torch.stack(list(losses.values())), batch)
@@ -157,8 +161,9 @@ class SegmentorPeer(Peer):
         )
 
     def predict(self, batch: Batch) -> Tensor:
-        """Return logits [B, C, h, w] on the common grid, with the module in the mode it is in."""
-        return self._run(batch)[1]
+        """Return logits [B, C, h, w] on the common grid, as evaluated, in the mode it is in."""
+        with self.averaged():
+            return self._run(batch)[1]
 
     def view(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Return a sample as this peer wants it; no output size, so nothing is enlarged in vain."""
@@ -204,7 +209,8 @@ class SegmentorPeer(Peer):
     def _run(self, batch: Batch) -> tuple[Any, Tensor]:
         inputs = self.inputs(batch.samples, batch.ignore)
         output = None
-        self._ends = self.frozen  # the rest of an evaluation is not for this
+        # the rest of an evaluation is not for this
+        self._ends = self.frozen or not self.model.training
         with _scope(self.name), suppress(_CaughtError):
             output = self.model(inputs)
         self._ends = False

@@ -12,13 +12,13 @@ from common.memory import bytes_of
 from common.outputs import log_plan
 from common.peers import PeerGroup, RemotePeer
 from common.planner import Flags, TeamCost
-from segmentation.config import PeerConfig, RunConfig
+from segmentation.config import PeerConfig, RunConfig, build_transfer
 from segmentation.data import check_classes
 from segmentation.errors import ConfigError, told_of
 from segmentation.models import build_module
 from segmentation.noise import random_batch
 from segmentation.peer import Batch, SegmentorPeer
-from segmentation.trainer import build_peer, build_transfer, per_rank_batch, refuse_talk
+from segmentation.trainer import build_peer, per_rank_batch, refuse_talk
 
 
 def tell_plan(run: RunConfig, processes: int, memory: int | None) -> None:
@@ -108,8 +108,9 @@ def measure_config(config: PeerConfig, run: RunConfig, batch: int, ignore: int) 
         return random_batch(run, samples, device, ignore, masks)
 
     device = torch.device(run.cfg.MODEL.DEVICE)
+    copies = build_transfer(run, seed=0).wants_copies
     with told_of(f"peer {config.name!r}"):
-        cost = measure_peer(peer, draw, batch, device, run.amp_dtype)
+        cost = measure_peer(peer, draw, batch, device, run.amp_dtype, copies=copies)
     return Measured(cost, masks, refused)
 
 

@@ -10,11 +10,11 @@ from common.costs import PeerCost
 from common.team_costs import TeamCosts, Watch, rule_of
 from common.transfer import KnowledgeTransfer
 from segmentation.answers import Candidate
-from segmentation.config import RunConfig
+from segmentation.config import RunConfig, build_transfer
 from segmentation.data import check_classes
 from segmentation.errors import told_of
 from segmentation.plan import batch_bytes, measure_config
-from segmentation.trainer import build_transfer, per_rank_batch
+from segmentation.trainer import per_rank_batch
 
 
 class SegmentorCosts(TeamCosts):

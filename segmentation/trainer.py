@@ -24,6 +24,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from common import distributed
+from common.average import WeightAverage, decay_of_span
 from common.board import Board
 from common.broken import BadSamples, is_worker_death
 from common.checkpoint import CheckpointError, read_weights
@@ -41,7 +42,7 @@ from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
 from common.trials import AUTO, Trial, choose_layouts, to_layout
 from segmentation import checkpoints, solver
-from segmentation.config import PeerConfig, RunConfig, lasting_settings
+from segmentation.config import PeerConfig, RunConfig, build_transfer, lasting_settings
 from segmentation.data import (
     SharedMapper,
     allowed,
@@ -77,7 +78,8 @@ class TransferTrainer(TrainerBase):
     """N segmentors, one stream of data, one backward, N optimizer steps an iteration.
 
     Checkpoints of a peer are in OUTPUT_DIR/PEER/ and load in plain Detectron2; evaluation is before
-    the first iteration, every TEST.EVAL_PERIOD, and at the end.
+    the first iteration, every TEST.EVAL_PERIOD, and at the end. With TRANSFER.MODEL_EMA the average
+    of each peer's weights is what is evaluated, chosen and loaded there.
 
     Args:
         run: From ``segmentation.config.load_run``.
@@ -512,9 +514,9 @@ class TransferTrainer(TrainerBase):
         for peer in (peer for peer in self.peers.here if peer.name in lost):
             held, iterations = kept[peer.name].get("best"), int(self.best[peer.name][1])
             if iterations == record["iteration"]:
-                weights = peer.module.state_dict()
+                weights = peer.best_module.state_dict()
             elif held is not None:
-                weights = held["module"]
+                weights = held["average"] or held["module"]
             else:
                 weights = checkpoints.weights_at(self.folder, peer.name, iterations)
             if weights is not None:
@@ -539,7 +541,7 @@ class TransferTrainer(TrainerBase):
 
 
 def build_peer(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> SegmentorPeer:
-    """Give a segmentor its optimizer and clipping.
+    """Give a segmentor its optimizer, clipping and average.
 
     Args:
         config: Of the peer.
@@ -552,6 +554,7 @@ def build_peer(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> Segm
             learning = {
                 "optimizer": solver.build_optimizer(config.cfg, module),
                 "clip": solver.build_clip(config.cfg, module),
+                "average": _average(config, module, transfer),
             }
     return SegmentorPeer(
         config.name,
@@ -561,6 +564,14 @@ def build_peer(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> Segm
         score=transfer.SCORE,
         **learning,
     )
+
+
+def _average(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> WeightAverage | None:
+    """Begin the average of a peer's weights, before a hook is on them that knows the peer."""
+    if not transfer.MODEL_EMA:
+        return None
+    span, iterations = transfer.MODEL_EMA_SPAN, config.cfg.SOLVER.MAX_ITER
+    return WeightAverage(module, transfer.MODEL_EMA_DECAY or decay_of_span(span, iterations))
 
 
 def trial(
@@ -616,7 +627,8 @@ def share_buffers(peers: PeerGroup, world: World) -> None:
     if world.shards > 1:
         first = world.seat * world.shards if world.seats > 1 else 0
         for peer in peers.here:
-            for buffer in peer.module.buffers():
+            modules = [peer.module] if peer.average is None else [peer.module, peer.average.module]
+            for buffer in itertools.chain.from_iterable(module.buffers() for module in modules):
                 torch.distributed.broadcast(buffer, src=first, group=world.replicas)
 
 
@@ -671,22 +683,6 @@ def current_world(device: str) -> World:
         alone = size == 1 and chosen.index is not None
         chosen = torch.device("cuda", chosen.index if alone else local_rank)
     return World(comm.get_rank(), size, local_rank, chosen)
-
-
-def build_transfer(run: RunConfig, seed: int) -> KnowledgeTransfer:
-    """Build the objective from the TRANSFER node."""
-    node = run.transfer
-    return KnowledgeTransfer(
-        node.RULE,
-        node.TEMPERATURE,
-        node.WEIGHT,
-        node.DETACH_TEACHER,
-        margin=node.MARGIN or None,
-        warmup_steps=node.WARMUP_ITERS,
-        names=run.names,
-        frozen=[peer.name for peer in run.peers if peer.frozen],
-        seed=seed,
-    )
 
 
 def build_guard(run: RunConfig, peers: PeerGroup, transfer: KnowledgeTransfer) -> Guard:

@@ -102,6 +102,22 @@ def test_two_processes_equal_the_joint_run(tmp_path, datasets):
 
 
 @pytest.mark.slow
+def test_averages_teach_across_processes_and_go_on(tmp_path, datasets, kept):
+    run_file = write_run(tmp_path, TEACHERS="ema+own", MODEL_EMA=True, MODEL_EMA_DECAY=0.8)
+    joint, seated, again = (tmp_path / name for name in ("joint", "seated", "again"))
+    run_of(run_file, joint)
+    shutil.copytree(joint, again)
+    back_to(again, 2)
+    launch(ranked, 2, run_file, seated, datasets, SEATED)
+    launch(ranked, 2, run_file, again, datasets, SEATED, True)
+    for found in (seated, again):
+        assert_close_runs(joint, found)
+        for peer in ("fpn", "deeplab"):
+            one, two = (read_file(f / peer / "model_final.pth") for f in (joint, found))
+            torch.testing.assert_close(two["unaveraged"], one["unaveraged"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_two_processes_go_on_with_a_joint_run(tmp_path, datasets, kept):
     run_file = write_run(tmp_path)
     joint, seated = tmp_path / "joint", tmp_path / "seated"
