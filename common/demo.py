@@ -157,13 +157,21 @@ def side_by_side(jobs: int, total: int) -> Iterator[SideBySide]:
     """Open processes for ``total`` runs, ``jobs`` at a time, with a bar of progress."""
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool,
+        ProcessPoolExecutor(
+            jobs,
+            mp_context=context,
+            initializer=_begin,
+            initargs=(multiprocessing.get_start_method(),),
+        ) as pool,
         tqdm(total=total, unit="run", smoothing=0.1) as bar,
     ):
         yield SideBySide(pool, bar)
 
 
-def _quiet() -> None:
+def _begin(start_method: str) -> None:
+    # of the processes that read data: being spawned itself, this one would spawn them, which takes
+    # seconds of imports for every loader
+    multiprocessing.set_start_method(start_method, force=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR)
