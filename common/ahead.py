@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -44,8 +45,12 @@ class ReadAhead:
     """Batches of an epoch, from processes that go on with the next one when its last is read.
 
     So they read while a run learns from the last batches, evaluates and saves. They are never
-    further ahead than torch's loader is within an epoch: by its usual number of batches. Where an
-    epoch is not the one that is expected next, what was read for that is dropped.
+    further ahead than torch's loader is within an epoch: by its usual number of batches, and one
+    that is received. Where an epoch is not the one that is expected next, what was read for that is
+    dropped.
+
+    A thread receives the next batch while a step runs: a reading process hands a batch's memory
+    over only when it is asked, and answers when it finds time between two samples.
 
     Args:
         dataset: Asked for draws.
@@ -76,6 +81,8 @@ class ReadAhead:
             **reading,
         )
         self._running: Iterator[Any] = iter(())
+        self._receiver = ThreadPoolExecutor(1, "receive") if workers else None
+        self._coming: Future[Any] | None = None
         self._next: tuple[int, int] | None = None
         self._asked = 0, 0
 
@@ -83,8 +90,11 @@ class ReadAhead:
         """Begin to read an epoch, without its first ``start`` batches."""
         self._asked = epoch, start
         if start < len(self) and self._next != self._asked:
+            if self._coming is not None:
+                self._coming.exception()  # the loader serves one at a time; this batch is dropped
             self._order.position = self._next = self._asked
             self._running = iter(self._loader)
+            self._receive()
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""
@@ -96,4 +106,15 @@ class ReadAhead:
         epoch, start = self._asked
         for batch in range(start + 1, len(self) + 1):
             self._next = (epoch, batch) if batch < len(self) else (epoch + 1, 0)
-            yield next(self._running)
+            yield self._received()
+
+    def _receive(self) -> None:
+        if self._receiver is not None:
+            self._coming = self._receiver.submit(next, self._running)
+
+    def _received(self) -> Any:
+        if self._coming is None:
+            return next(self._running)
+        coming = self._coming
+        self._receive()
+        return coming.result()
