@@ -289,10 +289,7 @@ def _effect(
     # seeds that all give the same difference are one run seen several times
     varies = max(differences) - min(differences) > 1e-9 * max(1.0, abs(interval.mean))
     return {
-        "mean": interval.mean,
-        "low": _known(interval.low),
-        "high": _known(interval.high),
-        "count": interval.count,
+        **_told(interval),
         "varies": varies,
         "p": test.p,
         "p_error": test.error,
@@ -352,6 +349,52 @@ def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, flo
 def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say in what the rows count: epochs, or iterations where the host has no epochs."""
     return next((unit for unit in UNITS if rows and unit in rows[0]), UNITS[0])
+
+
+def interval_rows(
+    runs: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[str], level: float = 0.95
+) -> list[dict[str, Any]]:
+    """Give each key's ``interval_of`` over the seeds, for rows of the same epoch.
+
+    Args:
+        runs: Rows of each seed.
+        keys: Which numbers.
+        level: Of confidence.
+
+    Returns:
+        A row an epoch, in order; a key is None where no seed has a number.
+    """
+    unit = unit_of([row for run in runs for row in run])
+    found = []
+    for epoch in sorted({int(row[unit]) for run in runs for row in run}):
+        rows = [row for run in runs for row in run if int(row[unit]) == epoch]
+        of = {key: interval_of([row.get(key) for row in rows], level) for key in keys}
+        found.append({unit: epoch, **of})
+    return found
+
+
+def interval_of(values: Sequence[Any], level: float = 0.95) -> dict[str, Any] | None:
+    """Return mean, interval (``paired_interval``) and count of the numbers that are known.
+
+    Args:
+        values: Over seeds; differences with the same seed make the interval a paired one.
+        level: Of confidence.
+
+    Returns:
+        ``mean``, ``low``, ``high``, ``count``; the ends of a single number are None. None where
+        nothing is known.
+    """
+    known = [value for value in map(_known, values) if value is not None]
+    return _told(paired_interval(known, level)) if known else None
+
+
+def _told(interval: Interval) -> dict[str, Any]:
+    return {
+        "mean": interval.mean,
+        "low": _known(interval.low),
+        "high": _known(interval.high),
+        "count": interval.count,
+    }
 
 
 def _mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ from common.experiment.task import Task
 from common.experiment.work import finished
 from common.options import OptionError
 from common.report import write_experiment
-from common.statistics import FLIPS, corrected, mean_rows, summarise
+from common.statistics import FLIPS, corrected, interval_of, interval_rows, mean_rows, summarise
 from common.trainer import write_csv
 
 GROUPS = ("ensemble", "oracle")
@@ -105,6 +105,7 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
         }
 
     primary = experiment.primary
+    histories = {arm: [row["history"] for row in found if row["arm"] == arm] for arm in arms}
     calibrated = all(f"{names[0]}/{CALIBRATION}" in row[primary]["metrics"] for row in found)
     return {
         "names": names,
@@ -125,8 +126,10 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
         },
         "flips": getattr(task, "flips", None),
         "classes": _class_gains(experiment, task, found, names),
-        "curves": {
-            arm: mean_rows([r["history"] for r in found if r["arm"] == arm]) for arm in arms
+        "curves": {arm: mean_rows(rows) for arm, rows in histories.items()},
+        "bands": {
+            arm: interval_rows(rows, [f"{name}/{task.metric}" for name in names])
+            for arm, rows in histories.items()
         },
         "epochs": {arm: _mean_by_peer(found, arm, names) for arm in arms},
         "cost": {arm: _cost([row["cost"] for row in found if row["arm"] == arm]) for arm in arms},
@@ -164,7 +167,10 @@ def _result(row: Found, names: Sequence[str], which: str, metric: str) -> dict[s
 def _class_gains(
     experiment: Experiment, task: Task, found: Sequence[Found], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return each class's gain over the control, mean over the seeds both have, by arm and peer."""
+    """Return each class's gain over the control, by arm and peer: over the seeds both have.
+
+    Nothing corrects for the number of classes.
+    """
     primary, control = experiment.primary, experiment.control
     sign = -1 if task.lower_is_better else 1
     table = {(row["arm"], row["seed"]): row[primary]["classes"] for row in found}
@@ -180,7 +186,7 @@ def _class_gains(
                     of_peer.setdefault(kind, []).append(sign * (value - base))
     return {
         arm: {
-            name: {kind: float(np.mean(values)) for kind, values in of_peer.items()}
+            name: {kind: interval_of(values) for kind, values in of_peer.items()}
             for name, of_peer in peers.items()
         }
         for arm, peers in gains.items()

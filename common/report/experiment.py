@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from common.report.effects import (
 from common.report.numbers import (
     MISSING,
     Row,
+    as_float,
     difference_unit,
     epochs_of,
     is_finite,
@@ -73,6 +73,7 @@ WEIGHTS = {
 }
 MANY_CLASSES = 30
 MOST_COLOURS = 6
+BAND = 0.13
 
 
 def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
@@ -368,10 +369,12 @@ def _class_section(analysis: Analysis) -> list[Section]:
     if not gains:
         return []
     kinds = list(dict.fromkeys(kind for of_peer in gains.values() for kind in of_peer))
-    mean = {k: float(np.mean([g[k] for g in gains.values() if k in g])) for k in kinds}
+    mean = {k: float(np.mean([g[k]["mean"] for g in gains.values() if k in g])) for k in kinds}
     caption = (
-        f"Gain of {arm} over {analysis['test']['control']} in each class, mean over seeds. "
-        "Nothing here is tested; look for a pattern, and test it on new seeds."
+        f"Gain of {arm} over {analysis['test']['control']} in each class, mean over seeds; bars "
+        "are 95 % intervals of the differences with the same seed (Student's t), uncorrected: of "
+        "many classes some leave zero out by chance. Nothing here is tested; look for a pattern, "
+        "and test it on new seeds."
     )
     if len(kinds) > MANY_CLASSES:
         kinds = sorted(kinds, key=lambda kind: mean[kind])
@@ -384,7 +387,7 @@ def _class_section(analysis: Analysis) -> list[Section]:
 
 
 def _class_plot(
-    analysis: Analysis, gains: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
+    analysis: Analysis, gains: Mapping[str, Mapping[str, Row]], kinds: Sequence[str]
 ) -> str:
     summary = analysis["test"]
 
@@ -392,9 +395,15 @@ def _class_plot(
         axes = figure.subplots()
         zero_line(axes, upright=True)
         for i, (name, of_peer) in enumerate(gains.items()):
-            values = [of_peer.get(kind, math.nan) for kind in kinds]
+            there = [k for k, kind in enumerate(kinds) if kind in of_peer]
+            found = [of_peer[kinds[k]] for k in there]
+            aside = 0.5 * ((i + 0.5) / len(gains) - 0.5)  # so that bars do not hide one another
+            places = [k + aside for k in there]
+            low, high = ([as_float(one[end]) for one in found] for end in ("low", "high"))
+            axes.hlines(places, low, high, color=color_of(i), linewidth=1)
             label = short_name(name, list(gains))
-            axes.plot(values, range(len(kinds)), marker_of(i), color=color_of(i), label=label)
+            values = [one["mean"] for one in found]
+            axes.plot(values, places, marker_of(i), color=color_of(i), label=label)
         name_axis(axes, kinds)
         axes.grid(True, axis="y")
         axes.set_ylabel("class")
@@ -465,14 +474,18 @@ def _curves_section(analysis: Analysis) -> list[Section]:
     told = _told_apart(analysis["test"], arms)
     panels = [
         Panel(
-            _curve_plot({arm: curves[arm] for arm in arms}, told, name, metric),
+            _curve_plot({arm: curves[arm] for arm in arms}, analysis["bands"], told, name, metric),
             f"Held-out {metric} of {name} over training, for {listed(arms)}",
             name,
         )
         for name in analysis["names"]
     ]
     rest = len(arms) - len(told)
-    caption = f"{metric} on the held-out part of the training data, mean over seeds."
+    caption = (
+        f"{metric} on the held-out part of the training data, mean over seeds; the bands are 95 % "
+        "intervals of each mean (Student's t). Arms share their seeds: where bands overlap, the "
+        "paired gains above may still differ."
+    )
     if rest:
         caption += f" The {rest} other arm{'s' * (rest != 1)} in pale lines."
     return [section("Training", figure_tag(panels, caption))]
@@ -488,10 +501,21 @@ def _told_apart(summary: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
 
 
 def _curve_plot(
-    curves: Mapping[str, Sequence[Row]], told: Sequence[str], name: str, metric: str
+    curves: Mapping[str, Sequence[Row]],
+    bands: Mapping[str, Sequence[Row]],
+    told: Sequence[str],
+    name: str,
+    metric: str,
 ) -> str:
+    key = f"{name}/{metric}"
+
     def line(axes: Axes, arm: str, **how: Any) -> None:
-        axes.plot(epochs_of(curves[arm]), series_of(curves[arm], f"{name}/{metric}"), **how)
+        axes.plot(epochs_of(curves[arm]), series_of(curves[arm], key), **how)
+
+    def band(axes: Axes, arm: str, color: str) -> None:
+        known = [row for row in bands[arm] if row[key] is not None]
+        low, high = ([as_float(row[key][end]) for row in known] for end in ("low", "high"))
+        axes.fill_between(epochs_of(known), low, high, color=color, alpha=BAND, linewidth=0)
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -502,6 +526,7 @@ def _curve_plot(
             color, style = (color_of(i - 1), "-") if i else (INK, "--")
             marks = {"marker": marker_of(i), "markevery": (i % 4, 4)} if i else {}
             label = short_name(arm, told)
+            band(axes, arm, color)
             line(axes, arm, color=color, linestyle=style, label=label, **marks)
         epoch_axis(axes, f"held-out {with_unit(metric)}", unit_of(curves[told[0]]))
         draw_legend(figure, axes)

@@ -16,6 +16,7 @@ from common.experiment.results import analyse
 from common.experiment.work import labels_of, rank_at_start, work
 from common.options import OptionError
 from common.report import experiment_sentences
+from common.statistics import paired_interval
 from common.trainer import Trainer
 from tests.common.toy_experiment import ToyTask
 
@@ -223,7 +224,7 @@ def test_starts_come_first(tmp_path):
 
 
 def test_report_and_tables(whole):
-    path, _ = whole
+    path, rows_of = whole
     report = run(ToyTask(), [str(path), "--report"])
     text = report.read_text()
     for part in ("2 seeds prove nothing", "Cost", "loud", "Every class", "Held-out top1"):
@@ -238,6 +239,19 @@ def test_report_and_tables(whole):
     assert analysis["missing"] == []
     gain = analysis["test"]["peer_gains"]["solo"]["a"]
     assert gain["mean"] == 0 and gain["p"] == 1
+    ends = [rows_of["loud", seed]["history"][-1]["a/top1"] for seed in (0, 1)]
+    band, told = analysis["bands"]["loud"][-1]["a/top1"], paired_interval(ends)
+    assert (band["mean"], band["low"], band["high"]) == (told.mean, told.low, told.high)
+    assert analysis["bands"]["loud"][-1]["epoch"] == 2 and "fill-opacity" in text
+    kinds = {
+        (arm, seed): rows_of[arm, seed]["chosen"]["classes"]["bb"]["1"]
+        for arm in ("loud", "none")
+        for seed in (0, 1)
+    }
+    gains = [kinds["loud", seed] - kinds["none", seed] for seed in (0, 1)]
+    found, told = analysis["classes"]["loud"]["bb"]["1"], paired_interval(gains)
+    assert (found["mean"], found["low"], found["high"]) == (told.mean, told.low, told.high)
+    assert "95 % intervals of each mean" in text and "uncorrected: of many classes" in text
 
 
 def test_what_is_not_finished_is_told_and_left_out(tmp_path):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from common.statistics import paired_interval, summarise
+from common.statistics import interval_of, interval_rows, paired_interval, summarise
 
 
 def result(arm, seed, after, before=(70.0, 60.0), **more):
@@ -55,6 +55,22 @@ def test_one_difference_has_no_interval():
     assert interval.mean == 2.5
     assert math.isnan(interval.low) and math.isnan(interval.high)
     assert not interval.excludes_zero
+
+
+def test_rows_of_an_epoch_get_the_interval_of_the_seeds_that_have_them():
+    runs = [
+        [{"iteration": 4, "a": value}, {"iteration": 2, "a": value + 10}] for value in range(1, 6)
+    ]
+    runs[0][0]["a"] = math.nan
+    runs[1].append({"iteration": 6, "a": 3.0})
+    first, second, third = interval_rows(runs, ["a", "b"])
+    whole = paired_interval([11, 12, 13, 14, 15])
+    told = {"mean": 13, "low": whole.low, "high": whole.high, "count": 5}
+    assert first == {"iteration": 2, "a": told, "b": None}
+    assert second["a"] == interval_of([2, 3, 4, 5]) and second["a"]["count"] == 4
+    assert third["a"] == {"mean": 3.0, "low": None, "high": None, "count": 1}
+    assert interval_rows([], ["a"]) == interval_rows([[]], ["a"]) == []
+    assert interval_of([None, math.inf]) is None
 
 
 @pytest.mark.parametrize("differences", [[], [1.0, math.nan], [math.inf], [[1.0, 2.0]]])
