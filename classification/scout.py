@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from classification.data import classes_of, common_view, open_dataset
 from classification.options import PeerSpec, build_parser, parse
-from classification.realised import read_run, shared_specs
+from classification.realised import METRIC, read_run
 from classification.scout_costs import ClassifierCosts
 from classification.scouting import (
     Candidate,
@@ -36,19 +35,13 @@ from classification.scouting import (
     without_repeats,
 )
 from classification.train import FAULTS, start
-from common.checkpoint import atomic_write
 from common.distributed import World
+from common.finished import refuse_other_data, shared_models
 from common.logit_cache import CachedLogits
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
-from common.realised import compare, realised_gains
-from common.report.realised import (
-    HEAD,
-    correlation_rows,
-    realised_lead,
-    write_realised_report,
-)
 from common.report.scouting import CAUTION, scout_lead, write_scout_report
+from common.scout_check import add_realised_option, check_runs, write_check
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_outcome, write_outcome
 from common.scouting import PREDICTORS, Judge, Ranking, Team, default_predictor, rank_teams
@@ -83,13 +76,7 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     add("--for", dest="student", metavar="MODEL", help="rank by what this model may gain")
     add("--team-size", nargs="+", default=["2"], metavar="N", help="2, or 2..4, or 2 4")
     add("--predictor", choices=tuple(PREDICTORS), help="what to rank by; the report explains them")
-    add(
-        "--realised",
-        nargs="+",
-        metavar="RUN",
-        help="compare predictions with what these finished runs of train.py gained, over controls "
-        "(--rule none) among them; models, options and data are the runs' own unless given",
-    )
+    add_realised_option(add)
     add("--samples", type=int, help="scout on so many images, drawn at random")
     add("--unlabelled", metavar="DIR", help="judge teams on these images, which have no labels")
     add_cost_options(add)
@@ -178,34 +165,35 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         ["-c", str(runs[0].folder / "args.yaml"), *given], "scout", add_scout_options
     )
     options.output, options.experiment = known.output, known.experiment
-    data = {str(run.options.data) for run in runs} | {str(options.data)}
-    if len(data) > 1 and str(options.data) == str(runs[0].options.data):
-        raise OptionError(f"the runs have different data, {', '.join(sorted(data))}; give DATA")
+    refuse_other_data(str(options.data), [str(run.started.data) for run in runs], "DATA")
     world, folder, watch = _start_alone(options), _make_folder(options), progress_bars(bars)
-    specs, finished = shared_specs(runs)
+    specs, names, finished = shared_models(runs)
+    specs = [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
     candidates = find_candidates(specs, options, watch)
     logits, found = ask(candidates, options, world, watch)
-    try:
-        realised = realised_gains(finished)
-    except ValueError as error:
-        raise OptionError(f"--realised: {error}") from error
-    teams = list({one.members for one in realised})
-    together = ensemble_accuracy(logits, logits.labels(), teams)
-    compared = compare(found, realised, dict(zip(teams, together, strict=True)))
+
+    def ensembles(teams: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[float]]:
+        alone = found.correct.double().mean(dim=1).tolist()
+        together = ensemble_accuracy(logits, logits.labels(), teams)
+        return {
+            team: [whole - alone[i] for i in team]
+            for team, whole in zip(teams, together, strict=True)
+        }
+
     outcome = {
-        "names": list(found.names),
+        **check_runs(
+            finished,
+            lambda one: Judge(found, one.rule, one.score, one.margin),
+            ensembles,
+            options.predictor,
+        ),
         "samples": logits.count,
-        "predictor": options.predictor or default_predictor(found, realised[0].rule),
+        "unit": "images",
+        "metric": METRIC,
         "models": [asdict(fact) for fact in describe_models(found)],
-        "realised": compared,
         "settings": _settings(options),
     }
-    text = json.dumps(outcome, indent=1)
-    atomic_write(folder / "scout.json", lambda to: to.write_text(text, encoding="utf-8"))
-    report = write_realised_report(folder / "report.html", outcome)
-    _logger.info("%s", realised_lead(outcome))
-    log_table([dict(zip(HEAD, row, strict=True)) for row in correlation_rows(outcome)])
-    _logger.info("report: %s", report)
+    write_check(folder, outcome)
     return outcome
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.rank_correlation import correlation_within, rank_correlation
-from common.scouting import Judge, Team, usable_predictors
-from common.survey import Survey
+from common.scouting import Judge, Team
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class FinishedRun:
         score: What the rule compared.
         margin: Of the rule.
         setting: All else that it was trained with, as text; a control has the same.
+        grouped: What has one teacher, such as an ``image`` of pixels; empty: each sample.
     """
 
     title: str
@@ -37,6 +37,7 @@ class FinishedRun:
     score: str
     margin: float | None
     setting: str
+    grouped: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Realised:
         runs: How many.
         controlled: Whether the gain is over the same model trained without transfer; False: over
             its own start, which more training alone moves too.
+        grouped: Of its runs.
     """
 
     members: tuple[int, ...]
@@ -59,6 +61,7 @@ class Realised:
     gain: tuple[float, ...]
     runs: int
     controlled: bool
+    grouped: str = ""
 
 
 def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -> list[Realised]:
@@ -90,7 +93,7 @@ def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -
             for i, after, base in zip(run.members, run.after, start, strict=True)
         }
         members = tuple(sorted(gain))
-        kind = _Kind(members, run.rule, run.score, run.margin, other is not None)
+        kind = _Kind(members, run.rule, run.score, run.margin, other is not None, run.grouped)
         gains.setdefault(kind, []).append(tuple(gain[i] for i in members))
     if not gains:
         raise ValueError("no run with transfer among them; nothing to compare predictions with")
@@ -103,6 +106,7 @@ def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -
             tuple(float(x) for x in np.mean(several, axis=0)),
             len(several),
             kind.controlled,
+            kind.grouped,
         )
         for kind, several in gains.items()
     ]
@@ -115,6 +119,7 @@ class _Kind(NamedTuple):
     score: str
     margin: float | None
     controlled: bool
+    grouped: str
 
 
 def _control_of(run: FinishedRun, controls: Sequence[FinishedRun]) -> tuple[float, ...] | None:
@@ -126,34 +131,36 @@ def _control_of(run: FinishedRun, controls: Sequence[FinishedRun]) -> tuple[floa
 
 
 def compare(
-    found: Survey,
     realised: Sequence[Realised],
-    ensemble: Mapping[tuple[int, ...], float] | None = None,
+    judge: Callable[[Realised], Judge],
+    ensemble: Mapping[tuple[int, ...], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Correlate every predictor with what was gained.
 
     Args:
-        found: The survey of all models, before training.
         realised: From ``realised_gains``.
-        ensemble: Accuracy of the members' mean at the start, by team; one more predictor: how much
-            better it is than the member.
+        judge: Judges by a survey of all models before training, as a run's transfer chose.
+        ensemble: By how much the members' mean is better than each of them at the start, by team;
+            one more predictor.
 
     Returns:
         Plain containers: ``runs`` (team, gain, predictions, each also by member), ``correlations``
         (for each predictor over ``teams`` by the mean of their members, over ``members``, and over
         the ``partners`` of each single model), and ``controlled``.
+
+    Raises:
+        ValueError: A rule or score under which the survey's models cannot be judged.
     """
-    judges = _Judges(found)
+    judges = _Judges(judge)
     rows: list[dict[str, Any]] = []
     for one in realised:
         team = judges.team(one, one.members)
         predicted = dict(team.predicted)
-        if ensemble is not None and team.accuracy is not None:
-            together = ensemble[one.members]
-            predicted["ensemble"] = [together - accuracy for accuracy in team.accuracy]
+        if ensemble is not None:
+            predicted["ensemble"] = list(ensemble[one.members])
         rows.append(
             {
-                "members": [found.names[i] for i in one.members],
+                "members": [judges.of(one).found.names[i] for i in one.members],
                 "rule": one.rule,
                 "runs": one.runs,
                 "gains": list(one.gain),
@@ -192,17 +199,23 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class _Judges:
-    """Judges teams under the rules of runs; each team once."""
+    """Judges teams under the transfer of runs; each way and each team once."""
 
-    def __init__(self, found: Survey) -> None:
-        self.found = found
+    def __init__(self, judge: Callable[[Realised], Judge]) -> None:
+        self._judge = judge
+        self._judges: dict[tuple[Any, ...], Judge] = {}
         self._teams: dict[tuple[Any, ...], Team] = {}
 
+    def of(self, one: Realised) -> Judge:
+        way = one.rule, one.score, one.margin, one.grouped
+        if way not in self._judges:
+            self._judges[way] = self._judge(one)
+        return self._judges[way]
+
     def team(self, one: Realised, members: Sequence[int]) -> Team:
-        key = (one.rule, one.score, one.margin, tuple(sorted(members)))
+        key = (one.rule, one.score, one.margin, one.grouped, tuple(sorted(members)))
         if key not in self._teams:
-            judge = Judge(self.found, one.rule, one.score, one.margin)
-            self._teams[key] = judge.judge(key[3])
+            self._teams[key] = self.of(one).judge(key[-1])
         return self._teams[key]
 
 
@@ -216,7 +229,8 @@ def _over_teams(
         other = dict(zip(used, random.permutation(used).tolist(), strict=True))
         return [judges.team(one, [other[i] for i in one.members]).gain(name) for one in realised]
 
-    movable = name in usable_predictors(judges.found) and all(":" not in o.rule for o in realised)
+    predicted = name in judges.of(realised[0]).usable  # the ensemble is of the runs' teams alone
+    movable = predicted and all(":" not in one.rule for one in realised)
     return rank_correlation(
         [_mean(row["predicted"][name]) for row in rows],
         [row["gain"] for row in rows],

@@ -15,6 +15,7 @@ import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 import yaml
 
+from common.distributed import World
+from common.finished import refuse_other_data, shared_models
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, progress_bars, run_command, start_world
 from common.report.numbers import number
+from common.scout_check import add_realised_option, check_runs, write_check
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_ranking, write_outcome
 from common.scouting import Judge, rank_teams
@@ -34,12 +38,14 @@ from saliency.held_out import split_held_out
 from saliency.layouts import SPLITS, VideoSet, open_dataset
 from saliency.metrics import METRICS
 from saliency.options import LOWER_IS_BETTER, build_parser, parse
+from saliency.realised import read_run
 from saliency.scout_costs import SaliencyCosts
 from saliency.scout_report import CAUTION, frames_lead, write_frames_report
 from saliency.scouting import (
     FRAME_PREDICTORS,
     Answered,
     Candidate,
+    Watch,
     cached_answers,
     inspect,
     wins,
@@ -66,6 +72,7 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     add("--metric", default="cc", choices=_COUNTED, help="by which frames are won")
     add("--predictor", choices=tuple(FRAME_PREDICTORS), help="what teams are ranked by")
     add("--kept-size", type=int, nargs=2, default=[36, 64], metavar=("H", "W"), help="of kept maps")
+    add_realised_option(add)
     add_cost_options(add)
     add("--top", type=int, default=20, help="teams to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
@@ -91,7 +98,10 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     Raises:
         OptionError, ModelError, DataError, CheckpointError: Bad input.
     """
-    options, specs = parse(None, "scout", arguments, add_scout_options)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--realised" in given:
+        return check_predictions(given, bars)
+    options, specs = parse(None, "scout", given, add_scout_options)
     _check(options)
     videos = _open(options, bars)
     if options.check_data:
@@ -101,9 +111,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     candidates = inspect(specs, options.peers, options.skip_unfit, watch)
     student = _student(options.student, [candidate.spec.name for candidate in candidates])
     world = start_world(options.device)
-    caches = cached_answers(candidates, videos, options, world, watch)
-    metrics = metrics_for(videos, options.metrics)
-    view = Answered(caches, metrics, options.metric, options.kept_size, options.temperature)
+    view = _answered(candidates, videos, options, world, watch)
     costs = None
     if options.costs or options.budget_gpu_mem:
         costs = SaliencyCosts(candidates, options, world, watch)
@@ -116,6 +124,57 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     report = write_frames_report(folder / "report.html", outcome, options.top)
     _tell(outcome, options.top)
     _logger.info("report: %s", report)
+    return outcome
+
+
+def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]:
+    """Scout the models of finished runs, and compare predictions with what the runs gained.
+
+    Args:
+        given: Arguments, ``--realised RUN...`` among them.
+        bars: See ``scout``.
+
+    Returns:
+        What ``scout.json`` holds.
+
+    Raises:
+        OptionError, ModelError, DataError, CheckpointError: Bad input.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--realised", nargs="+", type=Path)
+    for name in ("--output", "--experiment"):
+        early.add_argument(name, default="")
+    early.add_argument("--dataset")
+    early.add_argument("--metric", default="cc")
+    known = early.parse_known_args(given)[0]
+    runs = [read_run(folder, known.metric, known.dataset) for folder in known.realised]
+    arguments = ["-c", str(runs[0].folder / "args.yaml"), *given]
+    options, _ = parse(None, "scout", arguments, add_scout_options)
+    options.output, options.experiment = known.output, known.experiment
+    _check(options)
+    roots = [str(run.started.data_root) for run in runs]
+    refuse_other_data(str(options.data_root), roots, "--data-root")
+    videos, watch = _open(options, bars), progress_bars(bars)
+    folder, world = _make_folder(options), start_world(options.device)
+    specs, names, finished = shared_models(runs)
+    specs = [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
+    candidates = inspect(specs, names, options.skip_unfit, watch)
+    view = _answered(candidates, videos, options, world, watch)
+    outcome = {
+        **check_runs(
+            finished,
+            lambda one: _judge(view, one.rule, one.score, one.margin),
+            view.over_members,
+            options.predictor,
+            lambda judge: default_predictor(judge.rule),
+        ),
+        "samples": view.source.count,
+        "unit": "frames",
+        "metric": options.metric,
+        "models": _models(view),
+        "settings": _settings(options, videos),
+    }
+    write_check(folder, outcome)
     return outcome
 
 
@@ -161,18 +220,28 @@ def _student(asked: str | None, names: Sequence[str]) -> int | None:
     return list(names).index(asked)
 
 
+def _answered(
+    candidates: Sequence[Candidate],
+    videos: VideoSet,
+    options: argparse.Namespace,
+    world: World,
+    watch: Watch,
+) -> Answered:
+    caches = cached_answers(candidates, videos, options, world, watch)
+    metrics = metrics_for(videos, options.metrics)
+    return Answered(caches, metrics, options.metric, options.kept_size, options.temperature)
+
+
+def _judge(view: Answered, rule: str, score: str, margin: float | None) -> Judge:
+    return Judge(view.found, rule, _SCORES[score], margin, predictors=FRAME_PREDICTORS)
+
+
 def _outcome(
     view: Answered, options: argparse.Namespace, student: int | None, costs: TeamCosts | None
 ) -> dict[str, Any]:
     predictor = options.predictor or default_predictor(options.rule)
     try:
-        judge = Judge(
-            view.found,
-            options.rule,
-            _SCORES[options.score],
-            options.margin,
-            predictors=FRAME_PREDICTORS,
-        )
+        judge = _judge(view, options.rule, options.score, options.margin)
         sizes = sorted(set(options.team_size))
         ranking = rank_teams(
             judge,

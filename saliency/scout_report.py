@@ -25,9 +25,9 @@ from common.report.scouting import COSTS_TOLD, cost_columns, matrix_figure
 
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
-    "about who gains from whom, and it says nothing of how large a gain will be. On classifiers "
-    "like predictors did not order teams by their mean gain; on saliency models they were not "
-    "tested."
+    "about who gains from whom, and it says nothing of how large a gain will be; test it with "
+    "scout.py --realised RUN... on finished runs. On classifiers like predictors did not order "
+    "teams by their mean gain; on saliency models they were not tested."
 )
 Outcome = Mapping[str, Any]
 

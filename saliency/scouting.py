@@ -297,6 +297,24 @@ class Answered:
         ]
         return float(torch.cat(values).nanmean())
 
+    def over_members(
+        self, teams: Sequence[tuple[int, ...]]
+    ) -> dict[tuple[int, ...], list[float]] | None:
+        """Measure by how much the mean of a team's maps is better than each member's, both reduced.
+
+        Returns:
+            By team; None for a metric that needs fixations.
+        """
+        alone = [self.together([i]) for i in range(len(self.source.names))]
+        found = {}
+        for team in teams:
+            whole = self.together(team)
+            mine = [alone[i] for i in team]
+            if whole is None:
+                return None
+            found[team] = [whole - value for value in mine if value is not None]
+        return found
+
 
 def wins(values: Tensor, lower_is_better: bool = False) -> Tensor:
     """Count on which share of the frames the row's model does better than the column's.

@@ -119,18 +119,20 @@ def lasting_settings(run: RunConfig) -> dict[str, str]:
     found |= {f"TRANSFER.{key}": run.transfer[key] for key in _LASTING}
     for peer in run.peers:
         found[f"{PEER_PREFIX}{peer.name}.FROZEN"] = peer.frozen
-        for key, value in _flat(peer.cfg.SOLVER, "SOLVER"):
+        for key, value in flat(peer.cfg.SOLVER, "SOLVER"):
             if key not in MAY_CHANGE:
                 found[key if key in SHARED_KEYS else f"{PEER_PREFIX}{peer.name}.{key}"] = value
     return {key: repr(value) for key, value in found.items()}
 
 
-def _flat(node: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
+def flat(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted names of all that a node holds, each with its value."""
     for key, value in node.items():
+        name = f"{prefix}.{key}" if prefix else key
         if isinstance(value, CfgNode):
-            yield from _flat(value, f"{prefix}.{key}")
+            yield from flat(value, name)
         else:
-            yield f"{prefix}.{key}", value
+            yield name, value
 
 
 def transfer_defaults() -> CfgNode:

@@ -12,6 +12,7 @@ import io
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,20 @@ import yaml
 from torch import Tensor
 
 from common.disk import write_text
+from common.finished import refuse_other_data, shared_models
 from common.logit_cache import CachedLogits
 from common.options import OptionError, check_least
 from common.outputs import log_table, make_writable, progress_bars, run_command
+from common.realised import Realised
 from common.report.numbers import as_percent
 from common.report.page import Html, Section, data_table, section
 from common.report.scouting import scout_lead, write_scout_report
+from common.scout_check import add_realised_option, check_runs, write_check
 from common.scout_outcome import describe_outcome, write_outcome
 from common.scouting import PREDICTORS, Judge, Team, default_predictor, rank_teams
-from common.survey import Survey, random_half, survey
+from common.survey import Survey, describe_models, random_half, survey
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
-from segmentation.answers import Pixels, cached_answers, draw_pixels, inspect
+from segmentation.answers import Candidate, Pixels, Watch, cached_answers, draw_pixels, inspect
 from segmentation.classwise import (
     class_iou,
     class_rows,
@@ -44,8 +48,9 @@ from segmentation.config import RunConfig, load_run
 from segmentation.data import allowed, check_classes
 from segmentation.errors import FAULTS
 from segmentation.held_out import hold_out
+from segmentation.realised import read_run, run_of
 from segmentation.scout_costs import SegmentorCosts
-from segmentation.trainer import current_world
+from segmentation.trainer import METRIC, current_world
 
 _logger = logging.getLogger("scout")
 
@@ -54,8 +59,9 @@ _CLASSES_SHOWN = 40
 _HERE = Path("output/scout")
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
-    "about who gains from whom, and it says nothing of how large a gain will be. On classifiers it "
-    "did not order teams by their mean gain; on segmentors it was not tested."
+    "about who gains from whom, and it says nothing of how large a gain will be; test it with "
+    "scout.py --realised RUN... on finished runs. On classifiers it did not order teams by their "
+    "mean gain; on segmentors it was not tested."
 )
 
 
@@ -83,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, help="scout on so many images, drawn at random")
     add("--pixels", type=int, default=64, help="of each image, drawn at random; a power of two")
     add("--seed", type=int, default=0, help="of the draws")
+    add_realised_option(add)
     add_cost_options(add)
     add("--top", type=int, default=20, help="teams to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
@@ -113,20 +120,16 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     """
     asked = parser().parse_args(arguments)
     check_least(asked, {"images": 1, "top": 1, "most_teams": 1, "seed": 0})
+    if asked.realised:
+        return check_predictions(asked, progress_bars(bars))
     whole = load_run(asked.config_file, asked.opts)
     check_classes({peer.name: peer.cfg for peer in whole.peers})
     run, watch = hold_out(whole), progress_bars(bars)
-    folder = asked.output or _HERE / f"{datetime.now():%Y%m%d-%H%M%S}"
-    make_writable(folder)
+    folder = _make_folder(asked)
     candidates = inspect(run, asked.skip_unfit, watch)
     names = [candidate.config.name for candidate in candidates]
     student = _student(asked.student, names)
-    dataset = run.cfg.DATASETS.TEST[0]
-    bad = allowed(run.transfer.MAX_BAD_SAMPLES)
-    pixels = draw_pixels(dataset, asked.pixels, asked.images, asked.seed, watch, bad)
-    world = current_world(run.cfg.MODEL.DEVICE)
-    answers = cached_answers(candidates, pixels, asked.cache, world, watch)
-    view = Answered(answers, pixels, run.transfer.TEMPERATURE, asked.seed)
+    view = _ask(candidates, run, asked, watch)
     costs = None
     if asked.costs or asked.budget_gpu_mem:
         costs = SegmentorCosts(candidates, run, asked.budget_gpu_mem, watch)
@@ -135,13 +138,70 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
         fact["parameters"] = candidate.parameters
         fact["weights"] = candidate.config.cfg.MODEL.WEIGHTS
     outcome["commands"] = write_commands(folder, whole, outcome["teams"][:_COMMANDS])
-    outcome["settings"] = _settings(asked, run, dataset)
+    outcome["settings"] = _settings(asked, run)
     write_outcome(folder, outcome)
     _write_classes(folder, outcome)
     report = write_scout_report(folder / "report.html", outcome, asked.top, _sections(outcome))
     _tell(outcome, asked.top)
     _logger.info("report: %s", report)
     return outcome
+
+
+def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]:
+    """Scout the models of finished runs, and compare predictions with what the runs gained.
+
+    Args:
+        asked: With ``realised``, the runs' folders.
+        watch: Wraps models and images, for instance in a progress bar.
+
+    Returns:
+        What ``scout.json`` holds.
+
+    Raises:
+        OptionError, ConfigError, DataError, CheckpointError, SegmentorError: Bad input.
+    """
+    if asked.config_file:
+        raise OptionError("--realised takes the models of its runs; leave --config-file out")
+    runs = [read_run(folder) for folder in map(Path, asked.realised)]
+    peers, names, finished = shared_models(runs)
+    run = run_of(runs[0], peers, names, asked.opts)
+    data = [", ".join(one.started.cfg.DATASETS.TEST) for one in runs]
+    refuse_other_data(", ".join(run.cfg.DATASETS.TEST), data, "DATASETS.TEST")
+    check_classes({peer.name: peer.cfg for peer in run.peers})
+    run, folder = hold_out(run), _make_folder(asked)
+    view = _ask(inspect(run, asked.skip_unfit, watch), run, asked, watch)
+
+    def judge(one: Realised) -> Judge:
+        return view.judge(one.rule, one.score, one.margin, one.grouped)
+
+    outcome = {
+        **check_runs(finished, judge, view.over_members, asked.predictor),
+        "samples": view.answers.count,
+        "unit": f"pixels of {view.images} images",
+        "metric": METRIC,
+        "models": [asdict(fact) for fact in describe_models(view.found)],
+        "settings": _settings(asked, run),
+    }
+    write_check(folder, outcome)
+    return outcome
+
+
+def _make_folder(asked: argparse.Namespace) -> Path:
+    folder = asked.output or _HERE / f"{datetime.now():%Y%m%d-%H%M%S}"
+    make_writable(folder)
+    return folder
+
+
+def _ask(
+    candidates: Sequence[Candidate], run: RunConfig, asked: argparse.Namespace, watch: Watch
+) -> Answered:
+    """Let every model answer, and compare what they say."""
+    dataset = run.cfg.DATASETS.TEST[0]
+    bad = allowed(run.transfer.MAX_BAD_SAMPLES)
+    pixels = draw_pixels(dataset, asked.pixels, asked.images, asked.seed, watch, bad)
+    world = current_world(run.cfg.MODEL.DEVICE)
+    answers = cached_answers(candidates, pixels, asked.cache, world, watch)
+    return Answered(answers, pixels, run.transfer.TEMPERATURE, asked.seed)
 
 
 class Answered:
@@ -178,18 +238,29 @@ class Answered:
         """Estimate the IoU of every class [C] of one answer to each pixel [n]."""
         return class_iou(answer, self.truth, self.weight, len(self.classes))
 
-    def judge(self, run: RunConfig, granularity: str) -> Judge:
-        """Judge by the run's rule, with one teacher an ``image`` or a ``pixel``.
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return int((torch.bincount(self.image) > 0).sum())
+
+    def judge(self, rule: str, score: str, margin: float | None, granularity: str) -> Judge:
+        """Judge by a rule, with one teacher an ``image`` or a ``pixel``.
 
         Raises:
-            OptionError: A score that does not exist here.
+            ValueError: A rule or score that does not exist here.
         """
-        node = run.transfer
         groups = self.image if granularity == "image" else None
-        try:
-            return Judge(self.found, node.RULE, node.SCORE, node.MARGIN or None, groups)
-        except ValueError as error:
-            raise OptionError(f"TRANSFER: {error}") from error
+        return Judge(self.found, rule, score, margin, groups)
+
+    def over_members(self, teams: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[float]]:
+        """Measure by how much a team's mean is right on more pixels than each member."""
+        assert self.found.correct is not None
+        alone = self.found.correct.double().mean(dim=1).tolist()
+        found = {}
+        for team in teams:
+            together = ensemble_answers(self.answers, team) == self.truth
+            found[team] = [float(together.double().mean()) - alone[i] for i in team]
+        return found
 
 
 def _outcome(
@@ -200,7 +271,14 @@ def _outcome(
     costs: TeamCosts | None,
 ) -> dict[str, Any]:
     granularity = run.transfer.GRANULARITY
-    judges = {kind: view.judge(run, kind) for kind in ("image", "pixel")}
+    node = run.transfer
+    try:
+        judges = {
+            kind: view.judge(node.RULE, node.SCORE, node.MARGIN or None, kind)
+            for kind in ("image", "pixel")
+        }
+    except ValueError as error:
+        raise OptionError(f"TRANSFER: {error}") from error
     predictor = asked.predictor or default_predictor(view.found, run.transfer.RULE)
     try:
         ranking = rank_teams(
@@ -223,9 +301,8 @@ def _outcome(
     for told, team, answer in zip(outcome["teams"], shown, together, strict=False):
         told |= _describe(view, judges, team, answer)
     by_class = flips_by_class(view.found, view.truth, len(view.classes))
-    images = int((torch.bincount(view.image) > 0).sum())
     return outcome | {
-        "unit": f"pixels of {images} images",
+        "unit": f"pixels of {view.images} images",
         "caution": CAUTION,
         "granularity": granularity,
         "classes": view.classes,
@@ -292,10 +369,10 @@ def _student(asked: str | None, names: Sequence[str]) -> int | None:
     return list(names).index(asked)
 
 
-def _settings(asked: argparse.Namespace, run: RunConfig, dataset: str) -> dict[str, Any]:
+def _settings(asked: argparse.Namespace, run: RunConfig) -> dict[str, Any]:
     keys = ("RULE", "SCORE", "GRANULARITY", "TEMPERATURE", "MARGIN")
     return {
-        "data": dataset,
+        "data": run.cfg.DATASETS.TEST[0],
         **{key: getattr(asked, key) for key in ("images", "pixels", "seed", "team_size")},
         "engine": run.transfer.ENGINE,
         "budget_gpu_mem": asked.budget_gpu_mem,

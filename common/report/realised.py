@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.report.numbers import MISSING, is_finite, number
+from common.report.numbers import MISSING, difference_unit, is_finite, number
 from common.report.page import (
     Html,
     Panel,
@@ -34,8 +34,8 @@ def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
 
     Args:
         path: The HTML file; written whole or not at all.
-        outcome: ``names``, ``samples``, ``predictor``, ``realised`` (from
-            ``common.realised.compare``) and ``settings``.
+        outcome: ``names``, ``samples`` and their ``unit``, ``metric`` that was gained,
+            ``predictor``, ``realised`` (from ``common.realised.compare``) and ``settings``.
 
     Returns:
         Where it lies.
@@ -47,7 +47,7 @@ def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
         facts={
             "Models": len(outcome["names"]),
             "Teams": len(told["runs"]),
-            "Images": outcome["samples"],
+            outcome["unit"].capitalize(): outcome["samples"],
             "Ranked by": outcome["predictor"],
         },
         cautions=[CAUTION],
@@ -58,7 +58,7 @@ def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
             _correlation_figure(told["correlations"]),
             _correlation_table(outcome),
         ),
-        section("Predicted and realised", _scatter(told)),
+        section("Predicted and realised", _scatter(outcome)),
         section("Teams", _run_table(outcome)),
         settings_section(outcome["settings"]),
     ]
@@ -75,8 +75,8 @@ def realised_lead(outcome: Mapping[str, Any]) -> str:
         else "their own start, which training alone moves too: there is no control among the runs"
     )
     start = (
-        f"{len(told['runs'])} teams of {len(outcome['names'])} models; gains are over {base}. "
-        f"{name}, by which teams are ranked,"
+        f"{len(told['runs'])} teams of {len(outcome['names'])} models; gains of "
+        f"{outcome['metric']} are over {base}. {name}, by which teams are ranked,"
     )
     if not is_finite(found["rho"]):
         return f"{start} cannot be tested on so few teams, or on ones that do not differ."
@@ -167,11 +167,12 @@ def _correlation_plot(found: Mapping[str, Mapping[str, Any]]) -> str:
     return draw(paint, 0.65 + 0.23 * len(found))
 
 
-def _scatter(told: Mapping[str, Any]) -> Html:
+def _scatter(outcome: Mapping[str, Any]) -> Html:
+    told, unit = outcome["realised"], difference_unit(outcome["metric"])
     rows = told["runs"]
     panels = [
         Panel(
-            _scatter_plot([_mean(row["predicted"][name]) for row in rows], rows),
+            _scatter_plot([_mean(row["predicted"][name]) for row in rows], rows, unit),
             f"Predicted by {name} against realised gain of {len(rows)} teams",
             name,
         )
@@ -181,12 +182,12 @@ def _scatter(told: Mapping[str, Any]) -> Html:
     return figure_tag(panels, caption)
 
 
-def _scatter_plot(predicted: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> str:
+def _scatter_plot(predicted: Sequence[float], rows: Sequence[Mapping[str, Any]], unit: str) -> str:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         zero_line(axes)
         axes.plot(predicted, [row["gain"] for row in rows], "o", color=COLORS[0], alpha=0.6)
-        axes.set_ylabel("gain (points)")
+        axes.set_ylabel(f"gain ({unit})")
         axes.set_xlabel("predicted, mean over members")
 
     return draw(paint, 2.2)
@@ -210,5 +211,6 @@ def _run_table(outcome: Mapping[str, Any]) -> Html:
         for row in sorted(outcome["realised"]["runs"], key=lambda row: -row["gain"])
     ]
     head = ["Team", "Rule", "Runs", "Gain", "Gain of each", chosen]
-    caption = "Most gained first; gains in points, at the end of training."
+    metric = outcome["metric"]
+    caption = f"Most gained first; gains of {metric} ({difference_unit(metric)}) at the end."
     return long_table("Every team", caption, head, rows)

@@ -62,6 +62,10 @@ def test_what_cannot_be_correlated_is_not_a_number_or_refused():
         rank_correlation([1, 2, math.nan, 3], [1, 2, 3, 4])
 
 
+def judged(found):
+    return lambda one: Judge(found, one.rule, one.score, one.margin)
+
+
 def finished(members, after, rule="best", before=50.0, setting="s"):
     return FinishedRun(
         "run", members, (before,) * len(members), tuple(after), rule, "loss", None, setting
@@ -99,7 +103,9 @@ def test_gains_that_follow_a_prediction_are_found_to_do_so():
         for j in range(i):
             team = judge.judge([j, i])
             runs.append(finished((i, j), [50 + 100 * x for x in team.predicted["flips"][::-1]]))
-    told = compare(found, realised_gains(runs), {(j, i): 0.5 for i in range(7) for j in range(i)})
+    own = found.correct.double().mean(dim=1).tolist()
+    together = {(j, i): [0.5 - own[j], 0.5 - own[i]] for i in range(7) for j in range(i)}
+    told = compare(realised_gains(runs), judged(found), together)
     flips = told["correlations"]["flips"]
     # equal but for rounding, which orders some ties
     assert flips["teams"]["rho"] > 0.99 and flips["members"]["rho"] > 0.99
@@ -121,5 +127,5 @@ def test_one_strong_model_does_not_pass_for_many_pairs():
     runs = [
         finished((j, i), (50 + 5 * (j == 0) + 0.01 * i,) * 2) for i in range(6) for j in range(i)
     ]
-    told = compare(found, realised_gains(runs))["correlations"]["loss-gap"]["teams"]
+    told = compare(realised_gains(runs), judged(found))["correlations"]["loss-gap"]["teams"]
     assert told["p"] < told["p_models"]

@@ -14,6 +14,7 @@ from common.distributed import World
 from common.options import OptionError
 from common.planner import engine_costs
 from saliency import scouting
+from saliency.errors import DataError
 from saliency.evaluate import evaluate
 from saliency.held_out import split_held_out
 from saliency.layouts import open_dataset
@@ -224,6 +225,58 @@ def test_the_held_out_part_is_scouted(data, models, scouted, no_report):
     found = scout(given, bars=False)
     part = split_held_out(open_dataset("dhf1k", data, "train"), 0.5, 3)[1]
     assert found["samples"] == len(part.videos) * 2 and "--held-out 0.5" in found["commands"][0]
+
+
+def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, monkeypatch):
+    monkeypatch.setattr("saliency.train.finish", lambda trainer, *rest: trainer.folder)
+    asked = {entry.split("name=")[1][0]: entry for entry in models[1::2]}
+    fixed = "--epochs 1 -b 2 --workers 0 --device cpu --lr 1e-2 --val-stride 2".split()
+
+    def train(team, rule, *more):
+        peers = [f"{asked[name]}".replace("name=", "name=x") for name in team]
+        words = [word for peer in peers for word in ("--peer", peer)]
+        places = ["--output", str(tmp_path), "--experiment", team + rule]
+        given = ["--data-root", str(data), *words, *fixed, "--rule", rule, *places, *more]
+        run(None, "train", given, bars=False)
+        return str(tmp_path / (team + rule))
+
+    control = train("abc", "none")
+    runs = [train(team, "best") for team in ("ab", "ac", "bc")]
+    runs.append(train("abc", "better", "--teachers", "ema", "--ema", "--score", "confidence"))
+    # averaged weights are evaluated: its control is another
+    controls = [control, train("abc", "none", "--ema", "--experiment", "ema")]
+    controls[1] = str(tmp_path / "ema")
+    places = ["--kept-size", "9", "16", "--cache", str(tmp_path / "cache")]
+    places += ["--output", str(tmp_path / "out")]
+    found = scout(["--realised", *controls, *runs, *places], bars=False)
+    told = found["realised"]
+    assert told["controlled"] and found["metric"] == "cc" and found["samples"] == 7
+    assert len(told["runs"]) == 4 and found["predictor"] == "gain-taught"
+    ends = {}
+    for title in ("abcnone", "bcbest"):
+        rows = list(csv.DictReader((tmp_path / title / "summary.csv").open()))
+        ends[title] = {n: float(rows[-1][f"{n}/cc"]) for n in ("xb", "xc")}
+    row = next(row for row in told["runs"] if row["members"] == ["xb", "xc"])
+    expected = [ends["bcbest"][n] - ends["abcnone"][n] for n in row["members"]]
+    assert row["gains"] == pytest.approx(expected) and any(expected)
+    assert {"gain-taught", "kl", "ensemble"} <= told["correlations"].keys()
+    assert told["correlations"]["kl"]["teams"]["count"] == 4
+    assert "gains of cc (no unit)" in (tmp_path / "out" / "report.html").read_text()
+    for bad, words in (
+        ([str(tmp_path)], "it has no args.yaml"),
+        ([control], "no run with transfer"),
+        ([*runs, "--data-root", "/nowhere"], "no such folder"),
+    ):
+        with pytest.raises((OptionError, DataError), match=words):
+            scout(["--realised", *bad, *places], bars=False)
+    file = tmp_path / "abbest" / "args.yaml"  # as of train_dhf1k.py
+    file.write_text(file.read_text().replace("dataset: dhf1k\n", ""))
+    with pytest.raises(OptionError, match="give --dataset"):
+        scout(["--realised", control, *runs, *places], bars=False)
+    scout(["--realised", *controls, *runs, "--dataset", "dhf1k", *places], bars=False)
+    (tmp_path / "acbest" / "xc" / "last.pth").unlink()
+    with pytest.raises(OptionError, match="did not finish: xc"):
+        scout(["--realised", control, *runs, "--dataset", "dhf1k", *places], bars=False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from common.planner import engine_costs
 from segmentation import answers, scouting
 from segmentation.answers import draw_pixels
 from segmentation.classwise import class_iou, flips_by_class, mean_iou
+from segmentation.cli import end_logging
 from segmentation.config import load_run
 from segmentation.data import load_datasets, read_labels
 from segmentation.errors import DataError
@@ -23,6 +24,7 @@ from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
 from segmentation.plan import measure_team
 from segmentation.scouting import main, scout
+from segmentation.train_net import main as train_main
 from tests.segmentation.runs import SHARED, write_peer
 
 
@@ -174,9 +176,6 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(models, scouted, no_report):
     need = {tuple(team["members"]): team["memory"] for team in free["teams"]}
     assert len(need) == 3 and all(team["engine"] == "joint" for team in free["teams"])
     assert all(team["step_seconds"] > 0 for team in free["teams"])
-    run = load_run([models])
-    pair = replace(run, peers=[peer for peer in run.peers if peer.name in "ab"])
-    assert need["a", "b"] == engine_costs(measure_team(pair))["joint"].peak
     least = min(need.values()) // 0.85 // 1024 + 1
     found = scout([*pairs, "--budget-gpu-mem", f"{least:.0f}K"], bars=False)
     for team in found["teams"]:
@@ -189,6 +188,18 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(models, scouted, no_report):
     assert none["teams"] == [] and none["too_large"] == 3 and none["commands"] == []
 
 
+@pytest.mark.parametrize("more", [(), ("TRANSFER.MODEL_EMA", "True", "TRANSFER.TEACHERS", "ema")])
+def test_costs_are_those_of_the_plan(models, scouted, no_report, more):
+    arguments, _ = scouted
+    teams = scout([*arguments, "--costs", *more], bars=False)["teams"]
+    run = load_run([models], more)
+    for members in (["a", "b"], ["a", "b", "c"]):
+        plan = measure_team(replace(run, peers=[p for p in run.peers if p.name in members]))
+        assert all(peer.copy > 0 for peer in plan.peers) == bool(more)
+        told = next(team["memory"] for team in teams if team["members"] == members)
+        assert told == engine_costs(plan)["joint"].peak
+
+
 def test_flips_by_class_add_up_to_those_of_all():
     class Found:
         correct = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 0]]).bool()
@@ -197,6 +208,58 @@ def test_flips_by_class_add_up_to_those_of_all():
     found = flips_by_class(Found, truth, 3)
     assert found[0, 1].tolist()[::2] == [0.5, 0.5] and bool(found[0, 1, 1].isnan())
     assert found[1, 0].tolist()[::2] == [0.0, 0.0]
+
+
+def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path, monkeypatch):
+    monkeypatch.setattr("segmentation.cli.write_report", lambda run, trainer: run.output_dir)
+    monkeypatch.setattr("segmentation.cli.collect_env_info", str)
+    peers = yaml.safe_load(models.read_text())["TRANSFER"]["PEERS"]
+    keep = "DATALOADER.NUM_WORKERS 0 SOLVER.MAX_ITER 1 TEST.EVAL_PERIOD 0".split()
+
+    def train(title, rule, *more):
+        file = models.parent / f"{title}.yaml"
+        chosen = [{**peer, "NAME": "x" + peer["NAME"]} for peer in peers if peer["NAME"] in title]
+        file.write_text(yaml.safe_dump({**SHARED, "TRANSFER": {"PEERS": chosen}}))
+        places = ["OUTPUT_DIR", str(tmp_path / (title + rule)), "TRANSFER.RULE", rule]
+        assert train_main(["--config-file", str(file), *keep, *places, *more]) == 0
+        end_logging()
+        return str(tmp_path / (title + rule))
+
+    control = train("abc", "none")
+    runs = [train(team, "best") for team in ("ab", "ac", "abc")]
+    runs.append(train("bc", "better", "TRANSFER.GRANULARITY", "pixel"))
+    places = ["--cache", str(models.parent / "cache"), "--output", str(tmp_path / "out")]
+    found = scout(["--realised", control, *runs, "--pixels", "256", *places], bars=False)
+    told = found["realised"]
+    assert told["controlled"] and found["metric"] == "mIoU" and found["samples"] == 3 * 256
+    assert found["names"] == ["xa", "xb", "xc"]
+    ends = {}
+    for title in ("abcnone", "bcbetter"):
+        rows = list(csv.DictReader((tmp_path / title / "summary.csv").open()))
+        ends[title] = {n: float(rows[-1][f"{n}/mIoU"]) for n in ("xb", "xc")}
+    row = next(row for row in told["runs"] if row["members"] == ["xb", "xc"])
+    expected = [ends["bcbetter"][n] - ends["abcnone"][n] for n in row["members"]]
+    assert row["gains"] == pytest.approx(expected) and any(expected)
+    # judged as its run taught: one teacher a pixel
+    arguments = ["--config-file", str(models), "--pixels", "256", *places]
+    rules = ["TRANSFER.RULE", "better", "TRANSFER.GRANULARITY", "pixel"]
+    monkeypatch.setattr("segmentation.scouting.write_scout_report", lambda path, *rest: path)
+    teams = scout([*arguments, *rules], bars=False)["teams"]
+    same = next(team["predicted"] for team in teams if team["members"] == ["b", "c"])
+    assert row["predicted"]["flips"] == pytest.approx(list(same["flips"].values()))
+    assert {"flips", "right-kl", "ensemble"} <= told["correlations"].keys()
+    assert told["correlations"]["kl"]["teams"]["count"] == 4
+    assert "gains of mIoU (points)" in (tmp_path / "out" / "report.html").read_text()
+    for bad, words in (
+        ([str(tmp_path)], "it has no transfer.yaml"),
+        ([control], "no run with transfer"),
+        ([control, *runs, "--config-file", str(models)], "leave --config-file out"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            scout(["--realised", *bad, *places], bars=False)
+    (tmp_path / "acbest" / "xc" / "model_final.pth").unlink()
+    with pytest.raises(OptionError, match="did not finish: xc"):
+        scout(["--realised", control, *runs, *places], bars=False)
 
 
 @pytest.mark.parametrize(

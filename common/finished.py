@@ -1,0 +1,206 @@
+"""Finished runs, read back: which models, and what became of them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.options import OptionError, number_repeats
+from common.outputs import plain
+from common.realised import FinishedRun
+
+# Options of every task that are the transfer's, or change nothing of what is learned.
+_NOT_SETTING = frozenset(
+    (
+        "peers recipe rule score margin temperature transfer_weight transfer_warmup_steps "
+        "detach_teacher gap_power transfer_classes teachers calibrate_scores engine output "
+        "experiment workers log_interval log_wandb wandb_project checkpoint_hist config device "
+        "recovery_interval in_place resume val_interval no_resume_opt plan gpu_mem"
+    ).split()
+)
+
+Parse = Callable[[Sequence[str]], tuple[argparse.Namespace, Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class ReadRun:
+    """A run's folder, read.
+
+    Attributes:
+        folder: Of the run.
+        started: The options or the config that it was started with.
+        specs: Its peers as asked for, each with a ``name``.
+        models: Of each peer all that it is but for its name, as text: where it is the same in two
+            runs, it is the same model.
+        before: Metric of each at the start.
+        after: Metric of each at the end.
+        rule, score, margin: Of the transfer.
+        setting: All else that it was trained with, as text; a control has the same.
+        grouped: What has one teacher, where that is not each sample.
+    """
+
+    folder: Path
+    started: Any
+    specs: Sequence[Any]
+    models: Sequence[str]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    rule: str
+    score: str
+    margin: float | None
+    setting: str
+    grouped: str = ""
+
+
+def read_run(
+    folder: Path,
+    parse: Parse,
+    metric: str,
+    last: str,
+    own: Collection[str],
+    not_setting: Collection[str] = (),
+) -> ReadRun:
+    """Read ``args.yaml`` and ``summary.csv`` of a finished run.
+
+    Args:
+        folder: Of the run.
+        parse: The command line of train.py, which gives its options and its peers.
+        metric: What is gained.
+        last: Name of the file that a peer has at the end.
+        own: Options that a peer may set for itself.
+        not_setting: Options of the task that change nothing of what is learned.
+
+    Raises:
+        OptionError: No such run, one that did not finish, or one whose files do not fit.
+    """
+    require_files(folder, ("args.yaml", "summary.csv"))
+    options, specs = parse(["-c", str(folder / "args.yaml")])
+    names = [spec.name for spec in specs]
+    require_ends(folder, names, last)
+    before, after = read_ends(folder / "summary.csv", names, metric)
+    left_out = {*_NOT_SETTING, *not_setting, *own}
+    return ReadRun(
+        folder,
+        options,
+        specs,
+        [_model(spec, own) for spec in specs],
+        before,
+        after,
+        options.rule,
+        options.score,
+        options.margin,
+        as_text({name: x for name, x in plain(options).items() if name not in left_out}),
+    )
+
+
+def _model(spec: Any, own: Collection[str]) -> str:
+    mine = {name: x for name, x in plain(spec.options).items() if name in own}
+    return as_text([spec.model, spec.checkpoint, spec.frozen, mine])
+
+
+def as_text(value: Any) -> str:
+    """Write plain containers as text, in which the order of keys does not count."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def require_files(folder: Path, files: Sequence[str]) -> None:
+    """Refuse a folder that is no run's.
+
+    Raises:
+        OptionError: Names the folder and what it lacks.
+    """
+    for name in files:
+        if not (folder / name).is_file():
+            raise OptionError(f"{folder}: not the folder of a run of training: it has no {name}")
+
+
+def require_ends(folder: Path, names: Sequence[str], last: str) -> None:
+    """Refuse a run that did not finish.
+
+    Args:
+        folder: Of the run.
+        names: Of the peers that have a file at the end.
+        last: The file's name.
+
+    Raises:
+        OptionError: Names the first peer without it.
+    """
+    for name in names:
+        if not (folder / name / last).is_file():
+            raise OptionError(f"{folder}: did not finish: {name} has no {last}")
+
+
+def read_ends(
+    path: Path, names: Sequence[str], metric: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return each peer's metric at the first and at the last evaluation of a ``summary.csv``.
+
+    Raises:
+        OptionError: A table that has it not.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        before, after = (
+            tuple(float(row[f"{name}/{metric}"]) for name in names) for row in (rows[0], rows[-1])
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise OptionError(
+            f"{path}: {metric} of {', '.join(names)} cannot be read ({error!r})"
+        ) from error
+    return before, after
+
+
+def shared_models(runs: Sequence[ReadRun]) -> tuple[list[Any], list[str], list[FinishedRun]]:
+    """Find the models that runs have in common.
+
+    Names of peers may repeat between runs; here each model gets its own.
+
+    Returns:
+        The different models as asked for, their names, and the runs with their members' numbers.
+    """
+    numbers: dict[str, int] = {}
+    specs: list[Any] = []
+    finished = []
+    for run in runs:
+        members = []
+        for spec, model in zip(run.specs, run.models, strict=True):
+            number = numbers.setdefault(model, len(numbers))
+            members.append(number)
+            if number == len(specs):
+                specs.append(spec)
+        finished.append(
+            FinishedRun(
+                title=str(run.folder),
+                members=tuple(members),
+                before=run.before,
+                after=run.after,
+                rule=run.rule,
+                score=run.score,
+                margin=run.margin,
+                setting=run.setting,
+                grouped=run.grouped,
+            )
+        )
+    return specs, number_repeats(("", spec.name) for spec in specs), finished
+
+
+def refuse_other_data(asked: str, of_runs: Sequence[str], flag: str) -> None:
+    """Refuse runs of different data where none was chosen to scout on.
+
+    Args:
+        asked: The data that is scouted on.
+        of_runs: The data of each run, in words.
+        flag: How data is chosen.
+
+    Raises:
+        OptionError: Names the data.
+    """
+    data = sorted({*of_runs, asked})
+    if len(data) > 1 and asked == of_runs[0]:
+        raise OptionError(f"the runs have different data, {', '.join(data)}; give {flag}")

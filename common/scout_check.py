@@ -1,0 +1,85 @@
+"""Predictions of scouting, compared with finished runs: files, page and log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import atomic_write
+from common.options import OptionError
+from common.outputs import log_table
+from common.realised import FinishedRun, Realised, compare, realised_gains
+from common.report.realised import HEAD, correlation_rows, realised_lead, write_realised_report
+from common.scouting import Judge, default_predictor
+
+_logger = logging.getLogger("scout")
+
+Gains = Mapping[tuple[int, ...], Sequence[float]]
+
+
+def add_realised_option(add: Callable[..., Any]) -> None:
+    """Add ``--realised`` to a parser or a group of it.
+
+    Args:
+        add: Its ``add_argument``.
+    """
+    add(
+        "--realised",
+        nargs="+",
+        metavar="RUN",
+        help="compare predictions with what these finished runs of training gained, over controls "
+        "(rule none) among them; models, options and data are the runs' own unless given",
+    )
+
+
+def check_runs(
+    finished: Sequence[FinishedRun],
+    judge: Callable[[Realised], Judge],
+    ensembles: Callable[[list[tuple[int, ...]]], Gains | None],
+    predictor: str | None,
+    default: Callable[[Judge], str] = lambda judge: default_predictor(judge.found, judge.rule),
+) -> dict[str, Any]:
+    """Compare predictions with what runs gained.
+
+    Args:
+        finished: The runs, controls among them.
+        judge: See ``common.realised.compare``.
+        ensembles: Measures for some teams by how much the members' mean is better than each at the
+            start; gives None where it cannot be told.
+        predictor: What teams are ranked by; None: the default.
+        default: Chooses it.
+
+    Returns:
+        Plain containers: ``names``, ``predictor`` and ``realised``.
+
+    Raises:
+        OptionError: No run with transfer, or runs or a predictor that do not fit the models.
+    """
+    try:
+        gained = realised_gains(finished)
+        first = judge(gained[0])
+        chosen = predictor or default(first)
+        if chosen not in first.usable:
+            raise ValueError(f"predictor {chosen!r}: choose from {', '.join(first.usable)}")
+        told = compare(gained, judge, ensembles(list({one.members for one in gained})))
+    except ValueError as error:
+        raise OptionError(f"--realised: {error}") from error
+    return {"names": list(first.found.names), "predictor": chosen, "realised": told}
+
+
+def write_check(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Write ``scout.json`` and ``report.html``, and log what was found.
+
+    Args:
+        folder: Of the report.
+        outcome: See ``common.report.realised.write_realised_report``.
+    """
+    text = json.dumps(outcome, indent=1)
+    atomic_write(folder / "scout.json", lambda to: to.write_text(text, encoding="utf-8"))
+    report = write_realised_report(folder / "report.html", outcome)
+    _logger.info("%s", realised_lead(outcome))
+    log_table([dict(zip(HEAD, row, strict=True)) for row in correlation_rows(outcome)])
+    _logger.info("report: %s", report)

@@ -1,0 +1,40 @@
+"""Finished runs of saliency's training scripts, read back; see ``common.finished``."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from common import finished
+from common.finished import ReadRun
+from common.options import OptionError
+from saliency.options import PEER_OPTIONS, parse, read_yaml
+
+_NOT_SETTING = (
+    "val_stride val_batch_size blur metrics eval_metric packed check_data check_depth layouts "
+    "compiled origins data_root"
+).split()
+
+
+def read_run(folder: Path, metric: str, dataset: str | None) -> ReadRun:
+    """Read a finished run.
+
+    Args:
+        folder: Of the run.
+        metric: What is gained.
+        dataset: Of the run, where it does not say so itself, as one of ``train_dhf1k.py``.
+
+    Raises:
+        OptionError: See ``common.finished.read_run``; or no data set.
+    """
+    finished.require_files(folder, ("args.yaml",))
+    if dataset is None and "dataset" not in read_yaml(folder / "args.yaml"):
+        raise OptionError(f"{folder}: does not say its data set; give --dataset")
+    return finished.read_run(
+        folder,
+        functools.partial(parse, None, "train"),
+        metric,
+        "last.pth",
+        PEER_OPTIONS,
+        _NOT_SETTING,
+    )

@@ -1,0 +1,110 @@
+"""Finished runs of train_net.py, read back; see ``common.finished``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.finished import ReadRun, as_text, read_ends, require_ends, require_files
+from segmentation import checkpoints
+from segmentation.config import SHARED_KEYS, PeerConfig, RunConfig, flat, load_content, read_yaml
+from segmentation.trainer import METRIC
+
+CONFIG = "config.yaml"
+_RUN, _SUMMARY = "transfer.yaml", "summary.csv"
+# Of TRANSFER and of what peers share: the transfer's own, or what changes nothing that is learned.
+_NOT_SETTING = frozenset(
+    (
+        "RULE SCORE GRANULARITY WEIGHT TEMPERATURE MARGIN DETACH_TEACHER WARMUP_ITERS TEACHERS "
+        "ENGINE KEEP LAYOUT PEERS SOUP DATALOADER.NUM_WORKERS SOLVER.CHECKPOINT_PERIOD "
+        "TEST.EVAL_PERIOD MODEL.DEVICE"
+    ).split()
+)
+
+
+def read_run(folder: Path) -> ReadRun:
+    """Read the configs and ``summary.csv`` of a finished run.
+
+    Raises:
+        OptionError: No such run, one that did not finish, or one whose files do not fit.
+        ConfigError: Its configs cannot be read.
+    """
+    require_files(folder, (_RUN, _SUMMARY))
+    run = _load(folder)
+    require_ends(folder, run.learning, checkpoints.FINAL)
+    before, after = read_ends(folder / _SUMMARY, run.names, METRIC)
+    node = run.transfer
+    setting = {
+        **{key: value for key, value in flat(run.cfg) if is_shared(key)},
+        **{key: value for key, value in node.items()},
+    }
+    return ReadRun(
+        folder,
+        run,
+        run.peers,
+        [_model(peer) for peer in run.peers],
+        before,
+        after,
+        node.RULE,
+        node.SCORE,
+        node.MARGIN or None,
+        as_text({key: value for key, value in setting.items() if key not in _NOT_SETTING}),
+        node.GRANULARITY,
+    )
+
+
+def is_shared(key: str) -> bool:
+    """Whether all peers of a run have the same value of a config's key."""
+    return any(key == shared or key.startswith(f"{shared}.") for shared in SHARED_KEYS)
+
+
+def _load(folder: Path) -> RunConfig:
+    """Load a run's configs; the peers are those that have a folder with one."""
+    transfer = read_yaml(folder / _RUN)["TRANSFER"]
+    asked = {
+        str(spec.get("NAME") or Path(str(spec["CONFIG"])).stem): spec for spec in transfer["PEERS"]
+    }
+    names = list(asked) or sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    specs = [
+        {
+            "NAME": name,
+            "CONFIG": str((folder / name / CONFIG).absolute()),
+            "FROZEN": asked.get(name, {}).get("FROZEN", False),
+        }
+        for name in names
+    ]
+    content = {"TRANSFER": {**transfer, "PEERS": specs}, "OUTPUT_DIR": str(folder)}
+    return load_content(content, folder / _RUN)
+
+
+def _model(peer: PeerConfig) -> str:
+    own = {
+        key: value for key, value in flat(peer.cfg) if key != "OUTPUT_DIR" and not is_shared(key)
+    }
+    return as_text([own, peer.frozen])
+
+
+def run_of(
+    run: ReadRun, peers: Sequence[PeerConfig], names: Sequence[str], options: Sequence[Any]
+) -> RunConfig:
+    """Make one run of models that come from several.
+
+    Args:
+        run: Whose data, and all else that peers share, it takes.
+        peers: The models.
+        names: Theirs.
+        options: KEY VALUE pairs that go before.
+
+    Raises:
+        ConfigError: An option that does not fit.
+    """
+    configs = []
+    for peer, name in zip(peers, names, strict=True):
+        configs.append({"NAME": name, "CONFIG": f"{Path(peer.cfg.OUTPUT_DIR).absolute()}/{CONFIG}"})
+    shared = [
+        word for key, value in flat(run.started.cfg) if is_shared(key) for word in (key, value)
+    ]
+    transfer = {**dict(run.started.transfer.items()), "RULE": "best", "PEERS": configs}
+    content = {"TRANSFER": transfer, "OUTPUT_DIR": str(run.folder)}
+    return load_content(content, run.folder / _RUN, [*shared, *options])
