@@ -23,7 +23,7 @@ from common.card import (
     start_title,
     told_sum,
     versions,
-    write_card,
+    write_each,
 )
 from common.trainer import Trainer
 
@@ -95,14 +95,12 @@ def write_cards(
         origins: What ``origin`` told at the run's start, by peer; empty where it was not kept.
         images: How many there were.
     """
-    if not trainer.world.leads:
-        return
-    here = [peer.name for peer in trainer.peers.here]
-    for spec in specs:
-        if spec.frozen or spec.name not in here:
-            continue
-        card = describe(trainer, spec, specs, options, origins, images)
-        write_card(trainer.folder / spec.name, card, f"best{trainer.plan.export_suffix}")
+    write_each(
+        trainer,
+        specs,
+        lambda spec: describe(trainer, spec, specs, options, origins, images),
+        f"best{trainer.plan.export_suffix}",
+    )
 
 
 def describe(

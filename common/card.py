@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -162,6 +162,23 @@ def write_card(folder: Path, card: Card, best: str) -> None:
     """
     write_text(folder / CARD, to_json(card))
     write_text(folder / README, card_text(card, "best", best, file_sum(folder / best)))
+
+
+def write_each(
+    trainer: Any, specs: Iterable[Any], describe: Callable[[Any], Card], best: str
+) -> None:
+    """Write the card of every learning peer that this process leads.
+
+    Args:
+        trainer: A task's, after training: with ``world``, ``peers`` and ``folder``.
+        specs: All peers as asked for, with ``name`` and ``frozen``.
+        describe: Collects what one peer's card tells.
+        best: Name of the file of best weights.
+    """
+    here = {peer.name for peer in trainer.peers.here} if trainer.world.leads else set()
+    for spec in specs:
+        if spec.name in here and not spec.frozen:
+            write_card(trainer.folder / spec.name, describe(spec), best)
 
 
 def rewrite_card(folder: Path, which: str, file: str, analysis: Path | None = None) -> Path:

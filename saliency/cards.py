@@ -24,7 +24,7 @@ from common.card import (
     start_title,
     told_sum,
     versions,
-    write_card,
+    write_each,
 )
 from common.trainer import Trainer
 from saliency.evaluation import SaliencyEvaluator
@@ -84,14 +84,12 @@ def write_cards(
         origins: What ``origin`` told at the run's start, by peer.
         train_set: What was trained on.
     """
-    if not trainer.world.leads:
-        return
-    here = [peer.name for peer in trainer.peers.here]
-    for spec in specs:
-        if spec.frozen or spec.name not in here:
-            continue
-        card = describe(trainer, spec, specs, options, origins, train_set)
-        write_card(trainer.folder / spec.name, card, FILES["best"])
+    write_each(
+        trainer,
+        specs,
+        lambda spec: describe(trainer, spec, specs, options, origins, train_set),
+        FILES["best"],
+    )
 
 
 def describe(

@@ -22,7 +22,7 @@ from common.card import (
     soup_evidence,
     start_title,
     versions,
-    write_card,
+    write_each,
 )
 from segmentation import checkpoints
 from segmentation.config import PeerConfig, RunConfig
@@ -68,13 +68,7 @@ def write_cards(trainer: TransferTrainer) -> None:
     Args:
         trainer: After ``train``, and ``make_soups`` where it is asked for.
     """
-    if not trainer.world.leads:
-        return
-    run, here = trainer.run, [peer.name for peer in trainer.peers.here]
-    for config in run.peers:
-        if config.frozen or config.name not in here:
-            continue
-        write_card(trainer.folder / config.name, describe(trainer, config), FILES["best"])
+    write_each(trainer, trainer.run.peers, lambda config: describe(trainer, config), FILES["best"])
 
 
 def describe(trainer: TransferTrainer, config: PeerConfig) -> Card:
