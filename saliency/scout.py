@@ -28,6 +28,7 @@ from common.finished import refuse_other_data, shared_models
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, progress_bars, run_command, start_world
 from common.report.numbers import number
+from common.report.scouting import scout_lead, write_scout_report
 from common.scout_check import add_realised_option, check_runs, write_check
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_ranking, write_outcome
@@ -40,7 +41,7 @@ from saliency.metrics import METRICS
 from saliency.options import LOWER_IS_BETTER, build_parser, parse
 from saliency.realised import read_run
 from saliency.scout_costs import SaliencyCosts
-from saliency.scout_report import CAUTION, frames_lead, write_frames_report
+from saliency.scout_report import CAUTION, FRAMES
 from saliency.scouting import (
     FRAME_PREDICTORS,
     Answered,
@@ -121,7 +122,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     outcome["commands"] = commands(folder, options, candidates, outcome["teams"][:_COMMANDS])
     outcome["settings"] = _settings(options, videos)
     write_outcome(folder, outcome)
-    report = write_frames_report(folder / "report.html", outcome, options.top)
+    report = write_scout_report(folder / "report.html", outcome, options.top, parts=FRAMES)
     _tell(outcome, options.top)
     _logger.info("report: %s", report)
     return outcome
@@ -260,6 +261,9 @@ def _outcome(
         team.ensemble = view.together(team.members)
     return {
         **describe_ranking(judge, ranking, predictor, student),
+        "unit": "frames",
+        "caution": CAUTION,
+        "calibration": [],
         "metric": options.metric,
         "models": _models(view),
         "pairs": {
@@ -337,7 +341,7 @@ def _settings(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
 
 def _tell(outcome: Mapping[str, Any], top: int) -> None:
     """Log the best teams, and how to train them."""
-    _logger.info("%s", frames_lead(outcome))
+    _logger.info("%s", scout_lead(outcome, FRAMES))
     rows = [
         {
             "team": ", ".join(team["members"]),

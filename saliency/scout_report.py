@@ -1,27 +1,15 @@
-"""The page of scouting: who predicts which frames better than whom, and the teams to try."""
+"""What the page of scouting says of frames: who predicts which of them better than whom."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.report.numbers import MISSING, as_percent, listed, number
-from common.report.page import (
-    Html,
-    Summary,
-    bullets,
-    commands,
-    data_table,
-    figure_grid,
-    folded,
-    section,
-    settings_section,
-    write_page,
-)
-from common.report.scouting import COSTS_TOLD, cost_columns, matrix_figure
+from common.report.numbers import MISSING, as_percent, number
+from common.report.page import Html, data_table
+from common.report.scouting import Outcome, Parts, matrix_figure
 
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
@@ -29,129 +17,41 @@ CAUTION = (
     "scout.py --realised RUN... on finished runs. On classifiers like predictors did not order "
     "teams by their mean gain; on saliency models they were not tested."
 )
-Outcome = Mapping[str, Any]
 
 
-def write_frames_report(path: Path, outcome: Outcome, top: int = 20) -> Path:
-    """Write the page.
-
-    Args:
-        path: The HTML file; written whole or not at all.
-        outcome: What ``scout.json`` holds.
-        top: Teams in the table.
-
-    Returns:
-        Where it lies.
-    """
-    teams = outcome["teams"][:top]
-    told = frames_sentences(outcome)
-    why = [
-        f"{name}{' (ranked by)' * (name == outcome['predictor'])}: {text}."
-        for name, text in outcome["why"].items()
-    ]
-    first = Summary(
-        kind="Scouting",
-        verdict=told[1:],
-        facts={
-            "Models": len(outcome["names"]),
-            "Frames": outcome["samples"],
-            "Teams": outcome["judged"],
-            "Ranked by": outcome["predictor"],
-        },
-        cautions=[CAUTION],
-        about=told[0],
-    )
-    sections = [
-        section(
-            "Teams",
-            _team_table(outcome, teams),
-            folded("Every predictor", _predictor_table(outcome, teams), bullets(why)),
-        ),
-        section("To train them", *commands(outcome["commands"])),
-        section("Who predicts what the others do not", figure_grid(_figures(outcome))),
-        section("Models", _model_table(outcome)),
-        settings_section(outcome["settings"]),
-    ]
-    title = f"Scouting {len(outcome['names'])} saliency models"
-    return write_page(path, title, first, sections)
-
-
-def frames_lead(outcome: Outcome) -> str:
-    """Say in plain words what was found."""
-    return " ".join(frames_sentences(outcome))
-
-
-def frames_sentences(outcome: Outcome) -> list[str]:
-    """Say in plain words what was asked, then what was found."""
-    metric = outcome["metric"]
-    told = [
+def _about(outcome: Outcome) -> str:
+    return (
         f"{len(outcome['names'])} models predicted {outcome['samples']} frames, each from its own "
         "clips."
-    ]
-    if not outcome["teams"]:
-        return [*told, "No team fits."]
-    best = outcome["teams"][0]
-    aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
-    strongest = max(best["accuracy"].values())
-    told.append(
-        f"Of {outcome['judged']} teams the most is predicted {aim} in {listed(best['members'])} "
-        f"({outcome['predictor']} {best['value']:.4f}). Its strongest member has {metric} "
-        f"{strongest:.4f}; taking the best member on every frame, {best['oracle']:.4f}."
     )
-    if outcome["judged"] < outcome["possible"]:
-        told.append(
-            f"{outcome['possible']} teams are possible; the larger ones were grown from the best "
-            "smaller ones, which can miss some."
-        )
-    if outcome["too_large"]:
-        told.append(f"{outcome['too_large']} teams were left out: they do not fit the memory.")
-    return told
 
 
-def _team_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> Html:
-    costs = cost_columns(teams)
-    head = ["#", "Team", outcome["predictor"], "Taught", outcome["metric"], "Oracle", "Ensemble"]
-    head += ["Overlap", *costs]
-    rows = [
-        [
-            k,
-            ", ".join(team["members"]),
-            number(team["value"], 4),
-            " / ".join(f"{100 * share:.0f}" for share in team["taught"].values()) + " %",
-            " / ".join(number(value, 3) for value in team["accuracy"].values()),
-            number(team["oracle"], 4),
-            MISSING if team["ensemble"] is None else number(team["ensemble"], 4),
-            number(team["agreement"], 3),
-            *(column[k - 1] for column in costs.values()),
-        ]
-        for k, team in enumerate(teams, 1)
-    ]
-    roles = f"rule {outcome['rule']}" + (f", score {outcome['score']}" if outcome["score"] else "")
+def _best(outcome: Outcome, team: Mapping[str, Any]) -> str:
+    return (
+        f"Its strongest member has {outcome['metric']} {max(team['accuracy'].values()):.4f}; "
+        f"taking the best member on every frame, {team['oracle']:.4f}."
+    )
+
+
+def _columns(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    return {
+        outcome["metric"]: [
+            " / ".join(number(value, 3) for value in team["accuracy"].values()) for team in teams
+        ],
+        "Oracle": [number(team["oracle"], 4) for team in teams],
+        "Ensemble": [number(team["ensemble"], 4) for team in teams],
+        "Overlap": [number(team["agreement"], 3) for team in teams],
+    }
+
+
+def _legend(outcome: Outcome) -> str:
     height, width = outcome["settings"]["kept_size"]
-    caption = (
-        f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of frames on "
-        f"which each member is taught, in the order of the names; then {outcome['metric']} of "
-        "each, and of the best member on every frame (oracle). Ensemble: the mean of the members' "
-        f"maps, at {height} x {width} pixels, where values differ a little from those at full "
-        "size. Overlap: how alike the members' maps are, 1 where they are the same."
-        + (f" The ranking is by what {outcome['for']} may gain." if outcome["for"] else "")
-        + COSTS_TOLD * bool(costs)
+    return (
+        f" Then {outcome['metric']} of each, and of the best member on every frame (oracle). "
+        f"Ensemble: the mean of the members' maps, at {height} x {width} pixels, where values "
+        "differ a little from those at full size. Overlap: how alike the members' maps are, 1 "
+        "where they are the same."
     )
-    return data_table(caption, head, rows, labels=2)
-
-
-def _predictor_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> Html:
-    names = list(outcome["why"])
-    rows = [
-        [
-            k,
-            ", ".join(team["members"]),
-            *(number(np.mean(list(team["predicted"][name].values())), 4) for name in names),
-        ]
-        for k, team in enumerate(teams, 1)
-    ]
-    caption = "What every predictor says of these teams, mean over members."
-    return data_table(caption, ["#", "Team", *names], rows, labels=2)
 
 
 def _figures(outcome: Outcome) -> list[Html]:
@@ -197,3 +97,14 @@ def _model_table(outcome: Outcome) -> Html:
         f"share of frames on which no other model has a higher {outcome['metric']}."
     )
     return data_table(caption, head, rows)
+
+
+FRAMES = Parts(
+    about=_about,
+    best=_best,
+    columns=_columns,
+    legend=_legend,
+    others="Who predicts what the others do not",
+    figures=_figures,
+    models=_model_table,
+)

@@ -198,19 +198,20 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _run_table(outcome: Mapping[str, Any]) -> Html:
-    chosen = outcome["predictor"]
+    chosen, metric = outcome["predictor"], outcome["metric"]
+    unit = difference_unit(metric)
+    digits = 2 if unit == "points" else 4
     rows = [
         [
             ", ".join(row["members"]),
             row["rule"],
             row["runs"],
-            number(row["gain"], sign=True),
-            " / ".join(number(value, sign=True) for value in row["gains"]),
+            number(row["gain"], digits, sign=True),
+            " / ".join(number(value, digits, sign=True) for value in row["gains"]),
             number(_mean(row["predicted"][chosen]), 4),
         ]
         for row in sorted(outcome["realised"]["runs"], key=lambda row: -row["gain"])
     ]
     head = ["Team", "Rule", "Runs", "Gain", "Gain of each", chosen]
-    metric = outcome["metric"]
-    caption = f"Most gained first; gains of {metric} ({difference_unit(metric)}) at the end."
+    caption = f"Most gained first; gains of {metric} ({unit}) at the end."
     return long_table("Every team", caption, head, rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,57 @@ CAUTION = (
     "scout.py --realised RUN... on finished runs. On small models of digits it did not order teams "
     "by their mean gain, and partners of one model no better than by their accuracy."
 )
-COSTS_TOLD = " Memory and step: as --plan works them out."
+Outcome = Mapping[str, Any]
 _NUMBERED = 16
 _SHOWN = 8
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What of the page a task tells in its own words; each is given the outcome.
+
+    Attributes:
+        about: What was asked, a sentence.
+        best: How good the members of a team are, and what all know together; empty: not known.
+        columns: Of the table of teams, by their heads, for some teams.
+        legend: Of these columns.
+        others: Title of the figures.
+        figures: Of pairs of models.
+        models: The table of models.
+    """
+
+    about: Callable[[Outcome], str]
+    best: Callable[[Outcome, Mapping[str, Any]], str]
+    columns: Callable[[Outcome, Sequence[Mapping[str, Any]]], dict[str, list[str]]]
+    legend: Callable[[Outcome], str]
+    others: str
+    figures: Callable[[Outcome], list[Html]]
+    models: Callable[[Outcome], Html]
+
+
 def write_scout_report(
-    path: Path | str, outcome: Mapping[str, Any], top: int = 20, extra: Sequence[Section] = ()
+    path: Path | str,
+    outcome: Outcome,
+    top: int = 20,
+    extra: Sequence[Section] = (),
+    parts: Parts | None = None,
 ) -> Path:
     """Write the page.
 
     Args:
         path: The HTML file; written whole or not at all.
-        outcome: From ``common.scout_outcome.describe_outcome``, with ``commands`` and ``settings``.
+        outcome: From ``common.scout_outcome.describe_outcome``, with ``commands`` and ``settings``,
+            and where they are not those of classifiers ``unit`` of the samples and ``caution``.
         top: Teams in the table.
         extra: Sections of the task's own.
+        parts: The task's own words; None: of what answers with classes.
 
     Returns:
         Where it lies.
     """
+    parts = parts or CLASSES
     teams = outcome["teams"][:top]
-    told = scout_sentences(outcome)
+    told = scout_sentences(outcome, parts)
     first = Summary(
         kind="Scouting",
         verdict=told[1:],
@@ -75,12 +106,12 @@ def write_scout_report(
     sections = [
         section(
             "Teams",
-            _team_table(outcome, teams),
+            _team_table(outcome, teams, parts),
             folded("Every predictor", _predictor_table(outcome, teams), _predictor_notes(outcome)),
         ),
         section("To train them", *commands(outcome["commands"])),
-        section("Who knows what the others do not", figure_grid(_figures(outcome))),
-        section("Models", _model_table(outcome)),
+        section(parts.others, figure_grid(parts.figures(outcome))),
+        section("Models", parts.models(outcome)),
         *extra,
         *_calibration_section(outcome),
         settings_section(outcome["settings"]),
@@ -88,31 +119,24 @@ def write_scout_report(
     return write_page(path, f"Scouting {len(outcome['names'])} models", first, sections)
 
 
-def scout_lead(outcome: Mapping[str, Any]) -> str:
+def scout_lead(outcome: Outcome, parts: Parts | None = None) -> str:
     """Say in plain words what was found."""
-    return " ".join(scout_sentences(outcome))
+    return " ".join(scout_sentences(outcome, parts or CLASSES))
 
 
-def scout_sentences(outcome: Mapping[str, Any]) -> list[str]:
+def scout_sentences(outcome: Outcome, parts: Parts) -> list[str]:
     """Say in plain words what was asked, then what was found."""
-    count, names = outcome["samples"], outcome["names"]
-    kind = "labelled" if outcome["labelled"] else "unlabelled"
-    unit = outcome.get("unit", "images")
-    told = [f"{len(names)} models answered {count} {kind} {unit}, each in its own view."]
-    if not outcome["teams"]:
-        return [*told, "No team fits."]
-    best = outcome["teams"][0]
-    aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
-    told.append(
-        f"Of {outcome['judged']} teams the most is predicted {aim} in {listed(best['members'])} "
-        f"({outcome['predictor']} {best['value']:.4f})."
-    )
-    if best["accuracy"] is not None and best["oracle"] is not None:
-        strongest = max(best["accuracy"].values())
+    told = [parts.about(outcome)]
+    if outcome["teams"]:
+        best = outcome["teams"][0]
+        aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
         told.append(
-            f"Its strongest member is right on {as_percent(strongest)}; at least one member is on "
-            f"{as_percent(best['oracle'])}."
+            f"Of {outcome['judged']} teams the most is predicted {aim} in "
+            f"{listed(best['members'])} ({outcome['predictor']} {best['value']:.4f})."
         )
+        told += [sentence for sentence in (parts.best(outcome, best),) if sentence]
+    else:
+        told.append("No team fits.")
     if outcome["judged"] < outcome["possible"]:
         told.append(
             f"{outcome['possible']} teams are possible; the larger ones were grown from the best "
@@ -123,7 +147,26 @@ def scout_sentences(outcome: Mapping[str, Any]) -> list[str]:
     return told
 
 
-def _predictor_notes(outcome: Mapping[str, Any]) -> Html:
+def _about(outcome: Outcome) -> str:
+    kind = "labelled" if outcome["labelled"] else "unlabelled"
+    unit = outcome.get("unit", "images")
+    return (
+        f"{len(outcome['names'])} models answered {outcome['samples']} {kind} {unit}, each in its "
+        "own view."
+    )
+
+
+def _best(outcome: Outcome, team: Mapping[str, Any]) -> str:
+    if team["accuracy"] is None or team["oracle"] is None:
+        return ""
+    strongest = max(team["accuracy"].values())
+    return (
+        f"Its strongest member is right on {as_percent(strongest)}; at least one member is on "
+        f"{as_percent(team['oracle'])}."
+    )
+
+
+def _predictor_notes(outcome: Outcome) -> Html:
     chosen = outcome["predictor"]
     told = [
         f"{name}{' (ranked by)' * (name == chosen)}: {why}." for name, why in outcome["why"].items()
@@ -131,34 +174,39 @@ def _predictor_notes(outcome: Mapping[str, Any]) -> Html:
     return bullets(told)
 
 
-def _team_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) -> Html:
-    costs = cost_columns(teams)
-    head = ["#", "Team", outcome["predictor"], "Taught", "Agree", "Ensemble", "Oracle", *costs]
+def _team_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]], parts: Parts) -> Html:
+    costs = _cost_columns(teams)
+    columns = {**parts.columns(outcome, teams), **costs}
     rows = [
         [
             k + 1,
             ", ".join(team["members"]),
             number(team["value"], 4),
             _shares(team["taught"]),
-            as_percent(team["agreement"]),
-            as_percent(team["ensemble"]),
-            as_percent(team["oracle"]),
-            *(column[k] for column in costs.values()),
+            *(column[k] for column in columns.values()),
         ]
         for k, team in enumerate(teams)
     ]
     roles = f"rule {outcome['rule']}" + (f", score {outcome['score']}" if outcome["score"] else "")
     caption = (
-        f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of samples on "
-        "which each member is taught, in the order of the names."
+        f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of "
+        f"{outcome.get('unit', 'samples')} on which each member is taught, in the order of the "
+        f"names.{parts.legend(outcome)}"
         + (f" The ranking is by what {outcome['for']} may gain." if outcome["for"] else "")
-        + COSTS_TOLD * bool(costs)
+        + " Memory and step: as --plan works them out." * bool(costs)
     )
+    head = ["#", "Team", outcome["predictor"], "Taught", *columns]
     return data_table(caption, head, rows, labels=2)
 
 
-def cost_columns(teams: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return what teams need, by the column's name; nothing where that was not looked at."""
+def _columns(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    return {
+        what.capitalize(): [as_percent(team[key]) for team in teams]
+        for what, key in (("agree", "agreement"), ("ensemble", "ensemble"), ("oracle", "oracle"))
+    }
+
+
+def _cost_columns(teams: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     if all(team["memory"] is None for team in teams):
         return {}
     return {
@@ -168,7 +216,7 @@ def cost_columns(teams: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     }
 
 
-def _predictor_table(outcome: Mapping[str, Any], teams: Sequence[Mapping[str, Any]]) -> Html:
+def _predictor_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> Html:
     names = list(outcome["why"])
     rows = [
         [
@@ -200,7 +248,7 @@ def _milliseconds(value: Any) -> str:
     return f"{1e3 * value:.0f} ms" if is_finite(value) else MISSING
 
 
-def _model_table(outcome: Mapping[str, Any]) -> Html:
+def _model_table(outcome: Outcome) -> Html:
     head = ["Model", "Accuracy", "Loss", "Confidence", "Temperature", "ECE", "ECE calibrated"]
     rows = [
         [
@@ -221,7 +269,7 @@ def _model_table(outcome: Mapping[str, Any]) -> Html:
     return data_table(caption, head, rows)
 
 
-def _calibration_section(outcome: Mapping[str, Any]) -> list[Section]:
+def _calibration_section(outcome: Outcome) -> list[Section]:
     rows = outcome["calibration"]
     if not rows:
         return []
@@ -247,7 +295,7 @@ def _calibration_section(outcome: Mapping[str, Any]) -> list[Section]:
     return [section("What calibration changes", table, tag("p", note))]
 
 
-def _figures(outcome: Mapping[str, Any]) -> list[Html]:
+def _figures(outcome: Outcome) -> list[Html]:
     if outcome["labelled"]:
         return [_matrix(outcome, "flips"), _matrix(outcome, "agreement"), _scatter(outcome)]
     return [_matrix(outcome, "agreement"), _matrix(outcome, "kl")]
@@ -277,7 +325,7 @@ _MATRICES = {
 }
 
 
-def _matrix(outcome: Mapping[str, Any], what: str) -> Html:
+def _matrix(outcome: Outcome, what: str) -> Html:
     scale, row, column, caption = _MATRICES[what]
     values = scale * np.asarray(outcome["pairs"][what], dtype=float)
     return matrix_figure(outcome["names"], values, row, column, caption)
@@ -318,7 +366,7 @@ def matrix_figure(
     return figure_tag([Panel(plot, alt)], caption)
 
 
-def _scatter(outcome: Mapping[str, Any]) -> Html:
+def _scatter(outcome: Outcome) -> Html:
     """Draw every pair: how good its members are, and how much more both know together."""
     names, accuracy = outcome["names"], [fact["accuracy"] for fact in outcome["models"]]
     oracle = outcome["pairs"]["oracle"]
@@ -350,3 +398,14 @@ def _scatter(outcome: Mapping[str, Any]) -> Html:
     )
     alt = f"Accuracy against complementarity of {len(pairs)} pairs"
     return figure_tag([Panel(draw(paint, 3.0), alt)], caption)
+
+
+CLASSES = Parts(
+    about=_about,
+    best=_best,
+    columns=_columns,
+    legend=lambda outcome: "",
+    others="Who knows what the others do not",
+    figures=_figures,
+    models=_model_table,
+)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shlex
 
 import pytest
@@ -113,6 +114,8 @@ def test_teams_pairs_and_tables(scouted):
     assert json.loads((folder / "out/scout.json").read_text())["metric"] == "cc"
     page = (folder / "out/report.html").read_text()
     assert "A prediction, not a result" in page and "predicts better than the column" in page
+    assert "Its strongest member has cc" in page and "share of frames on which each" in page
+    assert {"Overlap", "cc, reduced"} <= set(re.findall("<th[^>]*>([^<]+)</th>", page))
 
 
 def test_gain_taught_is_the_rise_if_students_predicted_as_their_teachers(scouted):
@@ -169,7 +172,7 @@ def test_chunks_join_to_the_same_answers(data, models, scouted, tmp_path, monkey
 @pytest.fixture
 def no_report(monkeypatch):
     """Draw nothing: that takes longest."""
-    monkeypatch.setattr("saliency.scout.write_frames_report", lambda path, *rest: path)
+    monkeypatch.setattr("saliency.scout.write_scout_report", lambda path, *rest, **parts: path)
 
 
 def costs_of(found):
