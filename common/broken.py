@@ -265,6 +265,9 @@ def is_worker_death(error: BaseException | None) -> bool:
 def worker_deaths_told() -> Iterator[None]:
     """Turn what such a death raises into an error that says the cause and the way out.
 
+    Enter it twice: where the connection to a process breaks first, torch's signal may raise while
+    the inner one is being left.
+
     Raises:
         WorkerDiedError: In its place.
     """

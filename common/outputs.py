@@ -57,7 +57,7 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
     start_logging()
     told: tuple[type[Exception], ...] = (*faults, WorkerDiedError)
     try:
-        with worker_deaths_told():
+        with worker_deaths_told(), worker_deaths_told():  # see there
             work()
     except told as error:
         _logger.error("error: %s", error)

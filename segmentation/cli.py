@@ -114,7 +114,7 @@ def plan(run: RunConfig, options: argparse.Namespace) -> int:
 def work(run: RunConfig, options: argparse.Namespace) -> None:
     """Train or evaluate in this process."""
     begin(run)
-    with worker_deaths_told():
+    with worker_deaths_told(), worker_deaths_told():  # see there
         if options.eval_only:
             evaluate_only(run, options.resume)
         else:
