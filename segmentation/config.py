@@ -17,6 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.projects.point_rend import add_pointrend_config
 
+from common import recipes
 from common.engine import ENGINES
 from common.finite import MOST_SKIPS, ON_NONFINITE
 from common.guard import POLICIES
@@ -35,6 +36,20 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 PEER_KEYS = ("NAME", "CONFIG", "WEIGHTS", "OPTS", "FROZEN", "LAYOUT")
 LAYOUTS = ("contiguous", "channels_last", AUTO)
 PEER_PREFIX = "PEER."
+# What recipes set, by what it is called here; and what they may not set, by how it is here.
+OF_RECIPE = {
+    "rule": "RULE",
+    "score": "SCORE",
+    "temperature": "TEMPERATURE",
+    "transfer_weight": "WEIGHT",
+    "transfer_warmup_steps": "WARMUP_ITERS",
+    "detach_teacher": "DETACH_TEACHER",
+    "margin": "MARGIN",
+    "teachers": "TEACHERS",
+    "model_ema": "MODEL_EMA",
+    "model_ema_span": "MODEL_EMA_SPAN",
+}
+_NOT_OFFERED = {"transfer_classes": "all", "gap_power": 0.0, "calibrate_scores": "off"}
 # What one data stream and one loop cannot do in two ways.
 SHARED_KEYS = (
     "DATASETS.TRAIN",
@@ -138,6 +153,7 @@ def flat(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def transfer_defaults() -> CfgNode:
     """Return the TRANSFER node of a run file with its defaults."""
     node = CfgNode()
+    node.RECIPE = ""  # of common.recipes, "paper" or "best-known": defaults of what follows
     node.RULE = "best"  # common.roles.RULES, or one_way:NAME
     node.SCORE = "loss"  # or "confidence", which needs no labels
     node.GRANULARITY = "image"  # one teacher an image (the paper), or one a "pixel"
@@ -189,7 +205,8 @@ def load_run(
     """Read a run.
 
     Later wins: Detectron2's defaults, the peer's CONFIG, the run file's own keys, the peer's
-    WEIGHTS and OPTS, the command line's ``KEY VALUE``, and its ``PEER.NAME.KEY VALUE``.
+    WEIGHTS and OPTS, the command line's ``KEY VALUE``, and its ``PEER.NAME.KEY VALUE``. What
+    TRANSFER.RECIPE sets comes before the keys of TRANSFER that are given, wherever they are.
 
     Args:
         files: One run file with TRANSFER.PEERS, or configs, one a peer, named after the files; a
@@ -232,9 +249,7 @@ def _assemble(
     allow_unsafe: bool,
 ) -> RunConfig:
     transfer, common, own = _split_options(options)
-    node = transfer_defaults()
-    _merge(node, shared.pop("TRANSFER", {}), f"{path}: TRANSFER")
-    _merge_options(node, transfer, "the command line: TRANSFER")
+    node = _transfer_node(shared.pop("TRANSFER", {}), transfer, path)
     specs = specs or [_checked_spec(spec, path) for spec in _listed_peers(node, path)]
     names = [spec["NAME"] for spec in specs]
     _check_run(node, names, path)
@@ -262,6 +277,39 @@ def _assemble(
     run = RunConfig(peers, node, output)
     _check_averages(run, path)
     return run
+
+
+def _transfer_node(content: Any, options: Sequence[str], path: Path) -> CfgNode:
+    """Merge what is given over the recipe that is given, and that over the defaults."""
+    recipe = _given(transfer_defaults(), content, options, path).RECIPE
+    node = transfer_defaults()
+    if recipe:
+        try:
+            node.update(recipe_keys(recipe))
+        except ValueError as error:
+            raise ConfigError(f"{path}: TRANSFER.RECIPE: {error}") from error
+    return _given(node, content, options, path)
+
+
+def _given(node: CfgNode, content: Any, options: Sequence[str], path: Path) -> CfgNode:
+    _merge(node, content, f"{path}: TRANSFER")
+    _merge_options(node, options, "the command line: TRANSFER")
+    return node
+
+
+def recipe_keys(recipe: str) -> dict[str, Any]:
+    """Return what a recipe sets, by the keys of TRANSFER.
+
+    Raises:
+        ValueError: No such recipe, or one that wants what segmentation does not offer.
+    """
+    keys = {}
+    for name, value in recipes.values_of(recipe).items():
+        if name in OF_RECIPE:
+            keys[OF_RECIPE[name]] = 0.0 if name == "margin" and value is None else value
+        elif value != _NOT_OFFERED[name]:
+            raise ValueError(f"{recipe} sets {name} to {value}, which segmentation does not offer")
+    return keys
 
 
 def _read_files(

@@ -23,7 +23,7 @@ from common.experiment import Measured, Trained, refuse_frozen, unchanged
 from common.options import OptionError
 from segmentation import checkpoints
 from segmentation.cli import begin, end_logging, hush, train
-from segmentation.config import PEER_PREFIX, RunConfig, load_content, read_yaml
+from segmentation.config import PEER_PREFIX, RunConfig, load_content, read_yaml, recipe_keys
 from segmentation.data import allowed, check_classes, classes_of, load_datasets
 from segmentation.errors import FAULTS
 from segmentation.evaluation import ENSEMBLE, METRICS, evaluate_group
@@ -34,9 +34,11 @@ from segmentation.pixels import PixelRecord, flips
 from segmentation.trainer import METRIC, TransferTrainer, current_world
 
 _RULE = "TRANSFER.RULE"
+_RECIPE = "TRANSFER.RECIPE"
 # Keys that the experiment itself gives, by what it calls them.
 _GIVEN = {
     "rule": _RULE,
+    "recipe": _RECIPE,
     "seed": "SEED",
     "device": "MODEL.DEVICE",
     "held_out": "TRANSFER.HELD_OUT",
@@ -50,7 +52,7 @@ _ELSEWHERE = {
     "TRANSFER.HELD_OUT": "give held_out, beside train",
     "MODEL.WEIGHTS": "give WEIGHTS of each peer",
 }
-_NAMED = {_RULE: "rule"}
+_NAMED = {_RULE: "rule", _RECIPE: "recipe"}
 _BAD = "TRANSFER.MAX_BAD_SAMPLES"
 
 
@@ -82,7 +84,8 @@ class Segmentation:
         arms = content.get("arms")
         if isinstance(arms, Mapping):
             content["arms"] = {
-                arm: _flat(own) if isinstance(own, Mapping) else own for arm, own in arms.items()
+                arm: _with_recipe(_flat(own), path) if isinstance(own, Mapping) else own
+                for arm, own in arms.items()
             }
         return content
 
@@ -253,6 +256,17 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[_NAMED.get(name, name)] = value
     return found
+
+
+def _with_recipe(arm: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Write out what an arm's recipe sets, so that it comes before what is given for all arms."""
+    if "recipe" not in arm:
+        return dict(arm)
+    try:
+        keys = recipe_keys(str(arm["recipe"]))
+    except ValueError as error:
+        raise OptionError(f"{path}: {_RECIPE}: {error}") from error
+    return {**_flat({"TRANSFER": keys}), **arm}
 
 
 def _nested(flat: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import yaml
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
 
-from segmentation.config import SHARED_KEYS, load_run
+from common.recipes import RECIPES, Setting
+from segmentation.config import OF_RECIPE, SHARED_KEYS, load_run
 from segmentation.errors import ConfigError
 from segmentation.solver import build_clip, build_optimizer
 
@@ -62,6 +63,30 @@ def test_what_is_said_later_wins(folder):
     assert run.transfer.WEIGHT == 2.0
 
 
+def test_given_keys_override_a_recipe_wherever_they_are(folder):
+    best = {key: setting.value for key, setting in RECIPES["best-known"].items()}
+    node = load_run([write_run(folder)], ["TRANSFER.RECIPE", "best-known"]).transfer
+    assert node == load_run([write_run(folder, TRANSFER={"RECIPE": "best-known"})]).transfer
+    shown = {name: node[key] for name, key in OF_RECIPE.items() if name != "margin"}
+    assert shown == {name: best[name] for name in shown} and node.MARGIN == 0
+    given = write_run(folder, TRANSFER={"RECIPE": "paper", "TEMPERATURE": 3, "WEIGHT": 2})
+    node = load_run([given]).transfer
+    assert (node.RULE, node.TEMPERATURE, node.WEIGHT) == ("best", 3.0, 2.0)
+    assert (node.DETACH_TEACHER, node.MODEL_EMA) == (False, False)
+    options = ["TRANSFER.RECIPE", "best-known", "TRANSFER.WEIGHT", "0.5"]
+    node = load_run([given], options).transfer  # the command line chooses the recipe
+    assert (node.RULE, node.TEMPERATURE, node.WEIGHT) == ("mixture", 3.0, 0.5)
+    assert (node.TEACHERS, node.MODEL_EMA) == ("ema+own", True)
+    assert load_run([write_run(folder)]).transfer.RULE == "best"
+
+
+def test_a_recipe_that_wants_what_is_not_offered_is_refused(folder, monkeypatch):
+    wants = {**RECIPES["paper"], "gap_power": Setting(1.0, "here")}
+    monkeypatch.setitem(RECIPES, "paper", wants)
+    with pytest.raises(ConfigError, match=r"paper sets gap_power to 1\.0, which segmentation"):
+        load_run([write_run(folder)], ["TRANSFER.RECIPE", "paper"])
+
+
 def test_several_configs_are_the_short_form(folder):
     run = load_run(
         [folder / "a.yaml", folder / "b.yaml", folder / "a.yaml"], ["TRANSFER.RULE", "mutual"]
@@ -101,6 +126,7 @@ def test_a_config_of_the_model_zoo_is_found_by_its_name(folder):
         ({"TRANSFER": {"TEMPERATURE": 0.0}}, "TEMPERATURE is 0.0; expected more than 0"),
         ({"TRANSFER": {"ACCUMULATE": 0}}, "ACCUMULATE is 0; expected 1 or more"),
         ({"TRANSFER": {"WEIGHT": "much"}}, "WEIGHT"),
+        ({"TRANSFER": {"RECIPE": "papers"}}, "RECIPE: unknown recipe 'papers'; choose from paper"),
         ({"TRANSFER": {"TEACHERS": "copies"}}, "'copies'; choose from peers, ema, ema\\+own"),
         ({"TRANSFER": {"TEACHERS": "ema"}}, "TEACHERS is 'ema', .*give TRANSFER.MODEL_EMA True"),
         ({"TRANSFER": {"RULE": "self"}}, "rule 'self' needs copies that teach"),

@@ -114,6 +114,45 @@ def test_keys_are_nested_or_dotted_and_an_arm_changes_one_of_them(datasets, tmp_
     assert task.check(options) == ["fpn", "deeplab"]
 
 
+def test_an_arm_can_be_a_recipe_which_comes_before_what_is_given_for_all(datasets, tmp_path):
+    best = {"TRANSFER": {"RECIPE": "best-known", "WEIGHT": 0.5}}
+    path = written(tmp_path, arms={"known": best, "plain": {}})
+    content = yaml.safe_load(path.read_text())
+    content["train"]["TRANSFER"] = {"TEMPERATURE": 4.0}
+    path.write_text(yaml.safe_dump(content))
+    task = Segmentation()
+    experiment = read_experiment(task.read(path), path)
+    node = task._run(experiment.options("known", 3)).transfer
+    assert (node.RULE, node.TEMPERATURE, node.WEIGHT) == ("mixture", 2.0, 0.5)
+    assert (node.TEACHERS, node.MODEL_EMA, node.RECIPE) == ("ema+own", True, "best-known")
+    plain = task._run(experiment.options("plain", 3)).transfer
+    assert (plain.RULE, plain.TEMPERATURE, plain.MODEL_EMA) == ("best", 4.0, False)
+    content["train"]["TRANSFER"] = {"RECIPE": "best-known"}
+    path.write_text(yaml.safe_dump(content))
+    experiment = read_experiment(task.read(path), path)
+    assert task._run(experiment.options("plain", 3)).transfer.RULE == "mixture"
+    assert task._run(experiment.options("none", 3)).transfer.RULE == "none"
+
+
+def test_arms_switch_averages_that_are_chosen_and_measured(datasets, tmp_path):
+    averaged = {"TRANSFER": {"TEACHERS": "ema", "MODEL_EMA": True, "MODEL_EMA_DECAY": 0.8}}
+    averaged["TRANSFER"]["RULE"] = "self"
+    path = written(tmp_path, controls=["none"], arms={"ema_self": averaged})
+    task = Segmentation()
+    experiment = read_experiment(task.read(path), path)
+    row = [work(experiment, task, label) for label in ("start:3", "ema_self:3")][1]
+    folder = tmp_path / "out/seed-3/ema_self/run/fpn"
+    final = read_file(folder / "model_final.pth")
+    weights = {"fpn": tmp_path / "average.pth"}
+    torch.save({"model": final["model"]}, weights["fpn"])
+    options = experiment.options("ema_self", 3)
+    start = {"fpn": tmp_path / "out/seed-3/start/fpn.pth"}
+    (tmp_path / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+    found = task.measure(options, weights, start).metrics
+    assert found["fpn/mIoU"] == row["last"]["metrics"]["fpn/mIoU"]
+    assert not all(torch.equal(x, final["model"][k]) for k, x in final["unaveraged"].items())
+
+
 def test_an_experiment_from_its_yaml_to_its_report(datasets, tmp_path):
     path = written(tmp_path)
     task = Segmentation()
