@@ -36,7 +36,7 @@ class Told:
 
     def __init__(self, name, logits):
         self.name = name
-        self.module = Says(logits)
+        self.best_module = Says(logits)
         self.cfg = make_cfg("fpn", "INPUT.MIN_SIZE_TEST", 0, "DATALOADER.NUM_WORKERS", 0)
 
     def probabilities(self, sem_seg):
@@ -138,9 +138,9 @@ def test_coco_stuff_has_an_evaluator_as_detectron2_registers_it():
 
 def test_modes_are_put_back(by_hand):
     peer = Told("one", saying([[0, 1, 1], [1, 2, 0]]))
-    peer.module.train()
+    peer.best_module.train()
     evaluate_group([peer], by_hand, HERE)
-    assert peer.module.training
+    assert peer.best_module.training
 
 
 def test_a_dataset_of_another_kind_is_refused(by_hand):
