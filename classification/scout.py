@@ -41,10 +41,18 @@ from common.logit_cache import CachedLogits
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
 from common.report.scouting import CAUTION, scout_lead, write_scout_report
-from common.scout_check import add_realised_option, check_runs, write_check
+from common.scout_check import add_realised_option, check_runs, refuse_unlabelled, write_check
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_outcome, write_outcome
-from common.scouting import PREDICTORS, Judge, Ranking, Team, default_predictor, rank_teams
+from common.scouting import (
+    PREDICTORS,
+    Judge,
+    Ranking,
+    Team,
+    default_predictor,
+    judged_by,
+    rank_teams,
+)
 from common.survey import Survey, describe_models, ensemble_accuracy, survey
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
 
@@ -165,6 +173,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         ["-c", str(runs[0].folder / "args.yaml"), *given], "scout", add_scout_options
     )
     options.output, options.experiment = known.output, known.experiment
+    refuse_unlabelled(options.unlabelled)
     refuse_other_data(str(options.data), [str(run.started.data) for run in runs], "DATA")
     world, folder, watch = _start_alone(options), _make_folder(options), progress_bars(bars)
     specs, names, finished = shared_models(runs)
@@ -323,15 +332,7 @@ def judge_of(found: Survey, options: argparse.Namespace) -> Judge:
     Raises:
         OptionError: A rule or margin that does not exist.
     """
-    rule, score, margin = options.rule, options.score, options.margin
-    if not found.labelled:
-        score = "confidence"
-        if found.calibrated is None:
-            rule, margin = "mutual", None
-            _logger.warning(
-                "confidences of different models cannot be compared without labelled data to "
-                "calibrate them; teams are judged by how much their members differ alone"
-            )
+    rule, score, margin = judged_by(found, options.rule, options.score, options.margin)
     try:
         return Judge(found, rule, score, margin)
     except ValueError as error:

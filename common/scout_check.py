@@ -35,6 +35,19 @@ def add_realised_option(add: Callable[..., Any]) -> None:
     )
 
 
+def refuse_unlabelled(folder: object) -> None:
+    """Refuse ``--unlabelled`` beside ``--realised``.
+
+    Raises:
+        OptionError: It is given.
+    """
+    if folder:
+        raise OptionError(
+            f"--unlabelled {folder} with --realised: predictions are tested on labelled data; "
+            "leave one of them out"
+        )
+
+
 def check_runs(
     finished: Sequence[FinishedRun],
     judge: Callable[[Realised], Judge],

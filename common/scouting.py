@@ -175,6 +175,24 @@ def default_predictor(found: Survey, rule: str) -> str:
     return "disagreement"
 
 
+def judged_by(
+    found: Survey, rule: str, score: str, margin: float | None
+) -> tuple[str, str, float | None]:
+    """Return rule, score and margin by which teams can be judged: without labels, by confidences.
+
+    Where these are not calibrated, by how much a team's members differ alone; that is told.
+    """
+    if found.labelled:
+        return rule, score, margin
+    if found.calibrated is not None:
+        return rule, "confidence", margin
+    _logger.warning(
+        "confidences of different models cannot be compared without labelled data to calibrate "
+        "them; teams are judged by how much their members differ alone"
+    )
+    return "mutual", "confidence", None
+
+
 def usable_predictors(found: Survey, predictors: Mapping[str, Predictor] = PREDICTORS) -> list[str]:
     """Name the predictors that a survey has the data for."""
     have = {"": True, "labels": found.labelled, "temperatures": found.calibrated is not None}

@@ -73,6 +73,7 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     add("--metric", default="cc", choices=_COUNTED, help="by which frames are won")
     add("--predictor", choices=tuple(FRAME_PREDICTORS), help="what teams are ranked by")
     add("--kept-size", type=int, nargs=2, default=[36, 64], metavar=("H", "W"), help="of kept maps")
+    add("--unlabelled", metavar="DIR", help=argparse.SUPPRESS)  # of the other tasks; see _check
     add_realised_option(add)
     add_cost_options(add)
     add("--top", type=int, default=20, help="teams to show")
@@ -183,6 +184,12 @@ def _check(options: argparse.Namespace) -> None:
     check_least(options, {"frames": 1, "top": 1, "most_teams": 1})
     if min(options.kept_size) < 1:
         raise OptionError(f"--kept-size is {options.kept_size}; expected numbers above 0")
+    if options.unlabelled:
+        raise OptionError(
+            f"--unlabelled {options.unlabelled}: not offered for saliency. Without maps nobody "
+            "knows which model predicts a frame better, and no answer is right or wrong, by which "
+            "confidences could be calibrated; scout on a split that has maps"
+        )
     if options.max_bad_samples or options.packed:
         raise OptionError(
             "scout.py leaves no frame out and packs none: leave --max-bad-samples and --packed out"

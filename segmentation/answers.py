@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from segmentation.peer import SegmentorPeer
 
 _logger = logging.getLogger("scout")
 _BROKEN = -1
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -53,6 +54,7 @@ class Pixels:
         labels: Their classes [I, P]; -1 in an image without labels.
         weight: For how many labelled pixels each of an image's stands [I].
         key: What decides which pixels these are.
+        labelled: Whether the labels are known; else they are all 0.
     """
 
     records: list[dict[str, Any]]
@@ -61,6 +63,7 @@ class Pixels:
     labels: Tensor
     weight: Tensor
     key: str
+    labelled: bool = True
 
     @property
     def each(self) -> int:
@@ -91,15 +94,61 @@ def draw_pixels(
         OptionError: Another number of pixels, or no labelled pixel at all.
         DataError: More files that are missing or broken than allowed.
     """
+    classes, ignore = classes_of(dataset)
+    bad = bad or allowed()
+    read = functools.partial(_truth, len(classes), ignore, bad.most > 0)
+    found = _draw(load_datasets([dataset]), classes, ignore, read, each, images, seed, watch, bad)
+    if not bool(found.weight.any()):
+        raise OptionError(f"{dataset}: no pixel has a label; there is nothing to scout on")
+    return found
+
+
+def draw_unlabelled(
+    folder: Path,
+    classes: list[str],
+    each: int,
+    images: int | None,
+    seed: int,
+    watch: Watch,
+    bad: BadSamples | None = None,
+) -> Pixels:
+    """Draw pixels of the images in a folder, which have no labels; see ``draw_pixels``.
+
+    Args:
+        folder: Of the images, at any depth.
+        classes: Names of those that the models tell.
+
+    Raises:
+        OptionError: Another number of pixels, or no image in the folder.
+        DataError: More files that are broken than allowed.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+    if not files:
+        raise OptionError(f"--unlabelled {folder}: no image there; expected {', '.join(_IMAGES)}")
+    records = [{"file_name": str(path)} for path in files]
+    found = _draw(records, classes, -1, _blank, each, images, seed, watch, bad or allowed())
+    if not found.records:
+        raise OptionError(f"--unlabelled {folder}: no image there can be read")
+    return replace(found, labelled=False)
+
+
+def _draw(
+    records: list[dict[str, Any]],
+    classes: list[str],
+    ignore: int,
+    labels_of: Callable[[dict[str, Any]], np.ndarray],
+    each: int,
+    images: int | None,
+    seed: int,
+    watch: Watch,
+    bad: BadSamples,
+) -> Pixels:
     if each < 1 or CHUNK % each:
         raise OptionError(f"--pixels {each}: expected a power of two from 1 to {CHUNK}")
-    classes, ignore = classes_of(dataset)
-    records = load_datasets([dataset])
     if images is not None and images < len(records):
         order = np.random.default_rng([seed, 3]).permutation(len(records))
         records = [records[i] for i in sorted(order[:images])]
-    bad = bad or allowed()
-    read = LeavingOut(functools.partial(_truth, len(classes), ignore, bad.most > 0))
+    read = LeavingOut(labels_of)
     kept: list[dict[str, Any]] = []
     where, labels, weight = [], [], []
     for i, record in enumerate(watch(records, "drawing pixels")):
@@ -118,13 +167,11 @@ def draw_pixels(
         labels.append(told if len(there) else torch.full((each,), _BROKEN))
         weight.append(len(there) / each)
     bad.tell_evaluation(len(records) - len(kept), len(records))
-    if not any(weight):
-        raise OptionError(f"{dataset}: no pixel has a label; there is nothing to scout on")
     return Pixels(
         kept,
         classes,
-        torch.stack(where),
-        torch.stack(labels),
+        torch.stack(where) if kept else torch.zeros(0, each, dtype=torch.long),
+        torch.stack(labels) if kept else torch.zeros(0, each, dtype=torch.long),
         torch.tensor(weight, dtype=torch.float64),
         _fingerprint(kept, each, seed),
     )
@@ -140,11 +187,19 @@ def _truth(classes: int, ignore: int, whole: bool, record: dict[str, Any]) -> np
     return truth
 
 
+def _blank(record: dict[str, Any]) -> np.ndarray:
+    """Read an image for its size; every pixel of it may be drawn."""
+    image = TestMapper(0, 0)(record)
+    return np.zeros((image["height"], image["width"]), dtype=np.int64)
+
+
 def _fingerprint(records: Sequence[dict[str, Any]], each: int, seed: int) -> str:
     """Hash names and sizes of the files."""
     digest = hashlib.sha256(f"{each} {seed}".encode())
     for record in records:
         for key in ("file_name", "sem_seg_file_name"):
+            if key not in record:
+                continue
             path = record[key]
             told = Path(path).parent.name, Path(path).name, os.path.getsize(path)
             digest.update(f"{told}\n".encode())

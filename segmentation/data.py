@@ -407,18 +407,19 @@ def _root_told() -> str:
     return f"data sets are looked for in DETECTRON2_DATASETS, now {dataset_root().absolute()}"
 
 
-def check_classes(cfgs: Mapping[str, CfgNode]) -> int:
+def check_classes(cfgs: Mapping[str, CfgNode], tested: bool = True) -> int:
     """Refuse peers and datasets whose classes differ; return the ignore label.
 
     Args:
         cfgs: Each peer's.
+        tested: Whether there must be data to evaluate on.
 
     Raises:
         DataError: Names both sides.
     """
     names = []
     for cfg in cfgs.values():
-        if not (cfg.DATASETS.TRAIN and cfg.DATASETS.TEST):
+        if not cfg.DATASETS.TRAIN or (tested and not cfg.DATASETS.TEST):
             raise DataError("no dataset: set DATASETS.TRAIN and DATASETS.TEST")
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             names += held_out.sources(name)

@@ -31,7 +31,8 @@ class SegmentorCosts(TeamCosts):
         self, candidates: Sequence[Candidate], run: RunConfig, budget: int | None, watch: Watch
     ) -> None:
         self.configs, self.run = [candidate.config for candidate in candidates], run
-        self._ignore = check_classes({config.name: config.cfg for config in self.configs})
+        cfgs = {config.name: config.cfg for config in self.configs}
+        self._ignore = check_classes(cfgs, tested=False)
         self._masks: dict[int, bool] = {}
         super().__init__(
             len(candidates),

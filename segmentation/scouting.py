@@ -30,12 +30,27 @@ from common.realised import Realised
 from common.report.numbers import as_percent
 from common.report.page import Html, Section, data_table, section
 from common.report.scouting import scout_lead, write_scout_report
-from common.scout_check import add_realised_option, check_runs, write_check
+from common.scout_check import add_realised_option, check_runs, refuse_unlabelled, write_check
 from common.scout_outcome import describe_outcome, write_outcome
-from common.scouting import PREDICTORS, Judge, Team, default_predictor, rank_teams
+from common.scouting import (
+    PREDICTORS,
+    Judge,
+    Team,
+    default_predictor,
+    judged_by,
+    rank_teams,
+)
 from common.survey import Survey, describe_models, random_half, survey
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
-from segmentation.answers import Candidate, Pixels, Watch, cached_answers, draw_pixels, inspect
+from segmentation.answers import (
+    Candidate,
+    Pixels,
+    Watch,
+    cached_answers,
+    draw_pixels,
+    draw_unlabelled,
+    inspect,
+)
 from segmentation.classwise import (
     class_iou,
     class_rows,
@@ -45,7 +60,7 @@ from segmentation.classwise import (
     oracle_answers,
 )
 from segmentation.config import RunConfig, load_run
-from segmentation.data import allowed, check_classes
+from segmentation.data import allowed, check_classes, classes_of
 from segmentation.errors import FAULTS
 from segmentation.held_out import hold_out
 from segmentation.realised import read_run, run_of
@@ -89,6 +104,13 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, help="scout on so many images, drawn at random")
     add("--pixels", type=int, default=64, help="of each image, drawn at random; a power of two")
     add("--seed", type=int, default=0, help="of the draws")
+    add(
+        "--unlabelled",
+        type=Path,
+        metavar="DIR",
+        help="judge teams on these images, which have no labels, by confidences that are "
+        "calibrated on DATASETS.TEST (where that is empty, by how much models differ)",
+    )
     add_realised_option(add)
     add_cost_options(add)
     add("--top", type=int, default=20, help="teams to show")
@@ -123,7 +145,8 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     if asked.realised:
         return check_predictions(asked, progress_bars(bars))
     whole = load_run(asked.config_file, asked.opts)
-    check_classes({peer.name: peer.cfg for peer in whole.peers})
+    cfgs = {peer.name: peer.cfg for peer in whole.peers}
+    check_classes(cfgs, tested=asked.unlabelled is None)
     run, watch = hold_out(whole), progress_bars(bars)
     folder = _make_folder(asked)
     candidates = inspect(run, asked.skip_unfit, watch)
@@ -140,7 +163,8 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     outcome["commands"] = write_commands(folder, whole, outcome["teams"][:_COMMANDS])
     outcome["settings"] = _settings(asked, run)
     write_outcome(folder, outcome)
-    _write_classes(folder, outcome)
+    if outcome["labelled"]:
+        _write_classes(folder, outcome)
     report = write_scout_report(folder / "report.html", outcome, asked.top, _sections(outcome))
     _tell(outcome, asked.top)
     _logger.info("report: %s", report)
@@ -162,6 +186,7 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
     """
     if asked.config_file:
         raise OptionError("--realised takes the models of its runs; leave --config-file out")
+    refuse_unlabelled(asked.unlabelled)
     runs = [read_run(folder) for folder in map(Path, asked.realised)]
     peers, names, finished = shared_models(runs)
     run = run_of(runs[0], peers, names, asked.opts)
@@ -195,13 +220,26 @@ def _make_folder(asked: argparse.Namespace) -> Path:
 def _ask(
     candidates: Sequence[Candidate], run: RunConfig, asked: argparse.Namespace, watch: Watch
 ) -> Answered:
-    """Let every model answer, and compare what they say."""
-    dataset = run.cfg.DATASETS.TEST[0]
+    """Let every model answer, and compare what they say.
+
+    With ``--unlabelled`` the labelled data, if any, only give each model's temperature.
+    """
     bad = allowed(run.transfer.MAX_BAD_SAMPLES)
-    pixels = draw_pixels(dataset, asked.pixels, asked.images, asked.seed, watch, bad)
-    world = current_world(run.cfg.MODEL.DEVICE)
-    answers = cached_answers(candidates, pixels, asked.cache, world, watch)
-    return Answered(answers, pixels, run.transfer.TEMPERATURE, asked.seed)
+    how = asked.pixels, asked.images, asked.seed, watch, bad
+    world, temperature = current_world(run.cfg.MODEL.DEVICE), run.transfer.TEMPERATURE
+    view = calibration = None
+    if run.cfg.DATASETS.TEST:
+        pixels = draw_pixels(run.cfg.DATASETS.TEST[0], *how)
+        answers = cached_answers(candidates, pixels, asked.cache, world, watch)
+        view = Answered(answers, pixels, temperature, asked.seed)
+        calibration = view.found.temperature
+    if asked.unlabelled is not None:
+        classes = classes_of(run.cfg.DATASETS.TRAIN[0])[0]
+        pixels = draw_unlabelled(asked.unlabelled, classes, *how)
+        answers = cached_answers(candidates, pixels, asked.cache, world, watch)
+        view = Answered(answers, pixels, temperature, asked.seed, calibration)
+    assert view is not None  # without both, the classes are refused
+    return view
 
 
 class Answered:
@@ -212,17 +250,23 @@ class Answered:
         pixels: What they were asked.
         temperature: Of the KL.
         seed: Of the half of the images that confidences are calibrated on.
+        calibration: Of pixels without labels, the models' temperatures [M]; None: not known.
 
     Attributes:
         found: The survey; its samples are pixels.
-        truth: Class of each pixel [n].
+        truth: Class of each pixel [n]; without labels all 0.
         image: Which image each is of [n].
         weight: For how many pixels each stands [n].
-        iou: Each model's by class [C].
+        iou: Each model's by class [C]; none without labels.
     """
 
     def __init__(
-        self, answers: CachedLogits, pixels: Pixels, temperature: float, seed: int
+        self,
+        answers: CachedLogits,
+        pixels: Pixels,
+        temperature: float,
+        seed: int,
+        calibration: Tensor | None = None,
     ) -> None:
         self.answers, self.classes = answers, pixels.classes
         self.truth = answers.labels()
@@ -230,9 +274,15 @@ class Answered:
         self.weight = pixels.weight[self.image]
         half = random_half(len(pixels.records), seed)[self.image]  # no image is on both sides
         self.found: Survey = survey(
-            answers, self.truth, temperature=temperature, seed=seed, fit_on=half
+            answers,
+            self.truth if pixels.labelled else None,
+            temperature=temperature,
+            calibration=calibration,
+            seed=seed,
+            fit_on=half,
         )
-        self.iou = [self.iou_of(answer) for answer in self.found.prediction]
+        told = self.found.prediction if pixels.labelled else ()
+        self.iou = [self.iou_of(answer) for answer in told]
 
     def iou_of(self, answer: Tensor) -> Tensor:
         """Estimate the IoU of every class [C] of one answer to each pixel [n]."""
@@ -270,19 +320,13 @@ def _outcome(
     student: int | None,
     costs: TeamCosts | None,
 ) -> dict[str, Any]:
-    granularity = run.transfer.GRANULARITY
-    node = run.transfer
+    node, found = run.transfer, view.found
+    rule, score, margin = judged_by(found, node.RULE, node.SCORE, node.MARGIN or None)
+    predictor = asked.predictor or default_predictor(found, rule)
     try:
-        judges = {
-            kind: view.judge(node.RULE, node.SCORE, node.MARGIN or None, kind)
-            for kind in ("image", "pixel")
-        }
-    except ValueError as error:
-        raise OptionError(f"TRANSFER: {error}") from error
-    predictor = asked.predictor or default_predictor(view.found, run.transfer.RULE)
-    try:
+        judges = {kind: view.judge(rule, score, margin, kind) for kind in ("image", "pixel")}
         ranking = rank_teams(
-            judges[granularity],
+            judges[node.GRANULARITY],
             sorted(set(asked.team_size)),
             predictor,
             student=student,
@@ -292,44 +336,47 @@ def _outcome(
     except ValueError as error:
         raise OptionError(str(error)) from error
     shown = ranking.teams[: asked.top]
-    together = [ensemble_answers(view.answers, team.members) for team in shown]
-    for team, answer in zip(shown, together, strict=True):
-        team.ensemble = float((answer == view.truth).double().mean())
-    outcome = describe_outcome(judges[granularity], ranking, predictor, student, asked.top)
-    for fact, of_class in zip(outcome["models"], view.iou, strict=True):
+    more = [_measured(view, team) if found.labelled else {} for team in shown]
+    outcome = describe_outcome(judges[node.GRANULARITY], ranking, predictor, student, asked.top)
+    for fact, of_class in zip(outcome["models"], view.iou, strict=found.labelled):
         fact["miou"] = mean_iou(of_class)
-    for told, team, answer in zip(outcome["teams"], shown, together, strict=False):
-        told |= _describe(view, judges, team, answer)
-    by_class = flips_by_class(view.found, view.truth, len(view.classes))
-    return outcome | {
+    for told, team, measured in zip(outcome["teams"], shown, more, strict=False):
+        told |= measured
+        told["taught_by"] = {
+            kind: dict(zip(told["members"], judge.judge(team.members).taught, strict=True))
+            for kind, judge in judges.items()
+        }
+    outcome |= {
         "unit": f"pixels of {view.images} images",
         "caution": CAUTION,
-        "granularity": granularity,
-        "classes": view.classes,
-        "iou": [of_class.tolist() for of_class in view.iou],
-        "flips_by_class": by_class.tolist(),
-        "best_by_class": class_rows(
-            view.found, view.truth, view.weight, view.classes, shown[0].members, view.iou
-        )
-        if shown
-        else [],
+        "granularity": node.GRANULARITY,
     }
+    return outcome | _by_class(view, shown) if found.labelled else outcome
 
 
-def _describe(
-    view: Answered, judges: Mapping[str, Judge], team: Team, answer: Tensor
-) -> dict[str, Any]:
-    """Say of a team what pixels alone do not: IoU, and whom an image or a pixel would teach."""
+def _measured(view: Answered, team: Team) -> dict[str, Any]:
+    """Say of a team what pixels alone do not: its members' IoU, and that of all together."""
     names = [view.found.names[i] for i in team.members]
+    answer = ensemble_answers(view.answers, team.members)
     oracle = oracle_answers(view.found, team.members, answer, view.truth)
+    team.ensemble = float((answer == view.truth).double().mean())
     return {
         "miou": dict(zip(names, (mean_iou(view.iou[i]) for i in team.members), strict=True)),
         "ensemble_miou": mean_iou(view.iou_of(answer)),
         "oracle_miou": mean_iou(view.iou_of(oracle)),
-        "taught_by": {
-            kind: dict(zip(names, judge.judge(team.members).taught, strict=True))
-            for kind, judge in judges.items()
-        },
+    }
+
+
+def _by_class(view: Answered, shown: Sequence[Team]) -> dict[str, Any]:
+    """Say who knows which class, and what the first team may learn of each."""
+    by_class = flips_by_class(view.found, view.truth, len(view.classes))
+    told = view.found, view.truth, view.weight, view.classes
+    rows = class_rows(*told, shown[0].members, view.iou) if shown else []
+    return {
+        "classes": view.classes,
+        "iou": [of_class.tolist() for of_class in view.iou],
+        "flips_by_class": by_class.tolist(),
+        "best_by_class": rows,
     }
 
 
@@ -372,7 +419,8 @@ def _student(asked: str | None, names: Sequence[str]) -> int | None:
 def _settings(asked: argparse.Namespace, run: RunConfig) -> dict[str, Any]:
     keys = ("RULE", "SCORE", "GRANULARITY", "TEMPERATURE", "MARGIN")
     return {
-        "data": run.cfg.DATASETS.TEST[0],
+        "data": ", ".join(run.cfg.DATASETS.TEST[:1]),
+        "unlabelled": None if asked.unlabelled is None else str(asked.unlabelled),
         **{key: getattr(asked, key) for key in ("images", "pixels", "seed", "team_size")},
         "engine": run.transfer.ENGINE,
         "budget_gpu_mem": asked.budget_gpu_mem,
@@ -408,27 +456,35 @@ def _sections(outcome: Mapping[str, Any]) -> list[Section]:
     shown = [team for team in outcome["teams"] if "taught_by" in team]
     if not shown:
         return []
-    head = ["Team", "Taught, by image", "Taught, by pixel", "mIoU", "Ensemble", "Oracle"]
+    labelled = outcome["labelled"]
+    head = ["Team", "Taught, by image", "Taught, by pixel"]
+    head += ["mIoU", "Ensemble", "Oracle"] * labelled
     rows = [
         [
             ", ".join(team["members"]),
             *(_listed(team["taught_by"][kind]) for kind in ("image", "pixel")),
-            _listed(team["miou"], 1),
-            as_percent(team["ensemble_miou"]),
-            as_percent(team["oracle_miou"]),
+            *(_iou_cells(team) if labelled else ()),
         ]
         for team in shown
     ]
+    told = (
+        "; and mean intersection over union, estimated from the pixels drawn. Oracle: the truth "
+        "wherever at least one member tells it"
+    )
     caption = (
         "Expected share of pixels on which each member is taught, in the order of the names, with "
-        "one teacher an image and one a pixel; and mean intersection over union, estimated from "
-        "the pixels drawn. Oracle: the truth wherever at least one member tells it. The "
-        f"ranking is by {outcome['granularity']}."
+        f"one teacher an image and one a pixel{told * labelled}. The ranking is by "
+        f"{outcome['granularity']}."
     )
-    return [
-        section("By image and by pixel", data_table(caption, head, rows)),
-        section("Classes of the first team", _class_table(outcome, shown[0])),
-    ]
+    found = [section("By image and by pixel", data_table(caption, head, rows))]
+    if labelled:
+        found.append(section("Classes of the first team", _class_table(outcome, shown[0])))
+    return found
+
+
+def _iou_cells(team: Mapping[str, Any]) -> tuple[str, str, str]:
+    together = as_percent(team["ensemble_miou"]), as_percent(team["oracle_miou"])
+    return _listed(team["miou"], 1), *together
 
 
 def _class_table(outcome: Mapping[str, Any], team: Mapping[str, Any]) -> Html:
@@ -465,9 +521,7 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
             outcome["predictor"]: f"{team['value']:.4f}",
             "by image": _listed(team["taught_by"]["image"]),
             "by pixel": _listed(team["taught_by"]["pixel"]),
-            "mIoU": _listed(team["miou"], 1),
-            "ensemble": as_percent(team["ensemble_miou"]),
-            "oracle": as_percent(team["oracle_miou"]),
+            **(_told_iou(team) if outcome["labelled"] else {}),
             **shown_costs(team),
         }
         for team in outcome["teams"][:top]
@@ -477,3 +531,7 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
     _logger.info("%s", CAUTION)
     for command in outcome["commands"]:
         _logger.info("  %s", command)
+
+
+def _told_iou(team: Mapping[str, Any]) -> dict[str, str]:
+    return dict(zip(("mIoU", "ensemble", "oracle"), _iou_cells(team), strict=True))

@@ -343,6 +343,7 @@ def test_predictions_are_compared_with_finished_runs(trained, digits, tmp_path):
     for bad, words in (
         ([str(tmp_path)], "it has no args.yaml"),
         ([control], "no run with transfer"),
+        ([control, *runs, "--unlabelled", "/x"], "tested on labelled data"),
     ):
         with pytest.raises(OptionError, match=words):
             scout(["--realised", *bad, *more], bars=False)

@@ -289,6 +289,7 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
         (("--rule", "fairest"), "fairest"),
         (("--team-size", "9"), "teams of 9 of 3 models"),
         (("--max-bad-samples", "1"), "leaves no frame out"),
+        (("--unlabelled", "/x"), "--unlabelled /x: not offered for saliency"),
         (("--kept-size", "0", "4"), "--kept-size"),
     ],
 )

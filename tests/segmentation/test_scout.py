@@ -2,21 +2,24 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from common.options import OptionError
 from common.planner import engine_costs
 from segmentation import answers, scouting
-from segmentation.answers import draw_pixels
+from segmentation.answers import draw_pixels, draw_unlabelled
 from segmentation.classwise import class_iou, flips_by_class, mean_iou
 from segmentation.cli import end_logging
 from segmentation.config import load_run
-from segmentation.data import load_datasets, read_labels
+from segmentation.data import allowed, load_datasets, read_labels
 from segmentation.errors import DataError
 from segmentation.evaluation import evaluating, predict
 from segmentation.keys import value_at
@@ -188,6 +191,57 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(models, scouted, no_report):
     assert none["teams"] == [] and none["too_large"] == 3 and none["commands"] == []
 
 
+@pytest.fixture
+def unlabelled(datasets, tmp_path):
+    """Images without labels: those of the validation set, and one of another size."""
+    folder = tmp_path / "images"
+    for k, record in enumerate(load_datasets(["scenes_val"])):
+        (folder / str(k)).mkdir(parents=True)
+        shutil.copy(record["file_name"], folder / str(k))
+    Image.new("RGB", (48, 40), (90, 120, 30)).save(folder / "0" / "small.png")
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def test_images_without_labels_are_judged_by_calibrated_confidences(
+    models, scouted, unlabelled, caplog
+):
+    arguments, labelled = scouted
+    found = scout([*arguments, "--unlabelled", str(unlabelled)], bars=False)
+    assert found["samples"] == 4 * 256 and not found["labelled"] and found["score"] == "confidence"
+    assert found["predictor"] == "confidence-gap" and "iou" not in found
+    for mine, other in zip(found["models"], labelled["models"], strict=True):
+        assert mine["temperature"] == other["temperature"] and mine["accuracy"] is None
+    for team in found["teams"]:
+        assert team["ensemble"] is None and team["taught"] == team["taught_by"]["image"]
+        assert 0 < sum(team["taught"].values()) <= len(team["members"]) - 1 + 1e-9
+    folder = Path(arguments[arguments.index("--output") + 1])
+    assert "mIoU" not in (folder / "report.html").read_text().split("Settings")[0]
+    assert "cannot be compared" not in caplog.text
+    # nothing of the labels is left to calibrate by
+    arguments = [*arguments, "--unlabelled", str(unlabelled), "DATASETS.TEST", "()"]
+    blind = scout(arguments, bars=False)
+    assert blind["rule"] == "mutual" and blind["predictor"] == "disagreement"
+    assert blind["models"][0]["temperature"] is None and "cannot be compared" in caplog.text
+    assert blind["pairs"] == found["pairs"]
+
+
+def test_pixels_without_labels_are_drawn_from_whole_images(unlabelled, tmp_path):
+    classes = [str(k) for k in range(6)]
+    found = draw_unlabelled(unlabelled, classes, 512, None, 0, plain)
+    assert not found.labelled and found.where.shape == (4, 512)
+    small = [record["file_name"].endswith("small.png") for record in found.records].index(True)
+    assert found.where[small].max() < 48 * 40 and len(set(found.where[small].tolist())) == 512
+    assert found.weight[small] * 512 == 48 * 40
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OptionError, match="no image there; expected"):
+        draw_unlabelled(tmp_path / "empty", classes, 64, None, 0, plain)
+    (unlabelled / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        draw_unlabelled(unlabelled, classes, 64, None, 0, plain)
+    assert len(draw_unlabelled(unlabelled, classes, 64, None, 0, plain, allowed(1)).records) == 4
+
+
 @pytest.mark.parametrize("more", [(), ("TRANSFER.MODEL_EMA", "True", "TRANSFER.TEACHERS", "ema")])
 def test_costs_are_those_of_the_plan(models, scouted, no_report, more):
     arguments, _ = scouted
@@ -253,6 +307,7 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
     for bad, words in (
         ([str(tmp_path)], "it has no transfer.yaml"),
         ([control], "no run with transfer"),
+        ([control, *runs, "--unlabelled", "/x"], "tested on labelled data"),
         ([control, *runs, "--config-file", str(models)], "leave --config-file out"),
     ):
         with pytest.raises(OptionError, match=words):
