@@ -57,7 +57,7 @@ def _train(run_file, output, granularity):
 
 def _weights(trainer):
     return {
-        peer.name: {name: value.clone() for name, value in peer.module.state_dict().items()}
+        peer.name: {name: value.clone() for name, value in peer.best_module.state_dict().items()}
         for peer in trainer.peers
     }
 
@@ -116,8 +116,13 @@ def _with_batch_norm(world, run_file, data):
     torch.save(_weights(trainer), run_file.parent / f"rank{world.rank}.pt")
 
 
-def test_with_batch_norm_what_is_evaluated_is_what_is_saved(tmp_path, datasets):
-    run_file = write_run(tmp_path, ("fpn", "deeplab"))
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"MODEL_EMA": True, "MODEL_EMA_DECAY": 0.5, "TEACHERS": "ema+own"}],
+    ids=["plain", "averages"],
+)
+def test_with_batch_norm_what_is_evaluated_is_what_is_saved(tmp_path, datasets, settings):
+    run_file = write_run(tmp_path, ("fpn", "deeplab"), **settings)
     launch(_with_batch_norm, 2, run_file, datasets)
     ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)]
     for peer in ("fpn", "deeplab"):
