@@ -46,7 +46,7 @@ _MADE = (
     "engine guard held_out epochs batch_size clips_per_video grad_accum_steps map_size sched amp "
     "amp_dtype seed val_stride blur"
 ).split()
-_OWN = "opt lr weight_decay clip_grad ema ema_decay".split()
+_OWN = "opt lr weight_decay clip_grad model_ema model_ema_span model_ema_decay".split()
 _OURS = """from saliency.models import create_model  # of peer-transfer
 
 model = create_model({model!r}, "{{file}}"{kwargs})"""

@@ -54,8 +54,8 @@ LOSS_TERMS = {"kl": 1.0, "cc": -1.0, "similarity": 0.0, "nss": 0.0, "l1": 0.0}
 _FLAG = {"action": "store_true", "default": False}
 # Options that a peer may set for itself, by the names of the command line.
 PEER_OPTIONS = (
-    "backbone size view before stride mean std lr weight_decay opt clip_grad ema ema_decay "
-    "grad_checkpointing compile channels_last auto_layout kwargs"
+    "backbone size view before stride mean std lr weight_decay opt clip_grad model_ema "
+    "model_ema_span model_ema_decay grad_checkpointing compile channels_last auto_layout kwargs"
 ).split()
 _NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad")
 PEER_OWN = ("name", "checkpoint", "frozen")
@@ -221,8 +221,15 @@ def build_parser(
     add("--sched", default="none", choices=SCHEDULES)
     add("--warmup-steps", type=int, default=0, help="optimizer steps to the full learning rate")
     add("--clip-grad", type=float, help="* largest norm of each peer's own gradient")
-    add("--ema", **_FLAG, help="* average the weights, and evaluate the average")
-    add("--ema-decay", type=float, default=0.999, help="*")
+    add("--model-ema", **_FLAG, help="* average the weights, and evaluate the average")
+    add(
+        "--model-ema-span",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="* of the run that the average reaches back over",
+    )
+    add("--model-ema-decay", type=float, help="* of the average, in the place of a span")
     add("--sync-bn", **_FLAG)
     add_machine_options(parser)
     group = parser.add_argument_group("run")
@@ -276,8 +283,8 @@ def parse(
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
     if specs:
         transfer_of(options, [spec.name for spec in specs])
-        bare = [spec.name for spec in specs if not (spec.frozen or spec.options.ema)]
-        check_copies(options, bare, "--ema")
+        bare = [spec.name for spec in specs if not (spec.frozen or spec.options.model_ema)]
+        check_copies(options, bare, "--model-ema")
         bounds_of(options, GUARD_DROPS)
     return options, specs
 
@@ -354,6 +361,15 @@ def _own(
             f"peer {entry['model']!r}: kwargs is {kwargs!r}; expected kwargs.NAME=VALUE"
         )
     own.kwargs = dict(kwargs)
+    keys = {key.replace("-", "_") for key in given}
+    if "model_ema_span" in keys and "model_ema_decay" not in keys:
+        own.model_ema_decay = None  # the peer's own span goes before the run's decay
+    span = getattr(own, "model_ema_span", 1.0)
+    if not 0 < span <= 1:
+        raise OptionError(
+            f"peer {entry['model']!r}: model-ema-span is {span}; expected a share of the run, "
+            "above 0 and at most 1"
+        )
     check_least(own, {name: 0 for name in _NOT_NEGATIVE if hasattr(own, name)})
     return own
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.average import WeightAverage
+from common.average import WeightAverage, decay_of_span
 from common.checkpoint import load_weights, read_weights
 from common.distributed import World
 from common.options import OptionError
@@ -270,7 +270,7 @@ def build_peers(
                 "optimizer": optimizer,
                 "schedule": _schedule(optimizer, run, updates),
                 "clip": _clip(module, options),
-                "average": _average(spec, module),
+                "average": _average(spec, module, updates),
             }
         rest["channels_last"] = options.channels_last
         peer = SaliencyPeer(spec.name, module, view, sample_loss(run), run.score, **rest)
@@ -347,13 +347,17 @@ def _clip(module: nn.Module, options: argparse.Namespace) -> Callable[[], object
     return functools.partial(nn.utils.clip_grad_norm_, list(module.parameters()), options.clip_grad)
 
 
-def _average(spec: PeerSpec, module: nn.Module) -> WeightAverage | None:
-    if not spec.options.ema:
+def _average(spec: PeerSpec, module: nn.Module, updates: int) -> WeightAverage | None:
+    options = spec.options
+    if not options.model_ema:
         return None
+    decay = options.model_ema_decay
+    if decay is None:
+        decay = decay_of_span(options.model_ema_span, updates)
     try:
-        return WeightAverage(module, spec.options.ema_decay)
+        return WeightAverage(module, decay)
     except ValueError as error:
-        raise OptionError(f"peer {spec.name!r}: --ema-decay: {error}") from error
+        raise OptionError(f"peer {spec.name!r}: --model-ema-decay: {error}") from error
 
 
 def warn_of_random_weights(specs: Sequence[PeerSpec]) -> None:

@@ -415,7 +415,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     names = (
         "recipe peers dataset data_root held_out rule score temperature transfer_weight "
         "transfer_warmup_steps detach_teacher margin engine guard opt lr weight_decay sched "
-        "epochs batch_size clips_per_video grad_accum_steps map_size amp amp_dtype ema seed "
+        "epochs batch_size clips_per_video grad_accum_steps map_size amp amp_dtype model_ema seed "
         "val_stride blur"
     ).split()
     values = {**plain(options), "recipe": recipes.told(options)}

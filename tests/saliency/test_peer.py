@@ -195,7 +195,7 @@ def test_confidence_needs_no_ground_truth():
 def test_peers_are_built_as_asked():
     toy = "tests.saliency.toy"
     run, specs = options_of(
-        f"{toy}:Deep,lr=1e-3,ema,size=16+24,stride=2,before=4,clip_grad=1",
+        f"{toy}:Deep,lr=1e-3,model_ema,size=16+24,stride=2,before=4,clip_grad=1",
         f"{toy}:Deep,opt=sgd,kwargs.width=6",
         f"{toy}:Flat,frozen,name=still",
         rest=["--warmup-steps", "3", "--sched", "cosine", "--grad-accum-steps", "2"],
@@ -233,10 +233,40 @@ def test_the_rate_is_a_function_of_the_position():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_a_decay_out_of_range_is_refused():
-    run, specs = options_of("tests.saliency.toy:Flat,ema,ema_decay=1.0")
+def test_an_average_reaches_back_over_a_share_of_the_run():
+    run, specs = options_of(
+        "tests.saliency.toy:Flat,model_ema,name=whole",
+        "tests.saliency.toy:Flat,model_ema,model-ema-span=0.5,name=own",
+        "tests.saliency.toy:Flat,model_ema,model_ema_decay=0.9,name=decay",
+        "tests.saliency.toy:Flat,name=none",
+    )
     modules, views = build_modules(specs)
-    with pytest.raises(OptionError, match="peer 'Flat': --ema-decay: decay is 1"):
+    peers = build_peers(specs, modules, views, run, World(0, 1, 0, torch.device("cpu")), 40)
+    decays = [None if peer.average is None else peer.average.decay for peer in peers]
+    assert decays == [0.9, 0.95, 0.9, None]  # over 10 steps of 40, over 20, as given
+    with pytest.raises(OptionError, match=r"model-ema-span is 1\.5; expected a share"):
+        options_of("tests.saliency.toy:Flat,model-ema-span=1.5")
+
+
+def test_a_peers_own_span_goes_before_the_runs_decay():
+    rest = ("--model-ema", "--model-ema-decay", "0.7")
+    run, specs = options_of("tests.saliency.toy:Flat,model-ema-span=0.5", rest=rest)
+    modules, views = build_modules(specs)
+    (peer,) = build_peers(specs, modules, views, run, World(0, 1, 0, torch.device("cpu")), 40)
+    assert peer.average.decay == 0.95
+
+
+def test_a_recipe_averages_and_lets_the_averages_teach():
+    flat = "tests.saliency.toy:Flat"
+    run, specs = options_of(flat, flat, rest=("--recipe", "best-known"))
+    assert (run.rule, run.teachers, run.temperature) == ("mixture", "ema+own", 2.0)
+    assert specs[0].options.model_ema and specs[0].options.model_ema_span == 0.25
+
+
+def test_a_decay_out_of_range_is_refused():
+    run, specs = options_of("tests.saliency.toy:Flat,model_ema,model_ema_decay=1.0")
+    modules, views = build_modules(specs)
+    with pytest.raises(OptionError, match="peer 'Flat': --model-ema-decay: decay is 1"):
         build_peers(specs, modules, views, run, World(0, 1, 0, torch.device("cpu")), 10)
 
 
@@ -311,11 +341,11 @@ def test_wrong_arguments_are_named(arguments, says):
 def test_yaml_under_flags(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "data-root: /d\nlr: 1e-3\nema: true\npeers:\n- {model: vinet_s, frozen: true}\n"
+        "data-root: /d\nlr: 1e-3\nmodel_ema: true\npeers:\n- {model: vinet_s, frozen: true}\n"
         "- tmfi_net,lr=0.5\n"
     )
     options, specs = parse("dhf1k", "train_dhf1k", ["-c", str(path), "--lr", "0.1"])
-    assert (options.lr, options.ema, specs[0].frozen) == (0.1, True, True)
+    assert (options.lr, options.model_ema, specs[0].frozen) == (0.1, True, True)
     assert [spec.options.lr for spec in specs] == [0.1, 0.5]
     path.write_text("epoch: 3\n")
     with pytest.raises(OptionError, match="unknown option 'epoch'; did you mean epochs"):

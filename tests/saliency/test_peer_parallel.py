@@ -34,7 +34,17 @@ def arguments(data, output, *rest, peers=BOTH):
         *("--data-root", str(data), "--output", str(output), "--experiment", "run"),
         *(word for peer in peers for word in ("--peer", peer)),
         *("--epochs", "2", "-b", "2", "--lr", "1e-2", "--workers", "0", "--val-stride", "3"),
-        *("--device", "cpu", "--ema", "--ema-decay", "0.8", "--nss", "-0.1", "--log-interval", "1"),
+        *(
+            "--device",
+            "cpu",
+            "--model-ema",
+            "--model-ema-decay",
+            "0.8",
+            "--nss",
+            "-0.1",
+            "--log-interval",
+            "1",
+        ),
         *map(str, rest),
     ]
 

@@ -37,7 +37,7 @@ def one_epoch(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        "--ema --clip-grad 1 --sched cosine --warmup-steps 2 --nss -0.1".split(),
+        "--model-ema --clip-grad 1 --sched cosine --warmup-steps 2 --nss -0.1".split(),
         "--engine two-pass --rule mutual --opt adamw --similarity -0.5 --l1 0.1".split(),
         "--score confidence --grad-accum-steps 2 --map-size 20 30".split(),
     ],

@@ -179,7 +179,7 @@ def test_three_peers_with_everything_on(data, tmp_path):
     trainer = train(
         data,
         tmp_path,
-        *("--amp", "--ema", "--grad-accum-steps", "2", "--clip-grad", "0.1", "--nss", "-0.1"),
+        *("--amp", "--model-ema", "--grad-accum-steps", "2", "--clip-grad", "0.1", "--nss", "-0.1"),
         *("--packed", tmp_path / "packed", "--sched", "cosine", "--rule", "better"),
         peers=(f"{TOY}:Deep", f"{TOY}:Deep,size=16+24,stride=2", f"{TOY}:Flat,frozen"),
     )
@@ -453,7 +453,7 @@ def test_engines_give_the_same_run(data, finished, tmp_path):
 
 
 def test_a_resume_goes_on_with_averages_schedules_and_scaling(data, tmp_path):
-    rest = ["--ema", "--ema-decay", "0.8", "--sched", "cosine", "--warmup-steps", "2"]
+    rest = ["--model-ema", "--model-ema-decay", "0.8", "--sched", "cosine", "--warmup-steps", "2"]
     rest += ["--amp", "--amp-dtype", "float16", "--grad-accum-steps", "2", "--clip-grad", "0.5"]
     rest += ["--transfer-warmup-steps", "3", "--recovery-interval", "1", "--checkpoint-hist", "9"]
     whole = train(data, tmp_path / "whole", *rest)
