@@ -296,11 +296,15 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
     assert row["gains"] == pytest.approx(expected) and any(expected)
     # judged as its run taught: one teacher a pixel
     arguments = ["--config-file", str(models), "--pixels", "256", *places]
-    rules = ["TRANSFER.RULE", "better", "TRANSFER.GRANULARITY", "pixel"]
     monkeypatch.setattr("segmentation.scouting.write_scout_report", lambda path, *rest: path)
-    teams = scout([*arguments, *rules], bars=False)["teams"]
-    same = next(team["predicted"] for team in teams if team["members"] == ["b", "c"])
-    assert row["predicted"]["flips"] == pytest.approx(list(same["flips"].values()))
+    flips = {}
+    for kind in ("pixel", "image"):
+        rules = ["TRANSFER.RULE", "better", "TRANSFER.GRANULARITY", kind]
+        teams = scout([*arguments, *rules], bars=False)["teams"]
+        same = next(team["predicted"] for team in teams if team["members"] == ["b", "c"])
+        flips[kind] = pytest.approx(list(same["flips"].values()))
+    assert row["predicted"]["flips"] == flips["pixel"]
+    assert row["predicted"]["flips"] != flips["image"]
     assert {"flips", "right-kl", "ensemble"} <= told["correlations"].keys()
     assert told["correlations"]["kl"]["teams"]["count"] == 4
     assert "gains of mIoU (points)" in (tmp_path / "out" / "report.html").read_text()
