@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from classification import outputs
-from classification.corruptions import SEVERITIES, Corrupted
+from classification.corruptions import Corrupted
 from classification.data import View, classes_of, open_dataset
 from classification.evaluation import PeerEvaluator, Scores
 from classification.options import PEER_ALIASES, PeerSpec, parse, read_yaml
@@ -30,6 +30,7 @@ from classification.train import start as begin
 from common import experiment
 from common.broken import BadSamples
 from common.checkpoint import atomic_write, read_file, save_weights
+from common.corrupt import SEVERITIES
 from common.distributed import World
 from common.experiment import Measured, Trained, hidden_by, refuse_frozen, unchanged
 from common.options import OptionError

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from classification.corruptions import SEVERITIES, Corrupted, corrupt
+from classification.corruptions import Corrupted, corrupt
 from classification.data import open_dataset
 from classification.experiment import Classification
 from classification.images import BrokenImageError
+from common.corrupt import SEVERITIES
 from common.experiment import read_experiment
 from common.experiment.work import work
 from common.options import OptionError
