@@ -29,6 +29,7 @@ from common.broken import (
 )
 from common.seeding import generators_kept, seed_generators
 from segmentation import held_out, scenes
+from segmentation.corruptions import spoil
 from segmentation.errors import DataError, told_of
 
 FORMATS = ("RGB", "BGR")
@@ -152,14 +153,20 @@ class TestMapper:
     Args:
         shortest: The shortest side, in pixels; 0 leaves the image as it is.
         longest: What the longest side may be.
+        corruption: Spoils the image before it is resized, see ``segmentation.corruptions``.
     """
 
-    def __init__(self, shortest: int, longest: int) -> None:
+    def __init__(
+        self, shortest: int, longest: int, corruption: tuple[str, int] | None = None
+    ) -> None:
         self.resize = T.ResizeShortestEdge(shortest, longest)
+        self.corruption = corruption
 
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Read and resize."""
         image = _read_image(record)
+        if self.corruption is not None:
+            image = spoil(image, self.corruption, record["file_name"])
         height, width = image.shape[:2]
         resized = T.AugInput(image)
         resized.transform(self.resize.get_transform(image))

@@ -78,6 +78,7 @@ def evaluate_group(
     bad: BadSamples | None = None,
     part: slice = slice(None),
     watch: Callable[[str, dict[str, Any], Tensor], None] | None = None,
+    corruption: tuple[str, int] | None = None,
 ) -> dict[str, float]:
     """Evaluate every peer and, of several, the mean of their probabilities.
 
@@ -94,6 +95,8 @@ def evaluate_group(
         part: Which of the dataset's images; by default all.
         watch: Called with the name of a peer or ``ensemble``, a sample and the probabilities
             [C, height, width], which it must leave as they are; those of the ensemble are a sum.
+        corruption: Spoils every image before any peer's geometry, by a name and a severity of
+            ``segmentation.corruptions``.
 
     Returns:
         ``PEER/mIoU``, ``fwIoU``, ``mACC``, ``pACC`` and ``PEER/IoU-CLASS``, in percent, the same on
@@ -109,7 +112,7 @@ def evaluate_group(
     for evaluator in evaluators.values():
         evaluator.reset()
     with torch.no_grad(), evaluating(peers):
-        for inputs in _progress(test_samples(peers, records, world, tta, bad)):
+        for inputs in _progress(test_samples(peers, records, world, tta, bad, corruption)):
             done += 1
             mean: Tensor | None = None
             for peer, sample in zip(peers, inputs, strict=True):
@@ -178,11 +181,12 @@ def test_samples(
     world: World,
     tta: bool,
     bad: BadSamples,
+    corruption: tuple[str, int] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield one image after another of this process's part, as each peer's sample."""
     loader = build_detection_test_loader(
         records,
-        mapper=LeavingOut(_GroupMapper(peers, tta, bad.most > 0)),
+        mapper=LeavingOut(_GroupMapper(peers, tta, bad.most > 0, corruption)),
         sampler=range(world.shard, len(records), world.shards),
         num_workers=peers[0].cfg.DATALOADER.NUM_WORKERS,
     )
@@ -196,9 +200,16 @@ class _GroupMapper:
         peers: Whose.
         tta: As the file is, for the sizes of TEST.AUG.
         labels: Look at the labels too, before any peer is judged by them.
+        corruption: Spoils the image.
     """
 
-    def __init__(self, peers: Sequence[SegmentorPeer], tta: bool, labels: bool) -> None:
+    def __init__(
+        self,
+        peers: Sequence[SegmentorPeer],
+        tta: bool,
+        labels: bool,
+        corruption: tuple[str, int] | None,
+    ) -> None:
         head = peers[0].cfg.MODEL.SEM_SEG_HEAD
         self.classes, self.ignore = head.NUM_CLASSES, head.IGNORE_VALUE
         self.labels = labels
@@ -206,7 +217,7 @@ class _GroupMapper:
             (0, 0) if tta else (peer.cfg.INPUT.MIN_SIZE_TEST, peer.cfg.INPUT.MAX_SIZE_TEST)
             for peer in peers
         ]
-        self.mappers = {size: TestMapper(*size) for size in self.geometries}
+        self.mappers = {size: TestMapper(*size, corruption) for size in self.geometries}
 
     def __call__(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         if self.labels:

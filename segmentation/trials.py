@@ -24,6 +24,7 @@ from common.options import OptionError
 from segmentation import checkpoints
 from segmentation.cli import begin, end_logging, hush, train
 from segmentation.config import PEER_PREFIX, RunConfig, load_content, read_yaml, recipe_keys
+from segmentation.corruptions import SEVERITIES
 from segmentation.data import allowed, check_classes, classes_of, load_datasets
 from segmentation.errors import FAULTS
 from segmentation.evaluation import ENSEMBLE, METRICS, evaluate_group
@@ -54,6 +55,7 @@ _ELSEWHERE = {
 }
 _NAMED = {_RULE: "rule", _RECIPE: "recipe"}
 _BAD = "TRANSFER.MAX_BAD_SAMPLES"
+_CONFIG = "config.yaml"  # beside the weights of a run
 
 
 class Segmentation:
@@ -68,6 +70,7 @@ class Segmentation:
     lower_is_better = False
     suffix = ".pth"
     others: Mapping[str, bool] = {"pACC": False}
+    severities: Mapping[str, int] = SEVERITIES
     flips = "labelled pixels of the test images that turned right, and wrong"
 
     def __init__(self) -> None:
@@ -178,9 +181,43 @@ class Segmentation:
             found.metrics |= {f"{name}/fixed": float(fixed), f"{name}/broken": float(broken)}
         return found
 
+    def measure_corrupted(
+        self,
+        options: Mapping[str, Any],
+        files: Mapping[str, Path],
+        corruptions: Sequence[tuple[str, int]],
+    ) -> list[dict[str, float]]:
+        """Measure weights on the test set, under one corruption after the other."""
+        hush()
+        if all((file.parent / _CONFIG).is_file() for file in files.values()):
+            peers = [self._exported(options, name, file) for name, file in files.items()]
+        else:
+            peers = self._started(options, files)
+        dataset, most = peers[0].cfg.DATASETS.TEST[0], int(options.get(_BAD, 0))
+        world = current_world(peers[0].cfg.MODEL.DEVICE)
+        rows = [
+            evaluate_group(peers, dataset, world, bad=allowed(most), corruption=one)
+            for one in corruptions
+        ]
+        return [{k: v for k, v in row.items() if k.split("/")[1] in METRICS} for row in rows]
+
+    def _started(
+        self, options: Mapping[str, Any], files: Mapping[str, Path]
+    ) -> list[SegmentorPeer]:
+        """Build peers from the files of ``start``, which have no config beside them."""
+        names = [_name_of(peer) for peer in options["peers"]]
+        peers = [
+            self.started(peer, name, files[name])
+            for peer, name in zip(options["peers"], names, strict=True)
+        ]
+        return [
+            SegmentorPeer(config.name, build_with_weights(config)[0], config.cfg, frozen=True)
+            for config in self._run({**options, "peers": peers}).peers
+        ]
+
     def _exported(self, options: Mapping[str, Any], name: str, file: Path) -> SegmentorPeer:
         """Build a peer of a run by the config beside its file, which has all the run gave it."""
-        spec = {"NAME": name, "CONFIG": str(file.parent / "config.yaml"), "WEIGHTS": str(file)}
+        spec = {"NAME": name, "CONFIG": str(file.parent / _CONFIG), "WEIGHTS": str(file)}
         content: dict[str, Any] = {"TRANSFER": {"RULE": "none", "PEERS": [spec]}}
         if "device" in options:
             content["MODEL"] = {"DEVICE": options["device"]}
