@@ -171,7 +171,8 @@ def corrected(summary: Mapping[str, Any], together: bool = False) -> dict[str, A
 
     Returns:
         The summary; effects have ``p_holm``, and ``shown`` means that it is at most 1 minus the
-        level, and that enough seeds tell. ``families`` lists each family's ``name``, ``size``, and
+        level, that the interval leaves zero out (one seed that stands apart widens it, and not p),
+        and that enough seeds tell. ``families`` lists each family's ``name``, ``size``, and
         the ``least_seeds`` with which an effect of it can be shown at all.
     """
     found = copy.deepcopy(dict(summary))
@@ -187,8 +188,9 @@ def corrected(summary: Mapping[str, Any], together: bool = False) -> dict[str, A
             members = [row[what] for row in rows for what in group if row.get(what) is not None]
             for effect, p in zip(members, holm([e["p"] for e in members]), strict=True):
                 effect["p_holm"] = p
-                enough = effect["count"] >= ENOUGH_SEEDS and effect["varies"]
-                effect["shown"] = p <= alpha and enough
+                effect["shown"] = (
+                    effect["shown"] and p <= alpha
+                )  # as summarise had it: its interval
             if members:
                 told = f"{name}, {'all targets' if together else group[0]}"
                 least = _least_seeds(len(members), alpha)

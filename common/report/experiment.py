@@ -238,9 +238,11 @@ def _about(analysis: Analysis) -> str:
     }[analysis["primary"]]
     return (
         f"{listed(summary['names'])}: {len(summary['arms'])} arms from the same starts, over "
-        f"{seeds} seed{'s' * (seeds != 1)}. {epoch}; the test set was measured at the end alone. "
+        f"{seeds} seed{'s' * (seeds != 1)}. {epoch}; the test set was measured at the start "
+        "and at the end, and chose nothing. "
         "An effect is called shown "
-        f"where at least {ENOUGH_SEEDS} seeds tell and its p-value, corrected by Holm's method "
+        f"where at least {ENOUGH_SEEDS} seeds tell, its interval leaves zero out, and its p-value, "
+        "corrected by Holm's method "
         f"over {families}, is at most {1 - summary['level']:.2g}."
     )
 

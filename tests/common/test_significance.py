@@ -139,3 +139,11 @@ def test_few_or_equal_seeds_show_nothing_after_correction_either():
 def test_pairs_must_be_arms():
     with pytest.raises(ValueError, match="'other'"):
         summarise(arms_with_gains([1.0]), ["a", "b"], "none", pairs=[("best", "other")])
+
+
+def test_a_small_p_whose_interval_holds_zero_shows_nothing():
+    gains = [0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 10.0]  # all positive, one stands apart
+    summary = corrected(summarise(arms_with_gains(gains), ["a", "b"], "none"))
+    effect = summary["gains"]["best"]["mean"]
+    assert effect["p_holm"] <= 0.05 and effect["low"] < 0
+    assert not effect["shown"]
