@@ -37,6 +37,7 @@ from common.broken import (
 from common.distributed import World
 from common.options import OptionError
 from common.seeding import drawn_for, generators_kept, seed_generators
+from common.termination import outlive_sigterm
 
 STREAMS = ("wds/", "tfds/", "hfids/")
 """What ``--dataset`` begins with where timm reads a stream, not samples by their number."""
@@ -364,7 +365,11 @@ class TrainLoader:
                 f"{samples} training samples for each of {world.shards} processes do not fill one "
                 f"batch of {self.batch_size}; lower --batch-size"
             )
-        reading = {"collate_fn": collate, "pin_memory": options.pin_mem}
+        reading = {
+            "collate_fn": collate,
+            "pin_memory": options.pin_mem,
+            "worker_init_fn": outlive_sigterm,
+        }
         self._loader = self._stream(reading) if self.streaming else self._ahead(reading)
         self._prefetch = PrefetchLoader(
             Counted(self._loader, self.bad),
@@ -598,6 +603,7 @@ def eval_loader(
         num_workers=options.workers,
         collate_fn=collate,
         pin_memory=options.pin_mem,
+        worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),
     )
     return PrefetchLoader(

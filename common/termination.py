@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,9 @@ from common import distributed
 from common.distributed import World
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
+TOGETHER = 10.0
+"""Seconds within which signals are one request: Slurm sends one to every process of a job, and what
+started a process (torchrun, ``timeout``) hands its own on."""
 
 
 class Preempted(Exception):
@@ -24,12 +28,13 @@ class Preempted(Exception):
 class Termination:
     """Notes SIGTERM instead of dying of it, while it is entered.
 
-    A second SIGTERM has its usual effect. Outside of the main thread, where Python takes no
-    signals, nothing is noted.
+    One that comes more than ``TOGETHER`` seconds after the first has its usual effect. Outside of
+    the main thread, where Python takes no signals, nothing is noted.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
         self._before: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> Termination:
@@ -43,14 +48,35 @@ class Termination:
             self._before = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._since = True, now
+        elif now - self._since > TOGETHER:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agreed(self, world: World) -> bool:
         """Whether any rank was asked. With several ranks a collective: all must call it."""
         if world.size == 1:
             return self.asked
         return any(distributed.gather_objects(self.asked))
+
+
+def outlive_sigterm(worker: int = 0) -> None:
+    """Let a reading process end by its own run's SIGTERM alone; for a loader's ``worker_init_fn``.
+
+    torchrun and Slurm send one to all processes, and the run needs its data until it has saved.
+    Where the system does not tell who sent a signal (macOS, Windows), nothing changes.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from common.broken import (
     sound,
 )
 from common.distributed import World
+from common.termination import outlive_sigterm
 from saliency.check import refuse
 from saliency.clips import ClipView
 from saliency.errors import DataError
@@ -639,7 +640,7 @@ def _reading(world: World, join: Callable[..., Any]) -> Mapping[str, Any]:
     return {
         "collate_fn": join,
         "pin_memory": world.device.type == "cuda",
-        "worker_init_fn": _one_thread,
+        "worker_init_fn": _begin_reading,
     }
 
 
@@ -649,7 +650,12 @@ def _refuse_below_one(**numbers: int) -> None:
             raise DataError(f"{name} is {value}; expected at least 1")
 
 
-def _one_thread(worker: int = 0) -> None:
+def _begin_reading(worker: int) -> None:
+    _one_thread()
+    outlive_sigterm()
+
+
+def _one_thread() -> None:
     """Let OpenCV use one thread, as torch does in a reading process.
 
     This process must too: forked from one that has OpenCV's threads, a worker would wait for them.

@@ -28,6 +28,7 @@ from common.broken import (
     sound,
 )
 from common.seeding import generators_kept, seed_generators
+from common.termination import outlive_sigterm
 from segmentation import held_out, scenes
 from segmentation.corruptions import spoil
 from segmentation.errors import DataError, told_of
@@ -334,6 +335,7 @@ def build_train_loader(
         collate_fn=_collate,
         persistent_workers=workers > 0,
         pin_memory=pin,
+        worker_init_fn=outlive_sigterm,
     )
     batches = iter(loader)  # opened now: that draws from torch's generator
     return iter(Counted(batches, bad))

@@ -20,6 +20,7 @@ from torch import Tensor
 from common import distributed
 from common.broken import BadSamples, Counted, sound
 from common.distributed import World
+from common.termination import outlive_sigterm
 from segmentation.data import (
     LeavingOut,
     TestMapper,
@@ -190,6 +191,7 @@ def test_samples(
         sampler=range(world.shard, len(records), world.shards),
         num_workers=peers[0].cfg.DATALOADER.NUM_WORKERS,
     )
+    loader.worker_init_fn = outlive_sigterm
     yield from chain.from_iterable(Counted(map(sound, loader), bad, evaluating=True))
 
 

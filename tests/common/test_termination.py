@@ -3,9 +3,19 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
-from common.termination import EXIT_STATUS, Termination, handed_to_children
+import pytest
+
+import common.termination
+from common.termination import (
+    EXIT_STATUS,
+    TOGETHER,
+    Termination,
+    handed_to_children,
+    outlive_sigterm,
+)
 
 
 def in_a_child(work):
@@ -47,3 +57,37 @@ def test_without_children_sigterm_has_its_usual_effect():
             time.sleep(10)
 
     assert in_a_child(work) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(("together", "ends"), [(TOGETHER, 0), (0.0, -signal.SIGTERM)])
+def test_signals_that_come_together_are_one_request(monkeypatch, together, ends):
+    monkeypatch.setattr(common.termination, "TOGETHER", together)
+
+    def work():
+        with Termination() as termination:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+        return 0 if termination.asked else 1
+
+    assert in_a_child(work) == ends
+
+
+def read_for_ever(ready):
+    outlive_sigterm()
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_reading_process_is_ended_by_its_own_run_alone():
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    reader = fork.Process(target=read_for_ever, args=(ready,), daemon=True)
+    reader.start()
+    ready.wait()
+    subprocess.run(["kill", "-TERM", str(reader.pid)], check=True)
+    reader.join(0.3)
+    assert reader.is_alive()
+    reader.terminate()
+    reader.join(20)
+    assert reader.exitcode == 0

@@ -21,13 +21,27 @@ SCRIPTS = {
 }
 
 
-def terminate_at(count):
+READING = {
+    "classification": ["-j", "1"],
+    "saliency": ["--workers", "1"],
+    "segmentation": ["DATALOADER.NUM_WORKERS", "1"],
+}
+
+
+def terminate_all(times=2):
+    """As Slurm: each process of the job, those that read too; torchrun hands its own on."""
+    for _ in range(times):
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(0.02)
+
+
+def terminate_at(count, terminate=lambda: os.kill(os.getpid(), signal.SIGTERM)):
     step, calls = JointEngine.step, [0]
 
     def wrapped(*given, **named):
         calls[0] += 1
         if calls[0] == count:
-            os.kill(os.getpid(), signal.SIGTERM)
+            terminate()
         return step(*given, **named)
 
     JointEngine.step = wrapped
@@ -40,6 +54,22 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(whole, tmp_path):
     assert "SIGTERM: saved after" in told and "Traceback" not in told
     task.check_saved(tmp_path)
     assert task.run(tmp_path, resume=True) == 0
+    assert same(task.final(tmp_path), whole.final)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_reading_processes_too_is_outlived(whole, tmp_path):
+    task = whole.task
+
+    def before():
+        os.setpgid(0, 0)
+        terminate_at(3, terminate_all)
+
+    status = task.run(tmp_path, *READING[task.name], before=before)
+    told = (tmp_path / "log.txt").read_text()
+    assert status == EXIT_STATUS, told[-3000:]
+    assert "SIGTERM: saved after" in told and "Traceback" not in told
+    assert task.run(tmp_path, *READING[task.name], resume=True) == 0
     assert same(task.final(tmp_path), whole.final)
 
 
