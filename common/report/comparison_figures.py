@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from common.report.effects import SHORT_TARGETS, has_flips, interval_text, summary_format
 from common.report.numbers import Row, as_count, difference_unit, with_unit
 from common.report.page import Html, Panel, figure_tag
-from common.report.plots import COLORS, draw, name_axis, zero_line
+from common.report.plots import COLORS, draw, name_axis, row_labels, zero_line
 from common.report.style import AXIS, GRID, PAPER, SOFT
 
 FLIPS_ARE = "samples that turned right, and wrong"
@@ -105,7 +105,7 @@ def _forest_plot(
 
 
 def _height(arms: Sequence[str]) -> float:
-    return 0.75 + 0.23 * len(arms)
+    return 0.75 + (0.38 if "\n" in row_labels(arms)[0] else 0.23) * len(arms)
 
 
 def _whisker(axes: Axes, y: int, effect: Row | None) -> None:

@@ -127,10 +127,21 @@ def zero_line(axes: Axes, upright: bool = False) -> None:
 
 def name_axis(axes: Axes, names: Sequence[str]) -> None:
     """Name the rows of a plot, the first at the top."""
-    axes.set_yticks(range(len(names)), [short_name(name, names, 20) for name in names])
+    axes.set_yticks(range(len(names)), row_labels(names))
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
+
+
+def row_labels(names: Sequence[str], most: int = 20) -> list[str]:
+    """Shorten the names of rows; a long difference, ``one - other``, takes two lines."""
+    if max(map(len, names), default=0) <= most:
+        return list(names)
+    pairs = [name.split(" - ", 1) for name in names]
+    sides = list(dict.fromkeys(side for pair in pairs for side in pair))
+    if all(len(pair) == 2 for pair in pairs):
+        return ["\n- ".join(short_name(side, sides, most) for side in pair) for pair in pairs]
+    return [short_name(name, names, most) for name in names]
 
 
 def heat_cells(

@@ -14,7 +14,7 @@ from common.report import (
     write_comparison,
     write_run_report,
 )
-from common.report.plots import short_name
+from common.report.plots import row_labels, short_name
 from common.report.style import CSS, SERIES
 
 VOID = {"meta", "img"}
@@ -434,6 +434,12 @@ def test_a_run_without_transfer_has_no_plot_of_it(tmp_path):
 def test_names_that_begin_alike_stay_apart_in_figures():
     names = ["a_long_name_that_goes_on_and_ends_here", "a_long_name_that_goes_on_and_ends_there"]
     assert short_name("short", ["short", *names]) == "short"
+    assert row_labels(["best - random", "short"]) == ["best - random", "short"]
+    long = [f"ema_mixture - ema_{arm}" for arm in ("none", "best")]
+    assert row_labels(["best - random", *long]) == [
+        "best\n- random", "ema_mixture\n- ema_none", "ema_mixture\n- ema_best",
+    ]  # fmt: skip
+    assert all(len(label) <= 20 for label in row_labels(names))
     assert len({short_name(name, names, 20) for name in names}) == 2
     assert len({short_name(name, [*names, *names], 20) for name in names}) == 2
 
