@@ -73,6 +73,7 @@ WEIGHTS = {
 }
 MANY_CLASSES = 30
 MOST_COLOURS = 6
+_MOST_CLAIMS = 12  # in full view; the verdict has them all in few words
 BAND = 0.13
 
 
@@ -296,7 +297,12 @@ def _exactness(summary: Mapping[str, Any]) -> str:
 
 def _claims_section(analysis: Analysis) -> list[Section]:
     claims = _claims(analysis)
-    return [section("Shown, one by one", bullets(claims))] if claims else []
+    if not claims:
+        return []
+    told = bullets(claims)
+    if len(claims) > _MOST_CLAIMS:
+        told = folded(f"{len(claims)} effects, in words", told)
+    return [section("Shown, one by one", told)]
 
 
 def _pairs_section(summary: Mapping[str, Any]) -> list[Section]:
