@@ -458,6 +458,7 @@ class EvalLoader:
         fixations: Also give fixations.
         packed: Frames packed beforehand.
         bad: Counts broken files; None: by itself, and none is allowed.
+        corruption: Spoils every frame, see ``FrameReader``.
 
     Attributes:
         left_out: Targets that the last pass left out, on this rank.
@@ -478,10 +479,11 @@ class EvalLoader:
         fixations: bool = True,
         packed: PackedFrames | None = None,
         bad: BadSamples | None = None,
+        corruption: tuple[str, int] | None = None,
     ) -> None:
         _refuse_below_one(batch_size=batch_size, stride=stride)
         self.bad = bad or allowed()
-        reader = FrameReader(packed, keep=_window(views, stride))
+        reader = FrameReader(packed, _window(views, stride), corruption)
         self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
         self.batch_size = batch_size
         self.stride = stride

@@ -23,6 +23,7 @@ from common.experiment import Measured, Trained, hidden_by, refuse_frozen, uncha
 from common.options import OptionError
 from common.outputs import start_world
 from saliency.clips import ClipView
+from saliency.corruptions import SEVERITIES
 from saliency.evaluation import flatten
 from saliency.layouts import VideoSet, open_dataset
 from saliency.options import PeerSpec, parse, read_yaml
@@ -45,6 +46,7 @@ class Saliency:
         "nss": False,
         "auc_judd": False,
     }
+    severities: Mapping[str, int] = SEVERITIES
     flips = (
         "frames of the test set, in percent, that a peer predicts better, and worse, than at its "
         "start, by CC"
@@ -114,17 +116,28 @@ class Saliency:
         self, options: Mapping[str, Any], files: Mapping[str, Path], start: Mapping[str, Path]
     ) -> Measured:
         """Measure exported weights on the test set."""
-        asked, specs = _parsed(options)
-        specs = [spec for spec in specs if spec.name in files]
-        specs = [spec.loaded_from(files[spec.name]) for spec in specs]
-        modules, views = build_modules(specs)
-        names = [spec.name for spec in specs]
+        asked, modules, views, names = _exported(options, files)
         world = start_world(asked.device)
         found, frames = measured(asked, test_videos(asked), modules, views, names, world)
         for name in names:
             before = read_file(_frames(start[name]))["cc"]
             found.metrics |= {f"{name}/{k}": x for k, x in moved(before, frames[name]).items()}
         return found
+
+    def measure_corrupted(
+        self,
+        options: Mapping[str, Any],
+        files: Mapping[str, Path],
+        corruptions: Sequence[tuple[str, int]],
+    ) -> list[dict[str, float]]:
+        """Measure exported weights on the test set, under one corruption after the other."""
+        asked, modules, views, names = _exported(options, files)
+        asked.metrics = [self.metric]  # no other is told, and some take longer than the models
+        videos, world = test_videos(asked), start_world(asked.device)
+        return [
+            measured(asked, videos, modules, views, names, world, one)[0].metrics
+            for one in corruptions
+        ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,6 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parsed(options: Mapping[str, Any]) -> tuple[argparse.Namespace, list[PeerSpec]]:
     with tempfile.TemporaryDirectory() as folder:
         return parse(None, SCRIPT, _arguments(options, Path(folder) / "options.yaml"))
+
+
+def _exported(
+    options: Mapping[str, Any], files: Mapping[str, Path]
+) -> tuple[argparse.Namespace, list[nn.Module], list[ClipView], list[str]]:
+    """Read weights that were exported; return the models, their views and names too."""
+    asked, specs = _parsed(options)
+    specs = [spec.loaded_from(files[spec.name]) for spec in specs if spec.name in files]
+    modules, views = build_modules(specs)
+    return asked, modules, views, [spec.name for spec in specs]
 
 
 def _arguments(options: Mapping[str, Any], file: Path) -> list[str]:
@@ -157,8 +180,18 @@ def measured(
     views: Sequence[ClipView],
     names: Sequence[str],
     world: World,
+    corruption: tuple[str, int] | None = None,
 ) -> tuple[Measured, dict[str, Tensor]]:
     """Measure models.
+
+    Args:
+        options: Of the run.
+        videos: To measure on.
+        modules: The models.
+        views: What each sees.
+        names: How each is called.
+        world: Where this process stands.
+        corruption: Spoils every frame, by a name and a severity of ``saliency.corruptions``.
 
     Returns:
         The means, and for each model CC by frame, float [n], NaN where it is not defined; the
@@ -170,7 +203,9 @@ def measured(
         at = evaluator.names.index(Saliency.metric)
         found.setdefault(name, {}).update(zip(targets, values[:, at].cpu(), strict=True))
 
-    evaluator = build_evaluator(options, videos, views, world, on_scores=keep)
+    evaluator = build_evaluator(
+        options, videos, views, world, corruption=corruption, on_scores=keep
+    )
     for module in modules:
         module.to(world.device)
     scores = evaluator.score(modules, views, names)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saliency.corruptions import spoil
 from saliency.images import read_frame, resize_frame
 from saliency.layouts import Video
 from saliency.packed import PackedFrames
@@ -23,11 +24,19 @@ class FrameReader:
         packed: Where frames are kept at their sizes; None: decode the files.
         keep: How many frames stay in memory, resized, for the next calls. Evaluation of one target
             after the other asks for almost the same frames again and again.
+        corruption: Spoils every frame before it is resized, see ``saliency.corruptions``; packed
+            frames, which are resized already, are left alone then.
     """
 
-    def __init__(self, packed: PackedFrames | None = None, keep: int = 0) -> None:
-        self.packed = packed
+    def __init__(
+        self,
+        packed: PackedFrames | None = None,
+        keep: int = 0,
+        corruption: tuple[str, int] | None = None,
+    ) -> None:
+        self.packed = None if corruption else packed
         self.keep = keep
+        self.corruption = corruption
         self._kept: OrderedDict[str, dict[Size, Tensor]] = OrderedDict()
 
     def read(self, video: Video, wanted: Mapping[Size, np.ndarray]) -> dict[Size, Tensor]:
@@ -64,17 +73,20 @@ class FrameReader:
             asked = [size for size, at in rows.items() if number in at]
             # what is kept is kept at all sizes: a peer's next clip may ask for another one
             sizes = list(rows) if self.keep else asked
-            made = self._frame(video.path(video.frames[number]), sizes)
+            made = self._frame(video, number, sizes)
             for size in asked:
                 found[size][rows[size][number]] = made[size]
         return found
 
-    def _frame(self, path: str, sizes: list[Size]) -> dict[Size, Tensor]:
+    def _frame(self, video: Video, number: int, sizes: list[Size]) -> dict[Size, Tensor]:
         """Return one frame at several sizes, decoding it at most once."""
+        path = video.path(video.frames[number])
         made = self._kept.get(path, {})
         missing = [size for size in sizes if size not in made]
         if missing:
             image = read_frame(path)
+            if self.corruption is not None:
+                image = spoil(image, self.corruption, video.name, number)
             made = {**made, **{size: resize_frame(image, size) for size in missing}}
         if self.keep:
             self._kept[path] = made

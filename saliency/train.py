@@ -257,11 +257,13 @@ def build_evaluator(
     world: World,
     packed: PackedFrames | None = None,
     watch: Any = lambda batches, title: batches,
+    corruption: tuple[str, int] | None = None,
     **rest: Any,
 ) -> SaliencyEvaluator:
     """Build the evaluator that the options describe.
 
     Args:
+        corruption: Spoils every frame, see ``EvalLoader``.
         rest: See ``SaliencyEvaluator``.
 
     Raises:
@@ -286,6 +288,7 @@ def build_evaluator(
         fixations=any(map(needs_fixations, metrics)),
         packed=packed,
         bad=rest.pop("bad", None) or allowed(options.max_bad_samples),
+        corruption=corruption,
     )
     return SaliencyEvaluator(
         loader,

@@ -56,6 +56,7 @@ def test_an_experiment_measures_as_if_the_files_were_spoilt(own_datasets, tmp_pa
     path = written(tmp_path, corruptions=asked, controls=["none"], arms={})
     task = Segmentation()
     experiment = read_experiment(task.read(path), path)
+    experiment.train["SOLVER.MAX_ITER"] = 1
     start = work(experiment, task, "start:3")["test"]["metrics"]
     last = work(experiment, task, "none:3")["last"]["metrics"]
     for metrics in (start, last):
