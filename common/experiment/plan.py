@@ -262,12 +262,11 @@ def _arms(content: Mapping[str, Any], path: Path) -> dict[str, Arm]:
     for name, options in _named_arms(content, path):
         if name in arms or name == START:
             raise OptionError(f"{path}: arm {name!r} is there already; give it another name")
-        shown = ", ".join(f"{option} {value}" for option, value in options.items())
-        of_all = content.get("train") or {}
-        rule = {} if "recipe" in options or "recipe" in of_all else {"rule": "best"}
-        arms[name] = Arm(
-            {**rule, **options}, about=shown or ("rule best" if rule else "as all arms")
-        )
+        said = {*options, *_mapping(content, "train", path)}
+        rule = {} if said & {"rule", "recipe"} else {"rule": "best"}
+        own = {**rule, **options}
+        shown = ", ".join(f"{option} {value}" for option, value in own.items())
+        arms[name] = Arm(own, about=shown or "as all arms")
     return arms
 
 

@@ -49,7 +49,13 @@ def test_controls_come_by_themselves_and_arms_are_a_line():
     assert list(experiment.arms) == [*CONTROLS, "hot", "odd"]
     assert experiment.options("hot", 1)["rule"] == "best"
     assert experiment.options("hot", 1)["temperature"] == 2
+    assert experiment.arms["hot"].about == "rule best, temperature 2"
     assert experiment.options("odd", 1)["transfer_weight"] == 3
+    told = read_experiment({**asked, "train": {"rule": "mixture"}}, PATH)  # said for all arms
+    assert (
+        told.options("hot", 1)["rule"] == "mixture" and told.options("odd", 1)["rule"] == "better"
+    )
+    assert told.options("none", 1)["rule"] == "none"
     assert [arm for arm in experiment.arms if experiment.arms[arm].alone] == ["solo"]
     assert experiment.options("none", 4)["held_out"] == 0.1
     assert experiment.pairs == [("best", "random")]
