@@ -160,6 +160,7 @@ def flips_figure(summary: Mapping[str, Any], flips_are: str | None = None) -> li
     if not has_flips(summary):
         return []
     arms = list(summary["arms"])
+    unit = "%" if "in percent" in (flips_are or "") else "count"
     panels = []
     for name in summary["names"]:
         peers = {arm: summary["arms"][arm]["peers"][name] for arm in arms}
@@ -167,12 +168,12 @@ def flips_figure(summary: Mapping[str, Any], flips_are: str | None = None) -> li
             f"{arm}: {as_count(peer['fixed'])} fixed, {as_count(peer['broken'])} broken"
             for arm, peer in peers.items()
         )
-        panels.append(Panel(_flips_plot(peers), alt, name))
+        panels.append(Panel(_flips_plot(peers, unit), alt, name))
     caption = f"Fixed and broken: {flips_are or FLIPS_ARE}, mean over seeds."
     return [figure_tag(panels, caption)]
 
 
-def _flips_plot(peers: Mapping[str, Row]) -> str:
+def _flips_plot(peers: Mapping[str, Row], unit: str) -> str:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for what, sign, color in (("fixed", 1, COLORS[2]), ("broken", -1, COLORS[1])):
@@ -183,7 +184,7 @@ def _flips_plot(peers: Mapping[str, Row]) -> str:
         axes.margins(x=0.2)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")
-        axes.set_xlabel("broken ← count → fixed")
+        axes.set_xlabel(f"broken ← {unit} → fixed")
         name_axis(axes, list(peers))
 
     return draw(paint, _height(list(peers)))

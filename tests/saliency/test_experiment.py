@@ -140,6 +140,7 @@ def test_an_experiment_from_its_yaml_to_its_report(data, tmp_path):
     assert rows["none:3"]["last"]["metrics"]["a/cc"] != start["test"]["metrics"]["a/cc"]
     assert main([str(path), "--report"]) == 0
     page = (tmp_path / "out/report.html").read_text()
+    assert "broken ← % → fixed" in page  # shares of the frames, not counts
     assert "Other metrics" in page and "better, and worse, than at its start" in page
     analysis = json.loads((tmp_path / "out/analysis.json").read_text())
     assert analysis["beside"]["kldiv"]["lower_is_better"]
