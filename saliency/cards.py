@@ -18,6 +18,7 @@ from common.card import (
     Card,
     Evidence,
     chosen_row,
+    file_sum,
     rewrite_main,
     shares_taught,
     soup_evidence,
@@ -42,9 +43,9 @@ _METRICS = {
     "loss": "KL less CC (less is better)",
 }
 _MADE = (
-    "rule score margin transfer_weight transfer_warmup_steps temperature detach_teacher teachers "
-    "engine guard held_out epochs batch_size clips_per_video grad_accum_steps map_size sched amp "
-    "amp_dtype seed val_stride blur"
+    "recipe rule score margin transfer_weight transfer_warmup_steps temperature detach_teacher "
+    "teachers engine guard held_out epochs batch_size clips_per_video grad_accum_steps map_size "
+    "sched amp amp_dtype seed val_stride blur"
 ).split()
 _OWN = "opt lr weight_decay clip_grad model_ema model_ema_span model_ema_decay".split()
 _OURS = """from saliency.models import create_model  # of peer-transfer
@@ -114,7 +115,7 @@ def describe(
             "by peer transfer: for every clip the rule below says which of the peers teaches which."
         ),
         front={"library_name": "pytorch", "tags": ["video-saliency", "peer-transfer"]},
-        made={name: str(value) for name, value in made.items()},
+        made={name: str(value) for name, value in made.items() if value is not None},
         evidence=_evidence(trainer, spec.name),
         lineage={
             **{
@@ -126,6 +127,7 @@ def describe(
             "data": f"`{train_set.name}`, split `{train_set.split}`"
             + f" without {options.held_out:g} of its videos held out" * bool(options.held_out)
             + f": {len(train_set.videos)} videos, {frames} frames to train on",
+            "configuration (`args.yaml`)": f"sha256 `{file_sum(trainer.folder / 'args.yaml')}`",
         },
         versions=versions(opencv=cv2.__version__),
         loading=_loading(spec),

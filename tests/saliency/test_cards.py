@@ -34,6 +34,7 @@ def test_a_card_tells_evidence_and_lineage_and_its_code_loads_the_file(tmp_path,
     folder = trainer.folder / "b"
     card, told = (folder / "README.md").read_text(), json.loads((folder / "card.json").read_text())
     assert not (trainer.folder / "a/card.json").exists()
+    assert file_sum(trainer.folder / "args.yaml") in card
     assert file_sum(tmp_path / "start.pth") in card and file_sum(folder / "best.pth") in card
     assert "without 0.34 of its videos held out: 2 videos, 10 frames" in card
     assert "one frame in 3 of 1 videos of `dhf1k`, split `held-out` (2 frames)" in card
