@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -41,7 +40,13 @@ from common.logit_cache import CachedLogits
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
 from common.report.scouting import CAUTION, scout_lead, write_scout_report
-from common.scout_check import add_realised_option, check_runs, refuse_unlabelled, write_check
+from common.scout_check import (
+    add_realised_option,
+    check_runs,
+    refuse_skipping,
+    refuse_unlabelled,
+    write_check,
+)
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_outcome, write_outcome
 from common.scouting import (
@@ -52,6 +57,7 @@ from common.scouting import (
     default_predictor,
     judged_by,
     rank_teams,
+    team_sizes,
 )
 from common.survey import Survey, describe_models, ensemble_accuracy, survey
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
@@ -174,6 +180,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     )
     options.output, options.experiment = known.output, known.experiment
     refuse_unlabelled(options.unlabelled)
+    refuse_skipping(options.skip_unfit)
     refuse_other_data(str(options.data), [str(run.started.data) for run in runs], "DATA")
     world, folder, watch = _start_alone(options), _make_folder(options), progress_bars(bars)
     specs, names, finished = shared_models(runs)
@@ -218,22 +225,6 @@ def _make_folder(options: argparse.Namespace) -> Path:
     folder = Path(options.output or _HERE) / name
     make_writable(folder)
     return folder
-
-
-def team_sizes(given: Sequence[str]) -> list[int]:
-    """Read ``2..4``, or numbers.
-
-    Raises:
-        OptionError: Something else, or a size below 2.
-    """
-    sizes: set[int] = set()
-    for text in given:
-        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(text))
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 2 <= low <= high:
-            raise OptionError(f"--team-size {text}: expected 2 or more, or a range such as 2..4")
-        sizes |= set(range(low, high + 1))
-    return sorted(sizes)
 
 
 def find_candidates(

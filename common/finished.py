@@ -20,7 +20,7 @@ _NOT_SETTING = frozenset(
         "peers recipe rule score margin temperature transfer_weight transfer_warmup_steps "
         "detach_teacher gap_power transfer_classes teachers calibrate_scores engine output "
         "experiment workers log_interval log_wandb wandb_project checkpoint_hist config device "
-        "recovery_interval in_place resume val_interval no_resume_opt plan gpu_mem"
+        "recovery_interval in_place resume val_interval no_resume_opt plan gpu_mem soup"
     ).split()
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ import numpy as np
 
 from common.rank_correlation import correlation_within, rank_correlation
 from common.scouting import Judge, Team
+
+_logger = logging.getLogger("scout")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -
         lower_is_better: Of the metric.
 
     Returns:
-        One a team, rule and kind of comparison; where some teams have controls, only those.
+        One a team, rule and kind of comparison; where some runs have controls, only those, which is
+        told.
 
     Raises:
         ValueError: No run with transfer.
@@ -110,7 +114,15 @@ def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -
         )
         for kind, several in gains.items()
     ]
-    return [one for one in found if one.controlled] or found
+    controlled = [one for one in found if one.controlled]
+    if controlled and len(controlled) < len(found):
+        _logger.warning(
+            "%d of %d runs with transfer are left out: among the runs with rule none there is no "
+            "control for them, one with the same settings, seed and models",
+            sum(one.runs for one in found if not one.controlled),
+            sum(one.runs for one in found),
+        )
+    return controlled or found
 
 
 class _Kind(NamedTuple):

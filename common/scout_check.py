@@ -48,6 +48,19 @@ def refuse_unlabelled(folder: object) -> None:
         )
 
 
+def refuse_skipping(skip: bool) -> None:
+    """Refuse ``--skip-unfit`` beside ``--realised``: gains are of the runs' models, each of them.
+
+    Raises:
+        OptionError: It is given.
+    """
+    if skip:
+        raise OptionError(
+            "--skip-unfit with --realised: every model of the runs is needed; leave out "
+            "--skip-unfit, or the runs with models that cannot be had"
+        )
+
+
 def check_runs(
     finished: Sequence[FinishedRun],
     judge: Callable[[Realised], Judge],

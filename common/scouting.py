@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -263,6 +264,22 @@ def refuse_unfit(unfit: Mapping[str, str], asked: int, skip: bool) -> None:
         raise OptionError(f"{asked - len(unfit)} model(s) left; a team needs two")
 
 
+def team_sizes(given: Sequence[str]) -> list[int]:
+    """Read ``2..4``, or numbers.
+
+    Raises:
+        OptionError: Something else, or a size below 2.
+    """
+    sizes: set[int] = set()
+    for text in given:
+        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(text))
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 2 <= low <= high:
+            raise OptionError(f"--team-size {text}: expected 2 or more, or a range such as 2..4")
+        sizes |= set(range(low, high + 1))
+    return sorted(sizes)
+
+
 @dataclass(frozen=True)
 class Judge:
     """Judges teams by a survey, under one way of transfer.
@@ -302,11 +319,16 @@ class Judge:
         """Whether the roles depend on the score."""
         return compares_scores(self.rule, self.margin)
 
-    def may_be(self, members: Sequence[int]) -> bool:
-        """Whether the rule applies to a team: ``one_way:NAME`` needs that teacher in it."""
+    @property
+    def teacher(self) -> int | None:
+        """The one that ``one_way:NAME`` needs in a team; None under other rules."""
         if not self.rule.startswith(ONE_WAY):
-            return True
-        return self.found.names.index(self.rule.removeprefix(ONE_WAY)) in members
+            return None
+        return self.found.names.index(self.rule.removeprefix(ONE_WAY))
+
+    def may_be(self, members: Sequence[int]) -> bool:
+        """Whether the rule applies to a team."""
+        return self.teacher is None or self.teacher in members
 
     def view(self, members: Sequence[int]) -> TeamView:
         """Assign the roles and cut the survey to a team."""
@@ -374,7 +396,7 @@ class Ranking:
     Attributes:
         teams: All that were judged, and fit.
         judged: How many were judged.
-        possible: How many there are.
+        possible: How many there are, under the rule and with the student.
         too_large: How many of the judged do not fit.
     """
 
@@ -424,6 +446,7 @@ def rank_teams(
     def value(team: Team) -> float:
         return team.gain(predictor, student)
 
+    needed = {student, judge.teacher} - {None}
     counts = {size: _count(size, models, student) for size in range(2, max(sizes) + 1)}
     kept: list[Team] = []
     judged = possible = too_large = 0
@@ -438,7 +461,8 @@ def rank_teams(
         if size in sizes:
             fitting = [team for team in teams if fits(team)]
             kept += fitting
-            judged, possible = judged + len(teams), possible + count
+            judged += len(teams)
+            possible += math.comb(models - len(needed), size - len(needed))
             too_large += len(teams) - len(fitting)
     return Ranking(sorted(kept, key=value, reverse=True), judged, possible, too_large)
 

@@ -2,7 +2,7 @@
 
     python saliency/scout.py --dataset dhf1k --data-root DHF1K \\
         --model vinet_s,checkpoint=vinet_s.pt --model vinet_a,checkpoint=vinet_a.pt \\
-        --model tmfi_net,checkpoint=tmfi.pth [--for vinet_s] [--team-size 2 3]
+        --model tmfi_net,checkpoint=tmfi.pth [--for vinet_s] [--team-size 2..3]
 
 Each model runs over the split once; what it says is kept. From that follow who predicts which
 frames better than whom, what teams know together, and whom the rule would let teach.
@@ -29,10 +29,10 @@ from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, progress_bars, run_command, start_world
 from common.report.numbers import number
 from common.report.scouting import scout_lead, write_scout_report
-from common.scout_check import add_realised_option, check_runs, write_check
+from common.scout_check import add_realised_option, check_runs, refuse_skipping, write_check
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_ranking, write_outcome
-from common.scouting import Judge, rank_teams
+from common.scouting import Judge, rank_teams, team_sizes
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
 from saliency.evaluation import metrics_for
 from saliency.held_out import split_held_out
@@ -69,7 +69,7 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     add("--split", default="val", choices=SPLITS)
     add("--frames", type=int, metavar="N", help="scout on N frames, drawn by --seed")
     add("--for", dest="student", metavar="NAME", help="rank by what this model may gain")
-    add("--team-size", type=int, nargs="+", default=[2], metavar="N", help="2, or 2 3")
+    add("--team-size", nargs="+", default=["2"], metavar="N", help="2, or 2..4, or 2 4")
     add("--metric", default="cc", choices=_COUNTED, help="by which frames are won")
     add("--predictor", choices=tuple(FRAME_PREDICTORS), help="what teams are ranked by")
     add("--kept-size", type=int, nargs=2, default=[36, 64], metavar=("H", "W"), help="of kept maps")
@@ -154,6 +154,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     options, _ = parse(None, "scout", arguments, add_scout_options)
     options.output, options.experiment = known.output, known.experiment
     _check(options)
+    refuse_skipping(options.skip_unfit)
     roots = [str(run.started.data_root) for run in runs]
     refuse_other_data(str(options.data_root), roots, "--data-root")
     videos, watch = _open(options, bars), progress_bars(bars)
@@ -250,7 +251,7 @@ def _outcome(
     predictor = options.predictor or default_predictor(options.rule)
     try:
         judge = _judge(view, options.rule, options.score, options.margin)
-        sizes = sorted(set(options.team_size))
+        sizes = team_sizes(options.team_size)
         ranking = rank_teams(
             judge,
             sizes,

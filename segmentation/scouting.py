@@ -30,7 +30,13 @@ from common.realised import Realised
 from common.report.numbers import as_percent
 from common.report.page import Html, Section, data_table, section
 from common.report.scouting import scout_lead, write_scout_report
-from common.scout_check import add_realised_option, check_runs, refuse_unlabelled, write_check
+from common.scout_check import (
+    add_realised_option,
+    check_runs,
+    refuse_skipping,
+    refuse_unlabelled,
+    write_check,
+)
 from common.scout_outcome import describe_outcome, write_outcome
 from common.scouting import (
     PREDICTORS,
@@ -39,6 +45,7 @@ from common.scouting import (
     default_predictor,
     judged_by,
     rank_teams,
+    team_sizes,
 )
 from common.survey import Survey, describe_models, random_half, survey
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
@@ -99,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         help="a run file with TRANSFER.PEERS; or, repeated, the config of each model",
     )
     add("--for", dest="student", metavar="NAME", help="rank by what this model may gain")
-    add("--team-size", type=int, nargs="+", default=[2], metavar="N", help="2, or 2 3")
+    add("--team-size", nargs="+", default=["2"], metavar="N", help="2, or 2..4, or 2 4")
     add("--predictor", choices=tuple(PREDICTORS), help="what to rank by; the report explains them")
     add("--images", type=int, help="scout on so many images, drawn at random")
     add("--pixels", type=int, default=64, help="of each image, drawn at random; a power of two")
@@ -187,6 +194,7 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
     if asked.config_file:
         raise OptionError("--realised takes the models of its runs; leave --config-file out")
     refuse_unlabelled(asked.unlabelled)
+    refuse_skipping(asked.skip_unfit)
     runs = [read_run(folder) for folder in map(Path, asked.realised)]
     peers, names, finished = shared_models(runs)
     run = run_of(runs[0], peers, names, asked.opts)
@@ -327,7 +335,7 @@ def _outcome(
         judges = {kind: view.judge(rule, score, margin, kind) for kind in ("image", "pixel")}
         ranking = rank_teams(
             judges[node.GRANULARITY],
-            sorted(set(asked.team_size)),
+            team_sizes(asked.team_size),
             predictor,
             student=student,
             most=asked.most_teams,

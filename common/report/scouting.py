@@ -289,8 +289,9 @@ def _calibration_section(outcome: Outcome) -> list[Section]:
         ],
     )
     note = (
-        "Scouting compares calibrated confidences. Training compares the models' own as they are: "
-        "where the two columns differ much, --score confidence follows the boldest peer."
+        "Scouting compares calibrated confidences. Training compares the models' own as they are "
+        "(classifiers: unless --calibrate-scores is given): where the two columns differ much, "
+        "--score confidence follows the boldest peer."
     )
     return [section("What calibration changes", table, tag("p", note))]
 

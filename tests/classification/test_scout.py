@@ -15,13 +15,14 @@ from classification.models import ModelError, models_meant
 from classification.options import build_parser, parse
 from classification.peer import build_modules
 from classification.plan import measure_team
-from classification.scout import add_scout_options, main, scout, team_sizes
+from classification.scout import add_scout_options, main, scout
 from classification.train import run
 from classification.validate import validate
 from common import logit_cache
 from common.distributed import World
 from common.options import OptionError
 from common.planner import engine_costs
+from common.scouting import team_sizes
 
 VIT = "kwargs.patch_size=8,kwargs.embed_dim=24,kwargs.depth=1,kwargs.num_heads=2,img_size=32"
 PEERS = [
@@ -344,6 +345,7 @@ def test_predictions_are_compared_with_finished_runs(trained, digits, tmp_path):
         ([str(tmp_path)], "it has no args.yaml"),
         ([control], "no run with transfer"),
         ([control, *runs, "--unlabelled", "/x"], "tested on labelled data"),
+        ([control, *runs, "--skip-unfit"], "every model of the runs is needed"),
     ):
         with pytest.raises(OptionError, match=words):
             scout(["--realised", *bad, *more], bars=False)

@@ -49,7 +49,7 @@ def test_only_what_changes_what_is_learned_is_a_setting(tmp_path):
 
     base = setting("base")
     alike = {"rule": "none", "score": "confidence", "teachers": "ema", "recipe": "r", "lr": 9.0}
-    assert setting("alike", pin=3, device="cuda", **alike) == base
+    assert setting("alike", pin=3, device="cuda", soup=True, **alike) == base
     assert setting("longer", epochs=3) != base
 
 

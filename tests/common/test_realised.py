@@ -72,7 +72,7 @@ def finished(members, after, rule="best", before=50.0, setting="s"):
     )
 
 
-def test_gains_are_over_the_control_with_the_same_setting_which_may_have_more_models():
+def test_gains_are_over_the_control_with_the_same_setting_which_may_have_more_models(caplog):
     control = finished((2, 0, 1), (52, 60, 70), "none")
     runs = [
         control,
@@ -87,6 +87,7 @@ def test_gains_are_over_the_control_with_the_same_setting_which_may_have_more_mo
         ((0, 2), (1.0, -1.0), 2),
     ]
     assert all(one.controlled for one in found)
+    assert "1 of 4 runs with transfer are left out" in caplog.text
     assert realised_gains([finished((0, 1), (49, 53))])[0].gain == (-1.0, 3.0)
     assert not realised_gains([finished((0, 1), (49, 53))])[0].controlled
     assert realised_gains([finished((0, 1), (49, 53))], lower_is_better=True)[0].gain == (1, -3)

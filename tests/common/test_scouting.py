@@ -166,6 +166,8 @@ def test_flips_of_rules_that_do_not_choose_add_up_to_nothing():
 def test_one_way_keeps_to_teams_with_the_teacher():
     found = survey(*random_source())
     ranking = rank_teams(Judge(found, "one_way:m2"), [2, 3], "flips")
+    assert ranking.possible == ranking.judged == 4 + 6
+    assert rank_teams(Judge(found, "one_way:m2"), [2, 3], "flips", student=0).possible == 1 + 3
     assert len(ranking.teams) == 4 + 6 and all(2 in team.members for team in ranking.teams)
     assert all(
         team.taught[team.members.index(2)] == 0 and max(team.taught) == 1 for team in ranking.teams

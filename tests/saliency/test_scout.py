@@ -67,7 +67,7 @@ def arguments(data, models, folder, *rest):
 @pytest.fixture(scope="module")
 def scouted(data, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scout")
-    return folder, scout(arguments(data, models, folder, "--team-size", 2, 3), bars=False)
+    return folder, scout(arguments(data, models, folder, "--team-size", "2..3"), bars=False)
 
 
 def test_wins_by_hand():
@@ -199,7 +199,7 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(data, models, scouted, no_repo
     assert none["teams"] == [] and none["too_large"] == 3 and none["commands"] == []
 
 
-@pytest.mark.parametrize("rest", [(), ("--ema", "--teachers", "ema", "--opt", "sgd")])
+@pytest.mark.parametrize("rest", [(), ("--model-ema", "--teachers", "ema", "--opt", "sgd")])
 def test_costs_are_those_of_the_plan(data, models, scouted, no_report, rest):
     given = arguments(data, models, scouted[0], "-b", 3, *rest)
     needs = costs_of(scout([*given, "--costs"], bars=False))
@@ -245,9 +245,9 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
 
     control = train("abc", "none")
     runs = [train(team, "best") for team in ("ab", "ac", "bc")]
-    runs.append(train("abc", "better", "--teachers", "ema", "--ema", "--score", "confidence"))
+    runs.append(train("abc", "better", "--teachers", "ema", "--model-ema", "--score", "confidence"))
     # averaged weights are evaluated: its control is another
-    controls = [control, train("abc", "none", "--ema", "--experiment", "ema")]
+    controls = [control, train("abc", "none", "--model-ema", "--experiment", "ema")]
     controls[1] = str(tmp_path / "ema")
     places = ["--kept-size", "9", "16", "--cache", str(tmp_path / "cache")]
     places += ["--output", str(tmp_path / "out")]
@@ -269,6 +269,7 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
         ([str(tmp_path)], "it has no args.yaml"),
         ([control], "no run with transfer"),
         ([*runs, "--data-root", "/nowhere"], "no such folder"),
+        ([*controls, *runs, "--skip-unfit"], "every model of the runs is needed"),
     ):
         with pytest.raises((OptionError, DataError), match=words):
             scout(["--realised", *bad, *places], bars=False)

@@ -55,7 +55,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def scouted(models, datasets, tmp_path):
-    arguments = ["--config-file", str(models), "--pixels", "256", "--team-size", "2", "3"]
+    arguments = ["--config-file", str(models), "--pixels", "256", "--team-size", "2..3"]
     places = ["--cache", str(models.parent / "cache"), "--output", str(tmp_path / "out")]
     return [*arguments, *places], scout([*arguments, *places], bars=False)
 
@@ -280,7 +280,8 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
         return str(tmp_path / (title + rule))
 
     control = train("abc", "none")
-    runs = [train(team, "best") for team in ("ab", "ac", "abc")]
+    runs = [train(team, "best") for team in ("ac", "abc")]
+    runs.append(train("ab", "best", "TRANSFER.RECIPE", "paper"))  # the same control, without one
     runs.append(train("bc", "better", "TRANSFER.GRANULARITY", "pixel"))
     places = ["--cache", str(models.parent / "cache"), "--output", str(tmp_path / "out")]
     found = scout(["--realised", control, *runs, "--pixels", "256", *places], bars=False)
@@ -312,6 +313,7 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
         ([str(tmp_path)], "it has no transfer.yaml"),
         ([control], "no run with transfer"),
         ([control, *runs, "--unlabelled", "/x"], "tested on labelled data"),
+        ([control, *runs, "--skip-unfit"], "every model of the runs is needed"),
         ([control, *runs, "--config-file", str(models)], "leave --config-file out"),
     ):
         with pytest.raises(OptionError, match=words):
