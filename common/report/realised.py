@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from common.report.numbers import MISSING, difference_unit, is_finite, number
 from common.report.page import (
@@ -189,6 +190,7 @@ def _scatter_plot(predicted: Sequence[float], rows: Sequence[Mapping[str, Any]],
         axes.plot(predicted, [row["gain"] for row in rows], "o", color=COLORS[0], alpha=0.6)
         axes.set_ylabel(f"gain ({unit})")
         axes.set_xlabel("predicted, mean over members")
+        axes.xaxis.set_major_locator(MaxNLocator(5))  # more would run into one another
 
     return draw(paint, 2.2)
 
