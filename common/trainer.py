@@ -465,6 +465,7 @@ class Trainer:
                     "epoch": progress.epoch,
                     "batch": progress.batch,
                     "updates": progress.updates,
+                    "cut": self._cut(),
                     "best": {name: [b.value, b.epoch] for name, b in progress.best.items()},
                     "history": progress.history,
                     "lessons": progress.lessons,
@@ -523,6 +524,13 @@ class Trainer:
             scaling = saved_ranks.scaler(self.world, state["scaler"])
             self.engine.scaler.load_state_dict(dict(scaling))
         share = saved_ranks.of_share(self.world)
+        cut, had = self._cut(), saved.get("cut", self._cut())
+        if self.progress.batch and had != cut:
+            _logger.warning(
+                "the run had %d batches an epoch, %d an optimizer step; this one has %d and %d",
+                *(*had, *cut),
+            )
+            share = []
         if not share:
             if self.progress.batch:
                 _logger.warning("the interrupted epoch starts anew")
@@ -540,6 +548,10 @@ class Trainer:
         buffers = {name: own for seat in seats for name, own in seat["buffers"].items()}
         for peer in self.peers.here:
             peer.load_own_buffers(buffers.get(peer.name, {}))
+
+    def _cut(self) -> list[int]:
+        """Return how an epoch is cut up; under another cut a position in it is another's."""
+        return [len(self.loader), self.plan.accumulate]
 
     def begin_at(self, epoch: int) -> None:
         """Go on as if that many epochs were finished: schedules, order of the data, steps made."""

@@ -247,6 +247,23 @@ def test_another_number_of_processes_starts_the_interrupted_epoch_anew(tmp_path,
     again.fit()
 
 
+@pytest.mark.parametrize(("batches", "accumulate", "updates"), [(12, 1, 12), (3, 1, 3), (6, 2, 3)])
+def test_other_batches_start_the_interrupted_epoch_anew(
+    tmp_path, caplog, batches, accumulate, updates
+):
+    trainer = make_trainer(tmp_path, save_every=4, keep=99)
+    trainer.fit()
+    state = load_run(tmp_path / "run-00001-00000002.pt")
+    loader = ToyLoader(batches)
+    again = make_trainer(tmp_path / "again", loader=loader, epochs=2, accumulate=accumulate)
+    again.resume(state, source=tmp_path)
+    assert (again.progress.epoch, again.progress.batch, again.progress.updates) == (1, 0, updates)
+    assert "the run had 6 batches an epoch, 1 an optimizer step" in caplog.text
+    again.fit()
+    assert again.progress.lessons[-1]["epoch"] == 2
+    assert again.progress.updates == 2 * updates
+
+
 def test_sigterm_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_path):
     whole = make_trainer(tmp_path / "whole")
     torch.manual_seed(0)
