@@ -18,6 +18,7 @@ from common.card import (
     Card,
     Evidence,
     chosen_row,
+    kind_of,
     shares_taught,
     soup_evidence,
     start_title,
@@ -190,15 +191,16 @@ def _evidence(
     where = f"{_many(images.held_out)} of {split}"
     metric = f"{name}/{trainer.plan.metric}"
     chosen = chosen_row(history, "epoch", best.epoch, metric, best.value)
+    kind = kind_of(trainer, name)
     about = (
-        f"The weights after epoch {best.epoch} of {trainer.progress.epoch}, the best by "
+        f"The {kind} after epoch {best.epoch} of {trainer.progress.epoch}, the best by "
         f"{trainer.plan.metric}"
     )
     optimistic = f"{where}, which also chose the epoch: what they say of this file is optimistic"
     start = " (epoch 0: the start itself, which no later epoch beat)" if best.epoch == 0 else ""
     found = {
         "best": _of_row(trainer, name, chosen, f"{about}{start}.", optimistic),
-        "last": _of_row(trainer, name, history[-1], "The weights after the last epoch.", where),
+        "last": _of_row(trainer, name, history[-1], f"The {kind} after the last epoch.", where),
     }
     for soup in trainer.soups:
         if soup.peer == name:

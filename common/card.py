@@ -242,6 +242,12 @@ def start_title(name: str, model: str, frozen: bool, student: str) -> str:
     return f"peer `{name}` ({model}{', frozen' if frozen else ''}), start"
 
 
+def kind_of(trainer: Any, name: str) -> str:
+    """Say what a peer's files hold: its weights, or where it has an average that."""
+    peer = next(peer for peer in trainer.peers.here if peer.name == name)
+    return "weights" if peer.average is None else "average of the weights"
+
+
 def chosen_row(
     history: Sequence[Mapping[str, float]], unit: str, when: float, metric: str, value: float
 ) -> Mapping[str, float]:

@@ -19,6 +19,7 @@ from common.card import (
     Evidence,
     chosen_row,
     file_sum,
+    kind_of,
     rewrite_main,
     shares_taught,
     soup_evidence,
@@ -151,10 +152,11 @@ def _evidence(trainer: Trainer, name: str) -> dict[str, Evidence]:
     where = _where(evaluator) if isinstance(evaluator, SaliencyEvaluator) else "the held-out data"
     start = " (0: the start itself, which no later one beat)" if best.epoch == 0 else ""
     least = "lowest" if metric in LOWER_IS_BETTER else "highest"
-    about = f"The weights after epoch {best.epoch} of {trainer.plan.epochs}, with the {least}"
+    kind = kind_of(trainer, name)
+    about = f"The {kind} after epoch {best.epoch} of {trainer.plan.epochs}, with the {least}"
     optimistic = f"{where}, which also chose it: what they say of this file is optimistic"
     about = f"{about} {_METRICS[metric].split(' (')[0]}{start}."
-    last = "The weights after the last epoch."
+    last = f"The {kind} after the last epoch."
     found = {
         "best": _of_row(trainer, name, chosen, about, optimistic),
         "last": _of_row(trainer, name, progress.history[-1], last, where),

@@ -27,7 +27,7 @@ def test_a_card_tells_evidence_and_lineage_and_its_code_loads_the_file(tmp_path,
     torch.save(Flat(width=3).state_dict(), tmp_path / "start.pth")
     peers = (
         f"{TOY}:Deep,name=a,frozen",
-        f"{TOY}:Flat,name=b,kwargs.width=3,checkpoint={tmp_path / 'start.pth'}",
+        f"{TOY}:Flat,name=b,kwargs.width=3,model_ema,checkpoint={tmp_path / 'start.pth'}",
     )
     rest = ("--held-out", "0.34", "--eval-metric", "cc")
     trainer = run("dhf1k", "train", arguments(root, tmp_path, *rest, peers=peers), bars=False)
@@ -35,6 +35,7 @@ def test_a_card_tells_evidence_and_lineage_and_its_code_loads_the_file(tmp_path,
     card, told = (folder / "README.md").read_text(), json.loads((folder / "card.json").read_text())
     assert not (trainer.folder / "a/card.json").exists()
     assert file_sum(trainer.folder / "args.yaml") in card
+    assert "The average of the weights after epoch" in card
     assert file_sum(tmp_path / "start.pth") in card and file_sum(folder / "best.pth") in card
     assert "without 0.34 of its videos held out: 2 videos, 10 frames" in card
     assert "one frame in 3 of 1 videos of `dhf1k`, split `held-out` (2 frames)" in card
