@@ -216,7 +216,7 @@ class Trainer:
             NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
             BadSampleError: More files are broken than ``bad`` allows.
             Preempted: SIGTERM came, and a run file was written. It is looked for after every step
-                in a single process, and with several ranks when they log.
+                in a single process, and with several ranks when they log and before they evaluate.
         """
         with self.termination:
             if not self.progress.history:
@@ -338,6 +338,8 @@ class Trainer:
         self._write(scalars)
 
     def _finish_epoch(self) -> None:
+        if self.world.size > 1:
+            self._end_if_asked()  # an evaluation may last longer than the time that is left
         self.finite.check(self.engine.scaler)
         self.bad.share()
         lessons = self.ledger.read_epoch()

@@ -291,14 +291,19 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_path
             assert torch.equal(a, b)
 
 
-def _terminated(world, folder):
-    trainer = make_trainer(folder, world=world, epochs=2, log_every=2)
+def _terminated(world, folder, log_every, updates):
+    trainer = make_trainer(folder, world=world, epochs=2, log_every=log_every)
     trainer.loader.set_epoch = lambda *given: world.rank or trainer.termination._note(15, None)
     with pytest.raises(Preempted):
         trainer.fit()
-    assert trainer.progress.updates == 2
+    assert trainer.progress.updates == updates
+    assert len(trainer.progress.history) == 1  # the start's
 
 
-def test_a_signal_to_one_rank_ends_all_when_they_log(tmp_path):
-    launch(_terminated, 2, tmp_path)
-    assert load_run(tmp_path)["progress"]["updates"] == 2
+@pytest.mark.parametrize(("log_every", "updates"), [(2, 2), (50, 6)])
+def test_a_signal_to_one_rank_ends_all_when_they_log_or_would_evaluate(
+    tmp_path, log_every, updates
+):
+    launch(_terminated, 2, tmp_path, log_every, updates)
+    progress = load_run(tmp_path)["progress"]
+    assert (progress["updates"], progress["epoch"]) == (updates, 0)
