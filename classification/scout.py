@@ -45,6 +45,7 @@ from common.scout_check import (
     check_runs,
     refuse_skipping,
     refuse_unlabelled,
+    runs_asked,
     write_check,
 )
 from common.scout_commands import flags_of, train_command, with_engine
@@ -115,7 +116,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
         OptionError, ModelError, CheckpointError, NonFiniteError: Bad input.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if "--realised" in given:
+    if runs_asked(given):
         return check_predictions(given, bars)
     options, specs = parse(given, "scout", add_scout_options)
     sizes = team_sizes(options.team_size)
@@ -170,11 +171,10 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         OptionError, ModelError, CheckpointError: Bad input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--realised", nargs="+")
     early.add_argument("--output", default="")
     early.add_argument("--experiment", default="")
     known = early.parse_known_args(given)[0]
-    runs = [read_run(Path(folder)) for folder in known.realised]
+    runs = [read_run(Path(folder)) for folder in runs_asked(given)]
     options, _ = parse(
         ["-c", str(runs[0].folder / "args.yaml"), *given], "scout", add_scout_options
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,26 @@ def add_realised_option(add: Callable[..., Any]) -> None:
     """
     add(
         "--realised",
+        action="extend",
         nargs="+",
         metavar="RUN",
         help="compare predictions with what these finished runs of training gained, over controls "
         "(rule none) among them; models, options and data are the runs' own unless given",
     )
+
+
+def runs_asked(arguments: Sequence[str]) -> list[str]:
+    """Find the runs of ``--realised``, before all else is parsed: the first gives the rest.
+
+    Args:
+        arguments: A whole command line.
+
+    Returns:
+        As given, with or without ``=``, at all places; empty where there are none.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_realised_option(early.add_argument)
+    return early.parse_known_args(arguments)[0].realised or []
 
 
 def refuse_unlabelled(folder: object) -> None:

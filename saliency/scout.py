@@ -29,7 +29,13 @@ from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, progress_bars, run_command, start_world
 from common.report.numbers import number
 from common.report.scouting import scout_lead, write_scout_report
-from common.scout_check import add_realised_option, check_runs, refuse_skipping, write_check
+from common.scout_check import (
+    add_realised_option,
+    check_runs,
+    refuse_skipping,
+    runs_asked,
+    write_check,
+)
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_ranking, write_outcome
 from common.scouting import Judge, rank_teams, team_sizes
@@ -101,7 +107,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
         OptionError, ModelError, DataError, CheckpointError: Bad input.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if "--realised" in given:
+    if runs_asked(given):
         return check_predictions(given, bars)
     options, specs = parse(None, "scout", given, add_scout_options)
     _check(options)
@@ -143,13 +149,13 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         OptionError, ModelError, DataError, CheckpointError: Bad input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--realised", nargs="+", type=Path)
     for name in ("--output", "--experiment"):
         early.add_argument(name, default="")
     early.add_argument("--dataset")
     early.add_argument("--metric", default="cc")
     known = early.parse_known_args(given)[0]
-    runs = [read_run(folder, known.metric, known.dataset) for folder in known.realised]
+    folders = [Path(folder) for folder in runs_asked(given)]
+    runs = [read_run(folder, known.metric, known.dataset) for folder in folders]
     arguments = ["-c", str(runs[0].folder / "args.yaml"), *given]
     options, _ = parse(None, "scout", arguments, add_scout_options)
     options.output, options.experiment = known.output, known.experiment

@@ -352,3 +352,9 @@ def test_predictions_are_compared_with_finished_runs(trained, digits, tmp_path):
     (tmp_path / "cd" / "xc" / "last.safetensors").unlink()
     with pytest.raises(OptionError, match="did not finish: xc"):
         scout(["--realised", control, *runs, *more], bars=False)
+
+
+def test_runs_are_asked_for_with_an_equals_sign_too(tmp_path):
+    for given in ([f"--realised={tmp_path}"], [f"--realised={tmp_path}", "--realised", "x"]):
+        with pytest.raises(OptionError, match=r"it has no args\.yaml"):
+            scout(given, bars=False)

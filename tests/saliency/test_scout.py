@@ -305,3 +305,9 @@ def test_models_that_cannot_be_had_are_all_named_or_left_out(data, models, scout
         scout(arguments(data, bad, scouted[0]), bars=False)
     outcome = scout(arguments(data, bad, scouted[0], "--skip-unfit"), bars=False)
     assert outcome["names"] == ["a", "b", "c"] and "left out" in caplog.text
+
+
+def test_runs_are_asked_for_with_an_equals_sign_too(tmp_path):
+    for given in ([f"--realised={tmp_path}"], [f"--realised={tmp_path}", "--realised", "x"]):
+        with pytest.raises(OptionError, match=r"it has no args\.yaml"):
+            scout(given, bars=False)
