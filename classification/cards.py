@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import nn
+from torchvision.datasets import DatasetFolder
 
 from classification import huggingface, outputs
+from classification.held_out import Part
 from classification.options import PeerSpec
 from common.card import (
     Card,
     Evidence,
+    Files,
     chosen_row,
+    data_rows,
     kind_of,
     shares_taught,
     soup_evidence,
@@ -26,6 +31,7 @@ from common.card import (
     versions,
     write_each,
 )
+from common.distributed import World
 from common.trainer import Trainer
 
 Origin = dict[str, Any]
@@ -49,10 +55,40 @@ _OWN = (
 
 @dataclass(frozen=True)
 class Images:
-    """How many images a run had: to train on, and to measure on."""
+    """What images a run had.
+
+    Attributes:
+        train: How many to train on.
+        held_out: How many to measure on.
+        files: The lineage's rows of both.
+    """
 
     train: int
     held_out: int
+    files: Mapping[str, str]
+
+
+def images_of(train_set: Any, held_out: Any, world: World) -> Images:
+    """Count the images; where this process writes cards, also look at their files.
+
+    Args:
+        train_set: What was trained on.
+        held_out: What was measured on.
+        world: Where this process stands.
+    """
+    files = data_rows(files_of(train_set), files_of(held_out)) if world.leads else {}
+    return Images(len(train_set), len(held_out), files)
+
+
+def files_of(dataset: Any) -> Files | None:
+    """Return the files of image folders, or of a part of them; None for all other data."""
+    if isinstance(dataset, Part):
+        whole = files_of(dataset.dataset)
+        return whole and Files([whole.paths[i] for i in dataset.indices], whole.root)
+    owner = getattr(dataset, "reader", dataset)
+    if not isinstance(owner, (ReaderImageFolder, DatasetFolder)):
+        return None
+    return Files([path for path, *_ in owner.samples], str(owner.root))
 
 
 def origin(spec: PeerSpec, module: nn.Module) -> Origin:
@@ -94,7 +130,7 @@ def write_cards(
         specs: All peers, in order.
         options: The run's.
         origins: What ``origin`` told at the run's start, by peer; empty where it was not kept.
-        images: How many there were.
+        images: What ``images_of`` told.
     """
     write_each(
         trainer,
@@ -131,6 +167,7 @@ def describe(
         lineage={
             **{_title(other, spec): _start(other, origins) for other in specs},
             "data": f"`{data}`, {_many(images.train)} to train on",
+            **images.files,
             "configuration (`args.yaml`)": f"sha256 `{_config_sum(options)}`",
         },
         versions=versions(timm=timm.__version__),

@@ -118,7 +118,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     trainer.writers = outputs.writers(options, trainer.folder, world, trainer.progress.updates)
     progress = trainer.fit()
     outputs.check_exports(trainer, specs)
-    images = cards.Images(len(train_set), len(held_out))
+    images = cards.images_of(train_set, held_out, world)
     cards.write_cards(trainer, specs, options, origins, images)
     if world.is_main:
         finish(trainer, outputs.settings(options))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,18 @@ CAVEAT = (
     "two apart."
 )
 NO_EXPERIMENT = "No such experiment was given for this file."
+
+
+class Files(NamedTuple):
+    """The files that a data set consists of.
+
+    Attributes:
+        paths: In any order; one that is there twice counts once.
+        root: The folder to which their names are told; None: the deepest that holds them all.
+    """
+
+    paths: Sequence[str]
+    root: str | None = None
 
 
 @dataclass(frozen=True)
@@ -395,3 +408,58 @@ def file_sum(path: Path) -> str:
 def told_sum(path: Path) -> str:
     """Name a file with its sum; of its path only the last folder, which tells no one's home."""
     return f"`{Path(path.parent.name, path.name)}`, {_sum(file_sum(path))}"
+
+
+def data_rows(trained: Files | None, measured: Files | None) -> dict[str, str]:
+    """Tell in a lineage the files that a run was trained and measured on; see ``told_files``."""
+    return {"files trained on": told_files(trained), "files measured on": told_files(measured)}
+
+
+def told_files(files: Files | None) -> str:
+    """Tell the sum of a data set's names and sizes, as the files are now; reads none of them.
+
+    It is the same on every machine and in any order, and another one where a file is added,
+    removed, renamed or of another size. A content that changes and keeps its size is not seen.
+    With GNU tools, in the root, of all that lies there:
+    ``find -L . -type f -printf '%s %P\\0' | LC_ALL=C sort -z | sha256sum``.
+
+    A file that is not there has the size ``?``: a run may do without some, and what it has reached
+    is not lost for a card.
+
+    Args:
+        files: None, or none: the data are a stream, or no files of their own.
+    """
+    if files is None or not files.paths:
+        return "no sum: these data are no list of files"
+    lines, size, lost = [], 0, 0
+    for path, name in _named(files).items():
+        try:
+            own = os.stat(path).st_size
+        except OSError:
+            lost += 1
+            lines.append(f"? {name}\0".encode("utf-8", "surrogateescape"))
+        else:
+            size += own
+            lines.append(f"{own} {name}\0".encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(b"".join(sorted(lines))).hexdigest()
+    missing = f", {lost} of them not found" if lost else ""
+    return (
+        f"sum of names and sizes {_sum(digest)}: {len(lines)} files{missing}, {size} bytes at the "
+        "run's end; their content was not read"
+    )
+
+
+def _named(files: Files) -> dict[str, str]:
+    """Return each path once, with its name below the root, with ``/`` on every machine."""
+    paths, root = dict.fromkeys(files.paths), files.root
+    if root is None:
+        paths = dict.fromkeys(map(os.path.abspath, paths))
+        # what the first and the last share in the order of letters, all between them share
+        root = os.path.commonpath([os.path.dirname(end) for end in (min(paths), max(paths))])
+    start = os.path.join(root, "")
+    # taking the start off is far faster than relpath, which a million files would feel
+    names = (
+        path[len(start) :] if path.startswith(start) else os.path.relpath(path, root)
+        for path in paths
+    )
+    return {path: name.replace(os.sep, "/") for path, name in zip(paths, names, strict=True)}

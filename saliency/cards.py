@@ -17,7 +17,9 @@ import cv2
 from common.card import (
     Card,
     Evidence,
+    Files,
     chosen_row,
+    data_rows,
     file_sum,
     kind_of,
     rewrite_main,
@@ -86,12 +88,28 @@ def write_cards(
         origins: What ``origin`` told at the run's start, by peer.
         train_set: What was trained on.
     """
+    evaluator = trainer.evaluator
+    measured = evaluator.videos if isinstance(evaluator, SaliencyEvaluator) else None
+    files = data_rows(files_of(train_set), files_of(measured)) if trainer.world.leads else {}
     write_each(
         trainer,
         specs,
-        lambda spec: describe(trainer, spec, specs, options, origins, train_set),
+        lambda spec: describe(trainer, spec, specs, options, origins, train_set, files),
         FILES["best"],
     )
+
+
+def files_of(videos: VideoSet | None) -> Files | None:
+    """Return the frames, maps and fixations of videos."""
+    if videos is None:
+        return None
+    paths = [
+        video.path(file)
+        for video in videos.videos
+        for file in (*video.frames, *video.maps, *video.fixations)
+        if file is not None
+    ]
+    return Files(paths, videos.root)
 
 
 def describe(
@@ -101,8 +119,9 @@ def describe(
     options: argparse.Namespace,
     origins: Mapping[str, str],
     train_set: VideoSet,
+    files: Mapping[str, str],
 ) -> Card:
-    """Collect all that the card of one peer tells."""
+    """Collect all that the card of one peer tells; see ``write_cards``."""
     others = ", ".join(f"`{other.name}`" for other in specs if other is not spec) or "nobody"
     made = {name: getattr(options, name) for name in _MADE}
     made |= {name: getattr(spec.options, name) for name in _OWN}
@@ -128,6 +147,7 @@ def describe(
             "data": f"`{train_set.name}`, split `{train_set.split}`"
             + f" without {options.held_out:g} of its videos held out" * bool(options.held_out)
             + f": {len(train_set.videos)} videos, {frames} frames to train on",
+            **files,
             "configuration (`args.yaml`)": f"sha256 `{file_sum(trainer.folder / 'args.yaml')}`",
         },
         versions=versions(opencv=cv2.__version__),

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import detectron2
 
 from common.card import (
     Card,
     Evidence,
+    Files,
     chosen_row,
+    data_rows,
     rewrite_main,
     shares_taught,
     soup_evidence,
@@ -68,11 +71,24 @@ def write_cards(trainer: TransferTrainer) -> None:
     Args:
         trainer: After ``train``, and ``make_soups`` where it is asked for.
     """
-    write_each(trainer, trainer.run.peers, lambda config: describe(trainer, config), FILES["best"])
+    files = files_told(trainer) if trainer.world.leads else {}
+    write_each(
+        trainer, trainer.run.peers, lambda config: describe(trainer, config, files), FILES["best"]
+    )
 
 
-def describe(trainer: TransferTrainer, config: PeerConfig) -> Card:
-    """Collect all that the card of one peer tells."""
+def files_told(trainer: TransferTrainer) -> dict[str, str]:
+    """Return the lineage's rows of the images and annotations, of training and evaluation."""
+    measured = load_datasets([trainer.run.cfg.DATASETS.TEST[0]])
+    return data_rows(_files(trainer.dataset), _files(measured))
+
+
+def _files(records: Iterable[Mapping[str, Any]]) -> Files:
+    return Files([record[key] for record in records for key in ("file_name", "sem_seg_file_name")])
+
+
+def describe(trainer: TransferTrainer, config: PeerConfig, files: Mapping[str, str]) -> Card:
+    """Collect all that the card of one peer tells; ``files`` is what ``files_told`` did."""
     run, name = trainer.run, config.name
     others = ", ".join(f"`{other.name}`" for other in run.peers if other is not config) or "nobody"
     made = {key.lower(): run.transfer[key] for key in _TRANSFER}
@@ -97,6 +113,7 @@ def describe(trainer: TransferTrainer, config: PeerConfig) -> Card:
         lineage={
             **{_title(other, name): _start(trainer, other) for other in run.peers},
             "data": f"{_names(run.cfg.DATASETS.TRAIN)}, {len(trainer.dataset)} images to train on",
+            **files,
             f"configuration (`{CONFIG}`)": f"sha256 `{_config_sum(run, config)}`",
         },
         versions=versions(detectron2=detectron2.__version__),

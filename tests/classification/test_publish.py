@@ -3,23 +3,27 @@
 import hashlib
 import json
 import re
+import shutil
 
 import huggingface_hub
 import pytest
 import timm
 import torch
+import torchvision
 import yaml
 
-from classification.cards import front, origin
+from classification.cards import files_of, front, images_of, origin
 from classification.experiment import Classification
 from classification.options import parse
 from classification.publish import check_push
 from classification.push import main as push_main
 from classification.push import push
-from classification.train import main, run
+from classification.train import main, open_both, run
+from common.card import Files, told_files
 from common.checkpoint import load_run, read_weights
 from common.options import OptionError
 from tests.classification.test_train import arguments_of, vit
+from tests.common.toy import HERE
 from tests.launch import launch
 
 KWARGS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -48,7 +52,11 @@ def sum_of(path):
     return SHA.format(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def test_every_learning_peer_gets_a_card_of_its_own_run(trained):
+def files_in(folder):
+    return told_files(Files([str(path) for path in folder.glob("*/*.png")], str(folder)))
+
+
+def test_every_learning_peer_gets_a_card_of_its_own_run(trained, digits):
     folder, progress, _ = trained
     assert not (folder / "old" / "README.md").exists()
     for name in ("a", "b"):
@@ -65,10 +73,40 @@ def test_every_learning_peer_gets_a_card_of_its_own_run(trained):
         assert f"fixed images: {fixed:.0f}, broken images: {broken:.0f}" in text
         assert f"after epoch {best.epoch} of 2" in text
         assert "400 images to train on" in text and "200 images of" in text
+        assert f"| files trained on | {files_in(digits / 'train')} |" in text
+        assert f"| files measured on | {files_in(digits / 'validation')} |" in text
         assert "peer `old` (vit_tiny_patch16_224, frozen), start" in text
         assert sum_of(folder.parent / "start.pth") in text
         assert str(folder.parent) not in text  # nobody's home
         assert timm.__version__ in text and torch.__version__ in text
+
+
+def opened(data, tmp_path, *more):
+    options, _ = parse(arguments_of(data, tmp_path, *more))
+    return open_both(options, 3, 10)
+
+
+def test_the_sum_of_the_files_changes_where_one_is_added(digits, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(digits, copy)
+    before = images_of(*opened(digits, tmp_path), HERE).files
+    assert images_of(*opened(copy, tmp_path), HERE).files == before
+    first = min((copy / "train").glob("*/*.png"))
+    shutil.copy(first, first.with_name("added.png"))
+    after = images_of(*opened(copy, tmp_path), HERE).files
+    assert after["files trained on"] == files_in(copy / "train") != before["files trained on"]
+    assert after["files measured on"] == before["files measured on"]
+
+
+def test_parts_of_folders_have_their_own_files_and_other_data_none(digits, tmp_path):
+    parts = [files_of(part) for part in opened(digits, tmp_path, "--held-out", "0.25")]
+    assert [len(part.paths) for part in parts] == [300, 100]
+    whole = files_of(opened(digits, tmp_path)[0])
+    assert sorted(parts[0].paths + parts[1].paths) == sorted(whole.paths)
+    as_torch = torchvision.datasets.ImageFolder(digits / "train")
+    assert told_files(files_of(as_torch)) == told_files(whole)
+    images = images_of([0, 1], [0], HERE)
+    assert all(told.startswith("no sum") for told in images.files.values())
 
 
 def test_the_loading_line_of_the_card_loads_the_file(trained, monkeypatch):

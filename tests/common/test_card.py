@@ -1,11 +1,23 @@
 """Model cards: front matter that YAML reads, honest numbers, sums, what is refused."""
 
 import hashlib
+import os
 
 import pytest
 import yaml
 
-from common.card import Card, Evidence, card_text, file_sum, from_json, front_matter, to_json
+from common.card import (
+    Card,
+    Evidence,
+    Files,
+    card_text,
+    data_rows,
+    file_sum,
+    from_json,
+    front_matter,
+    to_json,
+    told_files,
+)
 from common.options import OptionError
 
 
@@ -93,3 +105,66 @@ def test_sums_are_those_of_the_whole_file(tmp_path):
     content = bytes(range(256)) * 9000  # more than one block
     (tmp_path / "x").write_bytes(content)
     assert file_sum(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+def listed(root, sizes):
+    for name, size in sizes.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(bytes(size))
+    return [str(root / name) for name in sizes]
+
+
+SIZES = {"b/1.png": 3, "b/10.png": 0, "a \u00fc.png": 12}
+LINES = b"0 b/10.png\x0012 a \xc3\xbc.png\x003 b/1.png\x00"  # in the order of bytes
+
+
+def test_the_sum_of_names_and_sizes_is_that_of_the_sorted_listing(tmp_path):
+    told = told_files(Files(listed(tmp_path, SIZES), str(tmp_path)))
+    assert told.startswith(f"sum of names and sizes sha256 `{hashlib.sha256(LINES).hexdigest()}`")
+    assert ": 3 files, 15 bytes" in told and "content was not read" in told
+
+
+def test_the_sum_is_the_same_elsewhere_in_any_order_and_twice(tmp_path, monkeypatch):
+    here, there = listed(tmp_path / "x", SIZES), listed(tmp_path / "y" / "z", SIZES)
+    told = told_files(Files(here, str(tmp_path / "x")))
+    assert told_files(Files(there[::-1] + there[:2], f"{tmp_path}/y/z/")) == told
+    assert told_files(Files(there)) == told  # the folder that holds all
+    monkeypatch.chdir(tmp_path)
+    assert told_files(Files([os.path.relpath(path) for path in here], "x")) == told
+    assert told_files(Files(here, "x")) == told
+    assert told_files(Files([os.path.relpath(here[0]), *here[1:]])) == told
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**SIZES, "c.png": 0},
+        {name: SIZES[name] for name in ("b/1.png", "a \u00fc.png")},
+        {"b/2.png": 3, "b/10.png": 0, "a \u00fc.png": 12},
+        {**SIZES, "b/1.png": 4},
+        {"b/1.png": 0, "b/10.png": 3, "a \u00fc.png": 12},  # as many bytes in all
+    ],
+    ids=("added", "removed", "renamed", "longer", "swapped"),
+)
+def test_another_listing_has_another_sum(tmp_path, other):
+    digests = {
+        told_files(Files(listed(tmp_path / name, sizes), str(tmp_path / name))).split("`")[1]
+        for name, sizes in (("x", SIZES), ("y", other))
+    }
+    assert len(digests) == 2
+
+
+def test_a_file_that_is_gone_is_counted_and_no_files_have_no_sum(tmp_path):
+    paths = listed(tmp_path, SIZES)
+    (tmp_path / "b/10.png").unlink()
+    lines = b"12 a \xc3\xbc.png\x003 b/1.png\x00? b/10.png\x00"
+    told = told_files(Files(paths, str(tmp_path)))
+    assert hashlib.sha256(lines).hexdigest() in told
+    assert "3 files, 1 of them not found, 15 bytes" in told
+    rows = data_rows(None, Files([]))
+    assert rows["files trained on"].startswith("no sum")
+    assert rows["files measured on"].startswith("no sum")
+    assert (
+        told_files(Files(paths[:1])).split(":")[1] == " 1 files, 3 bytes at the run's end; their"
+        " content was not read"
+    )

@@ -1,12 +1,14 @@
 """Model cards of saliency models, after a real run."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from common.card import file_sum
-from saliency.cards import main
+from common.card import Files, file_sum, told_files
+from saliency.cards import files_of, main
+from saliency.layouts import open_dataset
 from saliency.train import run
 from tests.saliency.folders import write_dataset
 from tests.saliency.test_train import arguments
@@ -39,6 +41,13 @@ def test_a_card_tells_evidence_and_lineage_and_its_code_loads_the_file(tmp_path,
     assert file_sum(tmp_path / "start.pth") in card and file_sum(folder / "best.pth") in card
     assert "without 0.34 of its videos held out: 2 videos, 10 frames" in card
     assert "one frame in 3 of 1 videos of `dhf1k`, split `held-out` (2 frames)" in card
+    measured = trainer.evaluator.videos.videos[0].name
+    paths = {"trained": [], "measured": []}
+    for path in root.rglob("*.png"):
+        paths["measured" if measured in path.parts else "trained"].append(str(path))
+    for which, found in paths.items():
+        row = told_files(Files(found, str(root)))
+        assert told["lineage"][f"files {which} on"] == row and row in card
     assert told["lineage"]["peer `a` (tests.saliency.toy:Deep, frozen), start"] == "random weights"
     history, best = trainer.progress.history, trainer.progress.best["b"]
     evidence = told["evidence"]
@@ -56,3 +65,18 @@ def test_a_card_tells_evidence_and_lineage_and_its_code_loads_the_file(tmp_path,
     assert main([str(folder), "--which", "last"]) == 0
     assert file_sum(folder / "last.pth") in (folder / "README.md").read_text()
     assert main([str(folder), "--which", "soup"]) == 1 and "soup.pth: no such file" in caplog.text
+
+
+def test_the_sum_of_the_files_changes_where_one_is_added(tmp_path):
+    videos = {"annotation/0001": 3, "annotation/0002": 2}
+    root, copy = write_dataset(tmp_path / "d", videos, fixations="png"), tmp_path / "copy"
+    shutil.copytree(root, copy)
+    before = told_files(files_of(open_dataset("dhf1k", root, "train")))
+    assert ": 15 files," in before
+    assert told_files(files_of(open_dataset("dhf1k", copy, "train"))) == before
+    told = {before}
+    for inner in ("images", "maps", "fixation"):
+        first = min((copy / "annotation/0002" / inner).glob("*.png"))
+        shutil.copy(first, first.with_name("0003.png"))
+        told.add(told_files(files_of(open_dataset("dhf1k", copy, "train"))))
+    assert len(told) == 4

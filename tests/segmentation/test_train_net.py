@@ -19,7 +19,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
-from common.card import file_sum, from_json
+from common.card import Files, file_sum, from_json, told_files
 from common.checkpoint import CheckpointError, read_file
 from common.guard import STOPPED, UNTAUGHT
 from common.soup import average_weights
@@ -32,6 +32,7 @@ from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
 from segmentation.trainer import TransferTrainer, current_world
 from tests.common.toy import HERE
+from tests.segmentation.conftest import forget_scenes
 from tests.segmentation.runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +95,12 @@ def test_a_soup_is_the_average_that_one_half_of_the_images_chose(finished, datas
     assert "<h2>Soup" in (folder / "report.html").read_text()
 
 
-def test_each_learning_peer_gets_a_card(finished, tmp_path, caplog):
+def files_in(datasets, split):
+    folder = next(datasets.glob(f"*/{split}"))
+    return told_files(Files([str(path) for path in folder.glob("*/*.png")], str(folder)))
+
+
+def test_each_learning_peer_gets_a_card(finished, datasets, tmp_path, caplog):
     out = finished / "out"
     rows = list(csv.DictReader((out / "summary.csv").open()))
     for name, other in (("fpn", "deeplab"), ("deeplab", "fpn")):
@@ -113,6 +119,8 @@ def test_each_learning_peer_gets_a_card(finished, tmp_path, caplog):
         assert file_sum(folder / "model_best.pth") in text and "10 images to train on" in text
         config = hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()
         assert config in text
+        assert f"| files trained on | {files_in(datasets, 'train')} |" in text
+        assert f"| files measured on | {files_in(datasets, 'val')} |" in text
     copy = tmp_path / "fpn"
     shutil.copytree(out / "fpn", copy)
     assert cards.main([str(copy), "--which", "last"]) == 0
@@ -145,11 +153,30 @@ def test_a_card_tells_the_sum_of_the_start_and_the_held_out_part(datasets, tmp_p
     trainer = TransferTrainer(load_run([path], options))
     (tmp_path / "start.pth").unlink()  # what it was has been told already
     trainer.train()
-    card = cards.describe(trainer, trainer.run.peers[0])
+    card = cards.describe(trainer, trainer.run.peers[0], cards.files_told(trainer))
     assert "start.pth" in card.lineage["its start"] and "sha256" in card.lineage["its start"]
     assert "`scenes_train` without 30 % held out, 7 images" in card.lineage["data"]
     assert "3 images of 30 % of `scenes_train`" in card.evidence["last"].measured_on
+    assert ": 14 files," in card.lineage["files trained on"]
+    assert ": 6 files," in card.lineage["files measured on"]
     assert TransferTrainer(load_run([path]), resume=False).origins["fpn"].endswith("random weights")
+
+
+def test_the_sum_of_the_files_changes_where_one_is_added(datasets, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(datasets, copy)
+    run = load_run([write_run(tmp_path, ("fpn",), RULE="none")])
+    before = cards.files_told(TransferTrainer(run))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(copy))
+    forget_scenes()
+    assert cards.files_told(TransferTrainer(run)) == before  # the same elsewhere
+    folder = next(copy.glob("*/train"))
+    for kind in ("images", "labels"):
+        first = min((folder / kind).glob("*.png"))
+        shutil.copy(first, first.with_name("added.png"))
+    after = cards.files_told(TransferTrainer(run))
+    assert after["files trained on"] == files_in(copy, "train") != before["files trained on"]
+    assert after["files measured on"] == before["files measured on"]
 
 
 def test_a_resume_for_a_soup_needs_the_start(finished, datasets, tmp_path):
