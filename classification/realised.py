@@ -8,6 +8,11 @@ from classification.options import EXPORT, PEER_OPTIONS, parse
 from common import finished
 
 METRIC = "top1"
+# What decides what a peer predicts before training; the rest of PEER_OPTIONS is how it is trained.
+AT_START = (
+    "pretrained gp img_size input_size crop_pct mean std interpolation model_kwargs model_dtype "
+    "head_init_scale head_init_bias bn_eps"
+).split()
 _NOT_SETTING = "pin_mem wandb_tags local_rank data_dir validation_batch_size".split()
 
 read_run = functools.partial(
@@ -16,5 +21,6 @@ read_run = functools.partial(
     metric=METRIC,
     last=f"last{EXPORT}",
     own=PEER_OPTIONS,
+    at_start=AT_START,
     not_setting=_NOT_SETTING,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ class ReadRun:
         folder: Of the run.
         started: The options or the config that it was started with.
         specs: Its peers as asked for, each with a ``name``.
-        models: Of each peer all that it is but for its name, as text: where it is the same in two
-            runs, it is the same model.
+        models: Of each peer what it is before training, as text: where it is the same in two runs,
+            it is the same model, whatever its name and however it is trained.
+        trained: Of each peer the options of its own that say how it is trained.
         before: Metric of each at the start.
         after: Metric of each at the end.
         rule, score, margin: Of the transfer.
@@ -48,6 +49,7 @@ class ReadRun:
     started: Any
     specs: Sequence[Any]
     models: Sequence[str]
+    trained: Sequence[Mapping[str, str]]
     before: tuple[float, ...]
     after: tuple[float, ...]
     rule: str
@@ -63,6 +65,7 @@ def read_run(
     metric: str,
     last: str,
     own: Collection[str],
+    at_start: Collection[str],
     not_setting: Collection[str] = (),
 ) -> ReadRun:
     """Read ``args.yaml`` and ``summary.csv`` of a finished run.
@@ -73,6 +76,7 @@ def read_run(
         metric: What is gained.
         last: Name of the file that a peer has at the end.
         own: Options that a peer may set for itself.
+        at_start: Of these, what decides what it predicts before training.
         not_setting: Options of the task that change nothing of what is learned.
 
     Raises:
@@ -88,7 +92,8 @@ def read_run(
         folder,
         options,
         specs,
-        [_model(spec, own) for spec in specs],
+        [_model(spec, at_start) for spec in specs],
+        [_trained(spec, {*own} - {*at_start}) for spec in specs],
         before,
         after,
         options.rule,
@@ -98,14 +103,24 @@ def read_run(
     )
 
 
-def _model(spec: Any, own: Collection[str]) -> str:
-    mine = {name: x for name, x in plain(spec.options).items() if name in own}
-    return as_text([spec.model, spec.checkpoint, spec.frozen, mine])
+def _model(spec: Any, at_start: Collection[str]) -> str:
+    mine = {name: x for name, x in plain(spec.options).items() if name in at_start}
+    return as_text([spec.model, spec.checkpoint, mine])
+
+
+def _trained(spec: Any, by: Collection[str]) -> dict[str, str]:
+    mine = {name: x for name, x in plain(spec.options).items() if name in by}
+    return as_texts({**mine, "frozen": spec.frozen})
 
 
 def as_text(value: Any) -> str:
     """Write plain containers as text, in which the order of keys does not count."""
     return json.dumps(value, sort_keys=True, default=str)
+
+
+def as_texts(options: Mapping[str, Any]) -> dict[str, str]:
+    """Write the value of each option as text."""
+    return {name: as_text(value) for name, value in options.items()}
 
 
 def require_files(folder: Path, files: Sequence[str]) -> None:
@@ -163,11 +178,16 @@ def shared_models(runs: Sequence[ReadRun]) -> tuple[list[Any], list[str], list[F
 
     Returns:
         The different models as asked for, their names, and the runs with their members' numbers.
+
+    Raises:
+        OptionError: A run with transfer between two peers that start as one model.
     """
     numbers: dict[str, int] = {}
     specs: list[Any] = []
     finished = []
     for run in runs:
+        if run.rule != "none":
+            _refuse_twins(run)
         members = []
         for spec, model in zip(run.specs, run.models, strict=True):
             number = numbers.setdefault(model, len(numbers))
@@ -184,10 +204,21 @@ def shared_models(runs: Sequence[ReadRun]) -> tuple[list[Any], list[str], list[F
                 score=run.score,
                 margin=run.margin,
                 setting=run.setting,
+                trained=tuple(run.trained),
                 grouped=run.grouped,
             )
         )
     return specs, number_repeats(("", spec.name) for spec in specs), finished
+
+
+def _refuse_twins(run: ReadRun) -> None:
+    for i, model in enumerate(run.models):
+        first = run.models.index(model)
+        if first < i:
+            raise OptionError(
+                f"{run.folder}: {run.specs[first].name} and {run.specs[i].name} start as the same "
+                "model, and scouting judges teams of different ones; leave this run out"
+            )
 
 
 def refuse_other_data(asked: str, of_runs: Sequence[str], flag: str) -> None:

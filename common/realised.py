@@ -29,6 +29,7 @@ class FinishedRun:
         score: What the rule compared.
         margin: Of the rule.
         setting: All else that it was trained with, as text; a control has the same.
+        trained: How each model is trained by itself; the same in a control.
         grouped: What has one teacher, such as an ``image`` of pixels; empty: each sample.
     """
 
@@ -40,6 +41,7 @@ class FinishedRun:
     score: str
     margin: float | None
     setting: str
+    trained: tuple[Mapping[str, str], ...]
     grouped: str = ""
 
 
@@ -70,8 +72,9 @@ class Realised:
 def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -> list[Realised]:
     """Measure every run against its control, and average the runs of a team.
 
-    A control has the rule ``none``, the same setting, and all of the run's models, perhaps among
-    others: without transfer nobody's training depends on who is there besides.
+    A control has the rule ``none``, the same setting, and all of the run's models, trained in the
+    same way, perhaps among others: without transfer nobody's training depends on who is there
+    besides.
 
     Args:
         runs: Controls among them.
@@ -136,9 +139,11 @@ class _Kind(NamedTuple):
 
 def _control_of(run: FinishedRun, controls: Sequence[FinishedRun]) -> tuple[float, ...] | None:
     for control in controls:
-        if control.setting == run.setting and set(run.members) <= set(control.members):
-            after = dict(zip(control.members, control.after, strict=True))
-            return tuple(after[i] for i in run.members)
+        if control.setting == run.setting:
+            ways = list(zip(control.members, control.trained, strict=True))
+            wanted = list(zip(run.members, run.trained, strict=True))
+            if all(way in ways for way in wanted):
+                return tuple(control.after[ways.index(way)] for way in wanted)
     return None
 
 

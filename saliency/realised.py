@@ -10,6 +10,8 @@ from common.finished import ReadRun
 from common.options import OptionError
 from saliency.options import PEER_OPTIONS, parse, read_yaml
 
+# What decides what a peer predicts before training; the rest of PEER_OPTIONS is how it is trained.
+AT_START = "backbone size view before stride mean std kwargs".split()
 _NOT_SETTING = (
     "val_stride val_batch_size blur metrics eval_metric packed check_data check_depth layouts "
     "compiled origins data_root"
@@ -36,5 +38,6 @@ def read_run(folder: Path, metric: str, dataset: str | None) -> ReadRun:
         metric,
         "last.pth",
         PEER_OPTIONS,
+        AT_START,
         _NOT_SETTING,
     )

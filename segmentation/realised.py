@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.finished import ReadRun, as_text, read_ends, require_ends, require_files
+from common.finished import ReadRun, as_text, as_texts, read_ends, require_ends, require_files
 from segmentation import checkpoints
 from segmentation.config import SHARED_KEYS, PeerConfig, RunConfig, flat, load_content, read_yaml
 from segmentation.trainer import METRIC
@@ -21,6 +21,15 @@ _NOT_SETTING = frozenset(
         "TEST.EVAL_PERIOD MODEL.DEVICE"
     ).split()
 )
+# Of MODEL: how it is trained, without a change of what it predicts before.
+_TRAINED = frozenset(
+    (
+        "DROPOUT DROP_RATE ATTN_DROP_RATE DROP_PATH_RATE DEEP_SUPERVISION NO_OBJECT_WEIGHT "
+        "CLASS_WEIGHT MASK_WEIGHT DICE_WEIGHT LOSS_WEIGHT LOSS_TYPE TRAIN_NUM_POINTS "
+        "OVERSAMPLE_RATIO IMPORTANCE_SAMPLE_RATIO FREEZE_AT USE_CHECKPOINT"
+    ).split()
+)
+_VIEW = ("INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST")
 
 
 def read_run(folder: Path) -> ReadRun:
@@ -43,7 +52,11 @@ def read_run(folder: Path) -> ReadRun:
         folder,
         run,
         run.peers,
-        [_model(peer) for peer in run.peers],
+        [
+            as_text({k: value for k, value in _own(peer).items() if at_start(k)})
+            for peer in run.peers
+        ],
+        [_trained(peer) for peer in run.peers],
         before,
         after,
         node.RULE,
@@ -78,11 +91,20 @@ def _load(folder: Path) -> RunConfig:
     return load_content(content, folder / _RUN)
 
 
-def _model(peer: PeerConfig) -> str:
-    own = {
+def at_start(key: str) -> bool:
+    """Whether a key of a peer's own decides what it predicts before training."""
+    return key in _VIEW or (key.startswith("MODEL.") and key.rpartition(".")[2] not in _TRAINED)
+
+
+def _own(peer: PeerConfig) -> dict[str, Any]:
+    return {
         key: value for key, value in flat(peer.cfg) if key != "OUTPUT_DIR" and not is_shared(key)
     }
-    return as_text([own, peer.frozen])
+
+
+def _trained(peer: PeerConfig) -> dict[str, str]:
+    own = {key: value for key, value in _own(peer).items() if not at_start(key)}
+    return as_texts({**own, "FROZEN": peer.frozen})
 
 
 def run_of(

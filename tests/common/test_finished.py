@@ -26,13 +26,14 @@ def write_run(folder, **options):
     (folder / "summary.csv").write_text("epoch,a/m,b/m\n0,1,2\n1,3,4\n2,5,7\n")
     for name in "ab":
         (folder / name / "last").touch()
-    given = {"rule": "best", "score": "loss", "margin": None, "lr": 0.1, "epochs": 2} | options
+    given = {"rule": "best", "score": "loss", "margin": None, "lr": 0.1, "epochs": 2, "size": 8}
+    given |= options
     run = Namespace(**given)
     return lambda words: (run, [Spec(name, "net", f"{name}.pt", False, run) for name in "ab"])
 
 
 def read(folder, parse, metric="m", **rest):
-    return read_run(folder, parse, metric, "last", own=("lr",), **rest)
+    return read_run(folder, parse, metric, "last", own=("lr", "size"), at_start=("size",), **rest)
 
 
 def test_a_run_is_read_with_its_first_and_last_evaluation(tmp_path):
@@ -53,13 +54,23 @@ def test_only_what_changes_what_is_learned_is_a_setting(tmp_path):
     assert setting("longer", epochs=3) != base
 
 
-def test_the_same_model_under_two_names_is_one_and_other_options_make_another(tmp_path):
+def test_the_same_start_is_one_model_however_trained_and_another_view_makes_another(tmp_path):
     one = read(tmp_path / "x", write_run(tmp_path / "x"))
     same = ReadRun(**{**vars(one), "specs": one.specs[::-1], "models": one.models[::-1]})
-    other = read(tmp_path / "y", write_run(tmp_path / "y", lr=0.2))
-    specs, names, finished = shared_models([one, same, other])
-    assert [run.members for run in finished] == [(0, 1), (1, 0), (2, 3)]
+    faster = read(tmp_path / "y", write_run(tmp_path / "y", lr=0.2))
+    larger = read(tmp_path / "z", write_run(tmp_path / "z", size=16))
+    specs, names, finished = shared_models([one, same, faster, larger])
+    assert [run.members for run in finished] == [(0, 1), (1, 0), (0, 1), (2, 3)]
     assert names == ["a", "b", "a-2", "b-2"] and len(specs) == 4
+    assert finished[0].trained[0] == finished[3].trained[0] != finished[2].trained[0]
+
+
+def test_two_peers_that_start_as_one_model_are_for_controls_alone(tmp_path):
+    run = read(tmp_path / "x", write_run(tmp_path / "x"))
+    twins = {**vars(run), "models": run.models[:1] * 2}
+    assert shared_models([ReadRun(**{**twins, "rule": "none"})])[2][0].members == (0, 0)
+    with pytest.raises(OptionError, match="x: a and b start as the same model"):
+        shared_models([ReadRun(**twins)])
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path):

@@ -66,9 +66,13 @@ def judged(found):
     return lambda one: Judge(found, one.rule, one.score, one.margin)
 
 
-def finished(members, after, rule="best", before=50.0, setting="s"):
+def finished(members, after, rule="best", before=50.0, setting="s", lr=None, **rest):
+    count = len(members)
+    trained = tuple({"lr": str(value)} for value in lr or (0.1,) * count)
     return FinishedRun(
-        "run", members, (before,) * len(members), tuple(after), rule, "loss", None, setting
+        *("run", members, (before,) * count, tuple(after), rule, "loss", None, setting),
+        trained=trained,
+        **rest,
     )
 
 
@@ -93,6 +97,13 @@ def test_gains_are_over_the_control_with_the_same_setting_which_may_have_more_mo
     assert realised_gains([finished((0, 1), (49, 53))], lower_is_better=True)[0].gain == (1, -3)
     with pytest.raises(ValueError, match="no run with transfer"):
         realised_gains([control])
+
+
+def test_a_control_trains_each_model_as_the_run_does():
+    control = finished((0, 0, 1), (51, 60, 70), "none", lr=(0.1, 0.2, 0.1))
+    found = realised_gains([control, finished((1, 0), (73, 61), lr=(0.1, 0.2))])
+    assert found[0].controlled and found[0].gain == (1.0, 3.0)
+    assert not realised_gains([control, finished((1, 0), (73, 61), lr=(0.2, 0.2))])[0].controlled
 
 
 def test_gains_that_follow_a_prediction_are_found_to_do_so():
