@@ -14,15 +14,22 @@ from common.options import OptionError, number_repeats
 from common.outputs import plain
 from common.realised import FinishedRun
 
-# Options of every task that are the transfer's, or change nothing of what is learned.
-_NOT_SETTING = frozenset(
+# Options of every task that are the transfer's, but for what predictions are made by.
+_TRANSFER = frozenset(
     (
-        "peers recipe rule score margin temperature transfer_weight transfer_warmup_steps "
-        "detach_teacher gap_power transfer_classes teachers calibrate_scores engine output "
+        "temperature transfer_weight transfer_warmup_steps detach_teacher gap_power "
+        "transfer_classes teachers calibrate_scores"
+    ).split()
+)
+# Options of every task that are the transfer's, or change nothing of what is learned.
+_NOT_SETTING = _TRANSFER | frozenset(
+    (
+        "peers recipe rule score margin engine output "
         "experiment workers log_interval log_wandb wandb_project checkpoint_hist config device "
         "recovery_interval in_place resume val_interval no_resume_opt plan gpu_mem soup"
     ).split()
 )
+_REPEATED = frozenset(("seed", "data"))  # a mean may go over these
 
 Parse = Callable[[Sequence[str]], tuple[argparse.Namespace, Sequence[Any]]]
 
@@ -42,6 +49,7 @@ class ReadRun:
         after: Metric of each at the end.
         rule, score, margin: Of the transfer.
         setting: All else that it was trained with, as text; a control has the same.
+        alike: Options, as text, which runs of one team have in common where they are averaged.
         grouped: What has one teacher, where that is not each sample.
     """
 
@@ -56,6 +64,7 @@ class ReadRun:
     score: str
     margin: float | None
     setting: str
+    alike: Mapping[str, str]
     grouped: str = ""
 
 
@@ -88,6 +97,9 @@ def read_run(
     require_ends(folder, names, last)
     before, after = read_ends(folder / "summary.csv", names, metric)
     left_out = {*_NOT_SETTING, *not_setting, *own}
+    told = plain(options)
+    setting = {name: x for name, x in told.items() if name not in left_out}
+    transfer = {name: x for name, x in told.items() if name in _TRANSFER}
     return ReadRun(
         folder,
         options,
@@ -99,7 +111,8 @@ def read_run(
         options.rule,
         options.score,
         options.margin,
-        as_text({name: x for name, x in plain(options).items() if name not in left_out}),
+        as_text(setting),
+        as_texts({name: x for name, x in (transfer | setting).items() if name not in _REPEATED}),
     )
 
 
@@ -205,6 +218,7 @@ def shared_models(runs: Sequence[ReadRun]) -> tuple[list[Any], list[str], list[F
                 margin=run.margin,
                 setting=run.setting,
                 trained=tuple(run.trained),
+                alike=run.alike,
                 grouped=run.grouped,
             )
         )

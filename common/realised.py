@@ -30,6 +30,7 @@ class FinishedRun:
         margin: Of the rule.
         setting: All else that it was trained with, as text; a control has the same.
         trained: How each model is trained by itself; the same in a control.
+        alike: Options that runs of one team have in common where they are averaged.
         grouped: What has one teacher, such as an ``image`` of pixels; empty: each sample.
     """
 
@@ -42,6 +43,7 @@ class FinishedRun:
     margin: float | None
     setting: str
     trained: tuple[Mapping[str, str], ...]
+    alike: Mapping[str, str]
     grouped: str = ""
 
 
@@ -85,10 +87,12 @@ def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -
         told.
 
     Raises:
-        ValueError: No run with transfer.
+        ValueError: No run with transfer, or runs of one team that differ in more than seed and data
+            (names the options).
     """
     controls = [run for run in runs if run.rule == "none"]
     gains: dict[_Kind, list[tuple[float, ...]]] = {}
+    averaged: dict[_Kind, list[FinishedRun]] = {}
     for run in runs:
         if run.rule == "none":
             continue
@@ -102,8 +106,13 @@ def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -
         members = tuple(sorted(gain))
         kind = _Kind(members, run.rule, run.score, run.margin, other is not None, run.grouped)
         gains.setdefault(kind, []).append(tuple(gain[i] for i in members))
+        averaged.setdefault(kind, []).append(run)
     if not gains:
         raise ValueError("no run with transfer among them; nothing to compare predictions with")
+    compared = any(kind.controlled for kind in gains)
+    for kind, several_runs in averaged.items():
+        if kind.controlled == compared:
+            _refuse_unlike(several_runs)
     found = [
         Realised(
             kind.members,
@@ -135,6 +144,37 @@ class _Kind(NamedTuple):
     margin: float | None
     controlled: bool
     grouped: str
+
+
+def _refuse_unlike(runs: Sequence[FinishedRun]) -> None:
+    """Refuse to average runs of one team that differ in more than seed and data."""
+    ways = [_way(run) for run in runs]
+    values = {
+        name: list(dict.fromkeys(way.get(name, "unset") for way in ways))
+        for name in dict.fromkeys(name for way in ways for name in way)
+    }
+    unlike = [f"{name} ({' or '.join(v)})" for name, v in values.items() if len(v) > 1]
+    if unlike:
+        other = next(run for run, way in zip(runs, ways, strict=True) if way != ways[0])
+        raise ValueError(
+            f"runs of one team under rule {runs[0].rule}, such as {runs[0].title} and "
+            f"{other.title}, differ in {', '.join(unlike)}, and their mean is the gain of none; "
+            "compare runs of one setting at a time (seeds may differ, controls may be the same)"
+        )
+
+
+def _way(run: FinishedRun) -> dict[str, str]:
+    """Return a run's options, those of its models in the order of their numbers."""
+    found = dict(run.alike)
+    models = [way for _, way in sorted(zip(run.members, run.trained, strict=True), key=_number)]
+    for name in dict.fromkeys(name for way in models for name in way):
+        own = [way.get(name, "unset") for way in models]
+        found[name] = own[0] if len({*own}) == 1 else "/".join(own)
+    return found
+
+
+def _number(member: tuple[int, Mapping[str, str]]) -> int:
+    return member[0]
 
 
 def _control_of(run: FinishedRun, controls: Sequence[FinishedRun]) -> tuple[float, ...] | None:

@@ -13,14 +13,15 @@ from segmentation.trainer import METRIC
 
 CONFIG = "config.yaml"
 _RUN, _SUMMARY = "transfer.yaml", "summary.csv"
+_TRANSFER = frozenset("WEIGHT TEMPERATURE DETACH_TEACHER WARMUP_ITERS TEACHERS".split())
 # Of TRANSFER and of what peers share: the transfer's own, or what changes nothing that is learned.
-_NOT_SETTING = frozenset(
+_NOT_SETTING = _TRANSFER | frozenset(
     (
-        "RECIPE RULE SCORE GRANULARITY WEIGHT TEMPERATURE MARGIN DETACH_TEACHER WARMUP_ITERS "
-        "TEACHERS ENGINE KEEP LAYOUT PEERS SOUP DATALOADER.NUM_WORKERS SOLVER.CHECKPOINT_PERIOD "
-        "TEST.EVAL_PERIOD MODEL.DEVICE"
+        "RECIPE RULE SCORE GRANULARITY MARGIN ENGINE KEEP LAYOUT PEERS SOUP "
+        "DATALOADER.NUM_WORKERS SOLVER.CHECKPOINT_PERIOD TEST.EVAL_PERIOD MODEL.DEVICE"
     ).split()
 )
+_REPEATED = ("SEED", "DATASETS.TRAIN", "DATASETS.TEST")  # a mean may go over these
 # Of MODEL: how it is trained, without a change of what it predicts before.
 _TRAINED = frozenset(
     (
@@ -44,10 +45,9 @@ def read_run(folder: Path) -> ReadRun:
     require_ends(folder, run.learning, checkpoints.FINAL)
     before, after = read_ends(folder / _SUMMARY, run.names, METRIC)
     node = run.transfer
-    setting = {
-        **{key: value for key, value in flat(run.cfg) if is_shared(key)},
-        **{key: value for key, value in node.items()},
-    }
+    told = {**{key: value for key, value in flat(run.cfg) if is_shared(key)}, **dict(node.items())}
+    setting = {key: value for key, value in told.items() if key not in _NOT_SETTING}
+    transfer = {key: value for key, value in told.items() if key in _TRANSFER}
     return ReadRun(
         folder,
         run,
@@ -62,7 +62,8 @@ def read_run(folder: Path) -> ReadRun:
         node.RULE,
         node.SCORE,
         node.MARGIN or None,
-        as_text({key: value for key, value in setting.items() if key not in _NOT_SETTING}),
+        as_text(setting),
+        as_texts({k: value for k, value in (transfer | setting).items() if k not in _REPEATED}),
         node.GRANULARITY,
     )
 

@@ -49,6 +49,9 @@ def test_only_what_changes_what_is_learned_is_a_setting(tmp_path):
         return read(tmp_path / title, write_run(tmp_path / title, **options), **more).setting
 
     base = setting("base")
+    assert "seed" not in read(tmp_path / "s", write_run(tmp_path / "s", seed=3)).alike
+    other = read(tmp_path / "o", write_run(tmp_path / "o", temperature=4.0))
+    assert other.alike["temperature"] == "4.0" and other.alike["epochs"] == "2"
     alike = {"rule": "none", "score": "confidence", "teachers": "ema", "recipe": "r", "lr": 9.0}
     assert setting("alike", pin=3, device="cuda", soup=True, **alike) == base
     assert setting("longer", epochs=3) != base

@@ -66,12 +66,13 @@ def judged(found):
     return lambda one: Judge(found, one.rule, one.score, one.margin)
 
 
-def finished(members, after, rule="best", before=50.0, setting="s", lr=None, **rest):
+def finished(members, after, rule="best", before=50.0, setting="s", lr=None, alike=(), **rest):
     count = len(members)
     trained = tuple({"lr": str(value)} for value in lr or (0.1,) * count)
     return FinishedRun(
         *("run", members, (before,) * count, tuple(after), rule, "loss", None, setting),
         trained=trained,
+        alike=dict(alike),
         **rest,
     )
 
@@ -104,6 +105,27 @@ def test_a_control_trains_each_model_as_the_run_does():
     found = realised_gains([control, finished((1, 0), (73, 61), lr=(0.1, 0.2))])
     assert found[0].controlled and found[0].gain == (1.0, 3.0)
     assert not realised_gains([control, finished((1, 0), (73, 61), lr=(0.2, 0.2))])[0].controlled
+
+
+def test_runs_of_one_team_in_unlike_ways_are_not_averaged():
+    control = finished((0, 1), (60, 70), "none", alike={"temperature": "9"})
+    cold, warm = {"temperature": "1", "teachers": "raw"}, {"temperature": "4", "teachers": "raw"}
+    runs = [control, finished((0, 1), (61, 73), alike=cold), finished((1, 0), (73, 63), alike=warm)]
+    with pytest.raises(ValueError, match=r"rule best, .* differ in temperature \(1 or 4\), and"):
+        realised_gains(runs)
+    assert realised_gains([*runs[:2], runs[1]])[0].runs == 2
+    apart = [*runs[:2], finished((0, 1), (63, 73), "better", alike=warm)]  # another rule
+    assert [one.rule for one in realised_gains(apart)] == ["best", "better"]
+    # what has no control is left out, whatever its options
+    left = finished((0, 1), (9, 9), setting="other", alike=warm)
+    assert realised_gains([*runs[:2], left])[0].gain == (1.0, 3.0)
+
+
+def test_runs_of_one_team_whose_models_are_trained_in_unlike_ways_are_not_averaged():
+    runs = [finished((0, 1), (61, 73), lr=(1, 2)), finished((1, 0), (73, 61), lr=(2, 1))]
+    assert realised_gains(runs)[0].runs == 2
+    with pytest.raises(ValueError, match=r"differ in lr \(1/2 or 2/1\)"):
+        realised_gains([*runs, finished((0, 1), (61, 73), lr=(2, 1))])
 
 
 def test_gains_that_follow_a_prediction_are_found_to_do_so():
