@@ -209,8 +209,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         "models": [asdict(fact) for fact in describe_models(found)],
         "settings": _settings(options),
     }
-    write_check(folder, outcome)
-    return outcome
+    return write_check(folder, outcome)
 
 
 def _start_alone(options: argparse.Namespace) -> World:

@@ -95,7 +95,8 @@ def check_runs(
         default: Chooses it.
 
     Returns:
-        Plain containers: ``names``, ``predictor`` and ``realised``.
+        Plain containers: ``names``, ``predictor``, ``realised`` and ``transfer``, the options that
+        predictions were made by, each value that runs had.
 
     Raises:
         OptionError: No run with transfer, or runs or a predictor that do not fit the models.
@@ -109,19 +110,38 @@ def check_runs(
         told = compare(gained, judge, ensembles(list({one.members for one in gained})))
     except ValueError as error:
         raise OptionError(f"--realised: {error}") from error
-    return {"names": list(first.found.names), "predictor": chosen, "realised": told}
+    return {
+        "names": list(first.found.names),
+        "predictor": chosen,
+        "realised": told,
+        "transfer": _transfer_of(gained),
+    }
 
 
-def write_check(folder: Path, outcome: Mapping[str, Any]) -> None:
+def _transfer_of(gained: Sequence[Realised]) -> dict[str, Any]:
+    values = {name: [getattr(one, name) for one in gained] for name in ("rule", "score", "margin")}
+    if any(one.grouped for one in gained):
+        values["granularity"] = [one.grouped for one in gained]
+    different = {name: list(dict.fromkeys(several)) for name, several in values.items()}
+    return {name: v[0] if len(v) == 1 else v for name, v in different.items()}
+
+
+def write_check(folder: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``scout.json`` and ``report.html``, and log what was found.
 
     Args:
         folder: Of the report.
-        outcome: See ``common.report.realised.write_realised_report``.
+        outcome: See ``common.report.realised.write_realised_report``, and ``transfer``, which goes
+            before the settings: those are of the first run, a control perhaps.
+
+    Returns:
+        What ``scout.json`` holds.
     """
+    outcome = {**outcome, "settings": {**outcome["settings"], **outcome["transfer"]}}
     text = json.dumps(outcome, indent=1)
     atomic_write(folder / "scout.json", lambda to: to.write_text(text, encoding="utf-8"))
     report = write_realised_report(folder / "report.html", outcome)
     _logger.info("%s", realised_lead(outcome))
     log_table([dict(zip(HEAD, row, strict=True)) for row in correlation_rows(outcome)])
     _logger.info("report: %s", report)
+    return outcome

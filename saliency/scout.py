@@ -183,8 +183,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         "models": _models(view),
         "settings": _settings(options, videos),
     }
-    write_check(folder, outcome)
-    return outcome
+    return write_check(folder, outcome)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -215,8 +215,7 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
         "models": [asdict(fact) for fact in describe_models(view.found)],
         "settings": _settings(asked, run),
     }
-    write_check(folder, outcome)
-    return outcome
+    return write_check(folder, outcome)
 
 
 def _make_folder(asked: argparse.Namespace) -> Path:

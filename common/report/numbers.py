@@ -63,10 +63,11 @@ def is_finite(value: Any) -> bool:
 
 
 def number(value: Any, digits: int = 2, sign: bool = False) -> str:
-    """Write a number; a dash where it is missing."""
+    """Write a number; a dash where it is missing, and no minus before what rounds to 0."""
     if not is_finite(value):
         return MISSING
-    return f"{value:{'+' if sign else ''}.{digits}f}"
+    rounded = round(float(value), digits) + 0.0  # -0.0 + 0.0 is 0.0
+    return f"{rounded:{'+' if sign else ''}.{digits}f}"
 
 
 def number_format(values: Iterable[Any]) -> Show:

@@ -2,7 +2,12 @@
 
 import pytest
 
-from common.scout_check import runs_asked
+from common.report.numbers import number
+from common.scout_check import check_runs, runs_asked, write_check
+from common.survey import survey
+from tests.common.test_realised import finished, judged
+from tests.common.test_report import Page
+from tests.common.test_scouting import random_source
 
 
 @pytest.mark.parametrize(
@@ -16,3 +21,26 @@ from common.scout_check import runs_asked
 )
 def test_runs_are_found_however_they_are_given(given, runs):
     assert runs_asked(given.split()) == runs
+
+
+def written(folder):
+    """Write the page on a control, which comes first, and two runs that lost next to nothing."""
+    found = survey(*random_source(models=3, count=60))
+    control = finished((0, 1, 2), (50, 50, 50), "none")
+    runs = [control, finished((0, 1), (49.9999, 52)), finished((1, 2), (50, 51), "better")]
+    outcome = check_runs(runs, judged(found), lambda teams: None, None)
+    more = {"samples": 60, "unit": "images", "metric": "top1", "settings": {"rule": "none", "k": 1}}
+    return write_check(folder, outcome | more), Page(folder / "report.html")
+
+
+def test_the_page_tells_the_rules_of_the_runs_and_not_that_of_a_control(tmp_path):
+    outcome, page = written(tmp_path)
+    rows = dict(page.rows("As the run was started"))
+    assert rows["rule"] == "best, better" and rows["score"] == "loss" and rows["k"] == "1"
+    assert outcome["settings"]["rule"] == ["best", "better"]
+
+
+def test_nothing_is_minus_nothing(tmp_path):
+    assert number(-0.00001, 4) == "0.0000" and number(-0.00001, 4, sign=True) == "+0.0000"
+    assert number(-0.00006, 4) == "-0.0001" and number(2) == "2.00"
+    assert "-0.00" not in written(tmp_path)[1].text
