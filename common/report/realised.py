@@ -26,6 +26,8 @@ from common.report.plots import COLORS, draw, name_axis, zero_line
 CAUTION = (
     "Teams that share a model are not independent: the interval and the first p take them to be, "
     "and are too sure. The p by models moves whole models instead, and is the one to look at. "
+    "Members of one team are not independent either, for they are trained together: the interval "
+    "under Members takes them to be, and is too narrow. "
     "Several predictors were compared; nothing is corrected for that."
 )
 
@@ -130,7 +132,8 @@ def _correlation_table(outcome: Mapping[str, Any]) -> Html:
     caption = (
         f"Spearman's rank correlation with the mean gain of a team, over {first['teams']['count']} "
         f"teams, and with each member's own gain, over {first['members']['count']}; with 95 % "
-        "bootstrap intervals. p: share of permutations as far from 0. Partners of a model: the "
+        "bootstrap intervals, which take members of one team for independent. p: share of "
+        "permutations as far from 0. Partners of a model: the "
         "gains of one model with different partners alone, which is what --for asks; pooled."
     )
     return data_table(caption, HEAD, correlation_rows(outcome))

@@ -44,3 +44,10 @@ def test_nothing_is_minus_nothing(tmp_path):
     assert number(-0.00001, 4) == "0.0000" and number(-0.00001, 4, sign=True) == "+0.0000"
     assert number(-0.00006, 4) == "-0.0001" and number(2) == "2.00"
     assert "-0.00" not in written(tmp_path)[1].text
+
+
+def test_the_page_says_that_members_of_one_team_are_not_independent(tmp_path):
+    page = written(tmp_path)[1]
+    assert "Members of one team are not independent either" in page.text
+    caption = next(title for title in page.tables if title.startswith("Spearman"))
+    assert "take members of one team for independent" in caption
