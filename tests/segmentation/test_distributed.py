@@ -20,6 +20,7 @@ from segmentation.config import load_run
 from segmentation.scenes import write_scenes
 from segmentation.trainer import TransferTrainer
 from tests.launch import launch
+from tests.segmentation.conftest import forget_scenes
 from tests.segmentation.runs import write_run
 
 # batch norm has its own statistics in each process, as in Detectron2; so none here
@@ -45,7 +46,9 @@ def scenes_without_edges(tmp_path):
         for path in (folder / "labels").glob("*.png"):
             labels = np.array(Image.open(path))
             Image.fromarray(np.where(labels == 255, 0, labels)).save(path)
-    return tmp_path / "data"
+    forget_scenes()
+    yield tmp_path / "data"
+    forget_scenes()
 
 
 def _train(run_file, output, granularity):
