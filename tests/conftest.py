@@ -13,6 +13,8 @@ from PIL import Image
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)  # a process forked from one with OpenCV's threads would wait for them
+# A first backward on fake tensors would start autograd's threads, after which no fork may learn.
+torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(scope="session")
