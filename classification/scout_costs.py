@@ -11,20 +11,11 @@ from classification.plan import leave_trials_out, measure_peers
 from classification.scouting import Candidate, Watch, build
 from common.costs import PeerCost
 from common.distributed import World
-from common.options import transfer_of
-from common.team_costs import TeamCosts, rule_of
-from common.transfer import KnowledgeTransfer
+from common.team_costs import OptionTeamCosts
 
 
-class ClassifierCosts(TeamCosts):
-    """Measures every classifier on images as a team has them; see ``TeamCosts``.
-
-    Args:
-        candidates: The models.
-        options: Of the runs to come, and the budget.
-        world: Where this process stands.
-        watch: Wraps the models, for instance in a progress bar.
-    """
+class ClassifierCosts(OptionTeamCosts):
+    """Measures every classifier on images as a team has them; see ``OptionTeamCosts``."""
 
     def __init__(
         self,
@@ -33,16 +24,8 @@ class ClassifierCosts(TeamCosts):
         world: World,
         watch: Watch,
     ) -> None:
-        self.candidates, self.options, self.world = candidates, options, world
         self._inputs: dict[View, int] = {}
-        super().__init__(
-            len(candidates),
-            options.batch_size,
-            options.grad_accum_steps,
-            options.engine,
-            options.budget_gpu_mem,
-            watch,
-        )
+        super().__init__(candidates, options, world, watch)
 
     def setting(self, members: Sequence[int]) -> View:
         """Return how images come where these train together; it decides what is made of them."""
@@ -63,10 +46,3 @@ class ClassifierCosts(TeamCosts):
     def inputs(self, members: Sequence[int]) -> int:
         """Return the bytes of a batch of such images, and of their targets."""
         return self._inputs[self.setting(members)]
-
-    def transfer(self, names: Sequence[str], frozen: Sequence[str]) -> KnowledgeTransfer:
-        """Build the run's objective for other peers."""
-        rule = rule_of(self.options.rule, names)
-        return transfer_of(
-            argparse.Namespace(**{**vars(self.options), "rule": rule}), names, frozen
-        )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from common.costs import Activations, PeerCost, measure_transfer
+from common.distributed import World
+from common.options import transfer_of
 from common.planner import TeamCost, engine_costs, read_size, shown_bytes
 from common.roles import ONE_WAY
 from common.scouting import Team
@@ -114,6 +117,41 @@ class TeamCosts(ABC):
         if key not in self._peers:
             self._peers[key] = self.measure(model, setting)
         return self._peers[key]
+
+
+class OptionTeamCosts(TeamCosts):
+    """What teams need where the runs to come are told by options; see ``TeamCosts``.
+
+    Args:
+        candidates: The models.
+        options: Of the runs to come, and the budget.
+        world: Where this process stands.
+        watch: Wraps the models, for instance in a progress bar.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Any],
+        options: argparse.Namespace,
+        world: World,
+        watch: Watch,
+    ) -> None:
+        self.candidates, self.options, self.world = candidates, options, world
+        super().__init__(
+            len(candidates),
+            options.batch_size,
+            options.grad_accum_steps,
+            options.engine,
+            options.budget_gpu_mem,
+            watch,
+        )
+
+    def transfer(self, names: Sequence[str], frozen: Sequence[str]) -> KnowledgeTransfer:
+        """Build the run's objective for other peers."""
+        rule = rule_of(self.options.rule, names)
+        return transfer_of(
+            argparse.Namespace(**{**vars(self.options), "rule": rule}), names, frozen
+        )
 
 
 def rule_of(rule: str, names: Sequence[str]) -> str:
