@@ -198,9 +198,7 @@ def check_copies(options: argparse.Namespace, bare: Sequence[str], flag: str) ->
     Raises:
         OptionError: Names the peers, and what to do.
     """
-    if not wants_copies(options):
-        return
-    if bare:
+    if wants_copies(options) and bare:
         raise OptionError(
             f"--teachers {options.teachers}: {', '.join(bare)} has no averaged copy beside it; "
             f"give {flag}, on the peer's own device"
