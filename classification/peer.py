@@ -25,7 +25,7 @@ from classification.data import ToView, View, common_view, view_of
 from classification.losses import SampleLoss, hard, sample_loss
 from classification.models import ModelError, create_classifier, head_of
 from classification.options import PeerSpec
-from common.average import decay_of_span
+from common.average import chosen_decay
 from common.distributed import World
 from common.options import OptionError
 from common.peers import Peer, RemotePeer
@@ -238,7 +238,11 @@ def build_peers(
             if options.model_ema:
                 rest["average"] = ModelEmaV3(
                     module,
-                    decay=_decay(options, wants * updates_per_epoch),
+                    decay=chosen_decay(
+                        options.model_ema_decay,
+                        options.model_ema_span,
+                        wants * updates_per_epoch,
+                    ),
                     use_warmup=options.model_ema_warmup,
                     device="cpu" if options.model_ema_force_cpu else None,
                 )
@@ -250,13 +254,6 @@ def build_peers(
         peer.distribute(world, broadcast_buffers=not run.no_ddp_bb)
         peers.append(peer)
     return peers, max(epochs, default=run.epochs)
-
-
-def _decay(options: argparse.Namespace, updates: int) -> float:
-    """Return the decay of a peer's average, of which a short run needs a smaller one."""
-    if options.model_ema_decay is not None:
-        return options.model_ema_decay
-    return decay_of_span(options.model_ema_span, updates)
 
 
 def _optimizer(

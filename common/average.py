@@ -45,6 +45,16 @@ class WeightAverage:
                 mine.copy_(new)
 
 
+def chosen_decay(decay: float | None, span: float, updates: int) -> float:
+    """Return the decay that is given, or where there is none that of a span.
+
+    Args:
+        decay: None: not given.
+        span, updates: See ``decay_of_span``.
+    """
+    return decay_of_span(span, updates) if decay is None else decay
+
+
 def decay_of_span(span: float, updates: int) -> float:
     """Return the decay of an average that reaches back over a share of a run.
 

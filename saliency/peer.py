@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.average import WeightAverage, decay_of_span
+from common.average import WeightAverage, chosen_decay
 from common.checkpoint import load_weights, read_weights
 from common.distributed import World
 from common.options import OptionError
@@ -351,9 +351,7 @@ def _average(spec: PeerSpec, module: nn.Module, updates: int) -> WeightAverage |
     options = spec.options
     if not options.model_ema:
         return None
-    decay = options.model_ema_decay
-    if decay is None:
-        decay = decay_of_span(options.model_ema_span, updates)
+    decay = chosen_decay(options.model_ema_decay, options.model_ema_span, updates)
     try:
         return WeightAverage(module, decay)
     except ValueError as error:

@@ -24,7 +24,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from common import distributed
-from common.average import WeightAverage, decay_of_span
+from common.average import WeightAverage, chosen_decay
 from common.board import Board
 from common.broken import BadSamples, is_worker_death
 from common.checkpoint import CheckpointError, read_weights
@@ -571,7 +571,8 @@ def _average(config: PeerConfig, module: nn.Module, transfer: CfgNode) -> Weight
     if not transfer.MODEL_EMA:
         return None
     span, iterations = transfer.MODEL_EMA_SPAN, config.cfg.SOLVER.MAX_ITER
-    return WeightAverage(module, transfer.MODEL_EMA_DECAY or decay_of_span(span, iterations))
+    decay = chosen_decay(transfer.MODEL_EMA_DECAY or None, span, iterations)  # 0: not given
+    return WeightAverage(module, decay)
 
 
 def trial(

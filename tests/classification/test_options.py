@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from classification.options import PEER_OPTIONS, REJECTED, build_parser, parse
-from classification.peer import _decay
+from common.average import chosen_decay
 from common.options import OptionError
 
 TIMM = json.loads(Path(__file__).with_name("timm_arguments.json").read_text())
@@ -204,7 +204,8 @@ def test_an_average_reaches_back_over_a_share_of_the_run(span):
 def test_a_decay_that_is_given_goes_before_a_span_whatever_its_value():
     def decays(*more, of_b=""):
         asked = ["/data", "--model-ema", "--peer", "a", "--peer", f"b{of_b}", *more]
-        return [_decay(peer.options, 1000) for peer in parse(asked)[1]]
+        own = [peer.options for peer in parse(asked)[1]]
+        return [chosen_decay(o.model_ema_decay, o.model_ema_span, 1000) for o in own]
 
     span = ("--model-ema-span", "0.1")
     assert decays() == [0.9998] * 2
