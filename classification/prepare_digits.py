@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m classification.prepare_digits", description=__doc__.splitlines()[0]
     )
     parser.add_argument("folder", type=Path, help="where data and checkpoints shall lie")
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from 0 on")
+    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="from which on")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument(
         "--team",
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = asked.folder if asked.team == "unequal" else asked.folder / asked.team
     skews = {name: member.classes for name, member in team.items()}
     jobs = {}
-    for seed in range(asked.seeds):
+    for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
         write_splits(digits, place / f"seed-{seed}", skews, seed)
         jobs |= {(seed, name): (place, seed, name, *how) for name, *how in pretraining(team)}
     with side_by_side(max(1, asked.jobs), len(jobs)) as workers:

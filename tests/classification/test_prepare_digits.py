@@ -40,6 +40,13 @@ def test_without_a_team_it_is_the_demos_own_in_the_folder_itself(asked):
     assert list(jobs) == [(seed, name) for seed in (0, 1) for name in ("resnet", "levit")]
 
 
+def test_seeds_may_begin_later(asked):
+    splits, jobs = asked
+    assert main(["there", "--seeds", "2", "--first-seed", "40", "--team", "equal"]) == 0
+    assert list(splits) == [Path("there/equal/seed-40"), Path("there/equal/seed-41")]
+    assert {seed for seed, _ in jobs} == {40, 41}
+
+
 @pytest.mark.parametrize("team", ["equal", "three"])
 def test_other_teams_lie_in_folders_of_their_own(asked, team):
     splits, jobs = asked
