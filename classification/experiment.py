@@ -29,12 +29,12 @@ from classification.train import FAULTS, check_classes, check_same_classes, open
 from classification.train import start as begin
 from common import experiment
 from common.broken import BadSamples
+from common.calibration import expected_calibration_error
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.corrupt import SEVERITIES
 from common.distributed import World
 from common.experiment import Measured, Trained, hidden_by, refuse_frozen, unchanged
 from common.options import OptionError
-from common.significance import expected_calibration_error
 
 # what a start's file tells by itself
 TOLD_BY_FILE = (
@@ -209,9 +209,7 @@ def measured(
     confidence, correct = (x[:, scores.valid] for x in (scores.confidence, scores.correct))
     present = target.unique().tolist()
     for i, name in enumerate(names):
-        found.metrics[f"{name}/ece"] = expected_calibration_error(
-            confidence[i].double().numpy(), correct[i].numpy()
-        )
+        found.metrics[f"{name}/ece"] = 100 * expected_calibration_error(confidence[i], correct[i])
         found.classes[name] = {
             classes[k]: 100 * correct[i][target == k].double().mean().item() for k in present
         }

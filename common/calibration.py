@@ -58,7 +58,24 @@ class CalibrationBins:
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> float:
-    """Average the gap between confidence and accuracy over bins; see ``CalibrationBins``."""
+    """Average the gap between confidence and accuracy over bins; see ``CalibrationBins``.
+
+    Args:
+        confidence: Largest probability of each sample [n], in (0, 1].
+        correct: Whether that answer is right [n], bool.
+        bins: Of equal width.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: No sample, or shapes that differ.
+    """
+    if confidence.shape != correct.shape or confidence.ndim != 1:
+        raise ValueError(
+            "expected confidence and correctness of the same samples [n], got "
+            f"{list(confidence.shape)} and {list(correct.shape)}"
+        )
     sums = CalibrationBins(bins)
     sums.add(confidence, correct)
     return sums.error()

@@ -1,4 +1,4 @@
-"""Tests of paired differences, corrections for many of them, and calibration."""
+"""Tests of paired differences, and corrections for many of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 
 EXACT_UP_TO = 14  # pairs; 2^14 sign patterns are looked at in milliseconds
 DRAWS = 100_000
-BINS = 15
 
 
 @dataclass(frozen=True)
@@ -104,32 +103,3 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def expected_calibration_error(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = BINS
-) -> float:
-    """Measure how far confidence is from accuracy: the mean gap over bins, by their samples.
-
-    Args:
-        confidence: Largest probability of each sample [n], in [0, 1].
-        correct: Whether the prediction is right [n], bool.
-        bins: Of equal width.
-
-    Returns:
-        In percent; 0 where every bin is as often right as it is confident.
-
-    Raises:
-        ValueError: No sample, or shapes that differ.
-
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
-    """
-    if confidence.shape != correct.shape or confidence.ndim != 1 or not len(confidence):
-        raise ValueError(
-            f"expected confidence and correctness of the same samples, got {confidence.shape} and "
-            f"{correct.shape}"
-        )
-    # a bin holds (low, high], as the source has it
-    edge = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(edge, weights=confidence - correct, minlength=bins)
-    return 100 * float(np.abs(gaps).sum()) / len(confidence)

@@ -35,6 +35,17 @@ def test_a_model_that_means_what_it_says_has_no_error():
     )
 
 
+def test_samples_at_an_edge_share_the_bin_below_it_and_certainty_has_no_error():
+    # 15 bins: (0.533, 0.6] holds two samples, half right, 0.6 sure; (0.8667, 0.9333] one, right
+    confidence = torch.tensor([0.6, 0.6, 0.9], dtype=torch.float64)
+    correct = torch.tensor([True, False, True])
+    gap = (abs(1.2 - 1) + abs(0.9 - 1)) / 3
+    assert expected_calibration_error(confidence, correct) == pytest.approx(gap)
+    assert expected_calibration_error(torch.ones(2), torch.tensor([True, True])) == 0
+    with pytest.raises(ValueError, match=r"same samples \[n\], got \[3\] and \[2\]"):
+        expected_calibration_error(confidence, correct[:2])
+
+
 def test_no_samples_are_refused():
     with pytest.raises(ValueError, match="no sample"):
         expected_calibration_error(torch.empty(0), torch.empty(0, dtype=torch.bool))

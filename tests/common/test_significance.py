@@ -1,11 +1,11 @@
-"""Tests, corrections and calibration by hand-computed value, and on data without an effect."""
+"""Tests and corrections by hand-computed value, and on data without an effect."""
 
 import math
 
 import numpy as np
 import pytest
 
-from common.significance import expected_calibration_error, holm, sign_flip_test, smallest_p
+from common.significance import holm, sign_flip_test, smallest_p
 from common.statistics import corrected, paired_interval, summarise
 from tests.common.test_statistics import arms_with_gains, result
 
@@ -57,18 +57,6 @@ def test_holm_by_hand():
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
     assert holm([0.2]) == [0.2]
-
-
-def test_calibration_error_by_hand():
-    # 15 bins: (0.533, 0.6] holds two samples, half right, 0.6 sure; (0.8667, 0.9333] one, right
-    confidence = np.array([0.6, 0.6, 0.9])
-    correct = np.array([True, False, True])
-    gap = (abs(1.2 - 1) + abs(0.9 - 1)) / 3
-    assert expected_calibration_error(confidence, correct) == pytest.approx(100 * gap)
-    certain = np.array([1.0, 1.0]), np.array([True, True])
-    assert expected_calibration_error(*certain) == 0
-    with pytest.raises(ValueError, match="same samples"):
-        expected_calibration_error(confidence, correct[:2])
 
 
 @pytest.mark.parametrize("count", [6, 10])
