@@ -200,7 +200,7 @@ class TwoPassEngine(JointEngine):
                 draws[i] = Draws(self.device)
                 with buffers_kept(peer.module), peer.alone():
                     outputs.append(self._forward(peer, batch, graph=False))
-        result, gradients = self._transfer(outputs, step, self._copies(batch, outputs))
+        result, gradients = self._transfer(outputs, step, self._copies(batch, outputs), share)
         self.finite.note(result, names)
         for i in [self._kept, *draws]:
             peer = self.peers[i]
@@ -220,9 +220,16 @@ class TwoPassEngine(JointEngine):
         return replace(result, total=result.total.detach())
 
     def _transfer(
-        self, outputs: Sequence[PeerOutput], step: int, copies: Sequence[PeerOutput] | None
+        self,
+        outputs: Sequence[PeerOutput],
+        step: int,
+        copies: Sequence[PeerOutput] | None,
+        share: float,
     ) -> tuple[TransferResult, list[Tensor | None]]:
-        """Return the objective, and the transfer's gradient at each peer's logits."""
+        """Return the objective, and the gradient of its scaled share at each peer's logits.
+
+        Logits may be float16, in which a gradient that is not scaled is lost.
+        """
         leaves = [_without_graph(output) for output in outputs]
         for leaf, peer in zip(leaves, self.peers, strict=True):
             leaf.logits.requires_grad_(not peer.frozen)
@@ -231,7 +238,9 @@ class TwoPassEngine(JointEngine):
         if result.total.requires_grad:
             learning = [i for i, peer in enumerate(self.peers) if not peer.frozen]
             found = torch.autograd.grad(
-                result.total, [leaves[i].logits for i in learning], allow_unused=True
+                self.scaler.scale(result.total * share),
+                [leaves[i].logits for i in learning],
+                allow_unused=True,
             )
             for i, gradient in zip(learning, found, strict=True):
                 gradients[i] = gradient
@@ -242,7 +251,7 @@ class TwoPassEngine(JointEngine):
         starts: list[Tensor | None] = [None]
         if gradient is not None:
             ends.append(output.logits)
-            starts.append(self.scaler.scale(gradient * share))
+            starts.append(gradient)
         torch.autograd.backward(ends, starts)
 
 

@@ -1,6 +1,7 @@
 """The two-pass engine makes the joint engine's step, with one peer's activations at a time."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,28 @@ def test_clipping_and_loss_scaling():
         not torch.equal(a, b)
         for a, b in zip(peers[0].module.parameters(), two.peers[0].module.parameters(), strict=True)
     )
+
+
+class HalfPeer(ToyPeer):
+    """Gives float16 logits, as a dense segmentor does under autocast, and has no task loss."""
+
+    def forward(self, batch):
+        output = super().forward(batch)
+        return replace(output, task_loss=0 * output.task_loss, logits=output.logits.half())
+
+
+def test_a_small_transfer_is_not_lost_in_float16():
+    peers = make_peers(2)
+    for peer in peers:
+        peer.__class__ = HalfPeer
+        peer.optimizer = torch.optim.SGD(peer.module.parameters(), lr=1e6)
+    joint, two = both(peers, "mutual", transfer={"weight": 1e-6})
+    for engine in (joint, two):
+        engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=True)
+        engine.step(make_batch(12), step=0, share=0.5)
+    assert_same(joint, two, rtol=1e-3, atol=1e-5)
+    for one, other in zip(peers, two.peers, strict=True):
+        assert not torch.equal(one.module[3].weight, other.module[3].weight)
 
 
 def saved_bytes(engine, batch):
