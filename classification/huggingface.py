@@ -157,6 +157,9 @@ class _Source:
 
     def _finish(self, model: nn.Module) -> nn.Module:
         model = model.float().train()
+        for name, parameter in model.named_parameters():
+            if name.endswith("mask_token"):  # of masked training: without gradient, DDP refuses it
+                parameter.requires_grad_(False)
         layers = _classifier_layers(model)
         model.num_classes = model.get_submodule(layers[-1]).weight.shape[0]
         model.pretrained_cfg = {

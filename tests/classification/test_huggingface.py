@@ -150,6 +150,18 @@ def test_other_scalings_are_folded_into_mean_and_std():
     assert (pixel / 255 - raw["mean"][0]) / raw["std"][0] == pytest.approx(pixel)
 
 
+def test_all_that_learns_gets_a_gradient_as_data_parallelism_wants_it(tmp_path):
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path)
+    module = create_classifier(f"hf:{tmp_path}")
+    assert "dinov2.embeddings.mask_token" in module.state_dict()
+    module(torch.rand(2, 3, 32, 32)).sum().backward()
+    learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert len(learning) > 10 and all(p.grad is not None for p in learning.values())
+
+
 def test_another_class_count_gets_a_new_head(tmp_path, caplog):
     model = vit(tmp_path)
     module = create_classifier(f"hf:{tmp_path}", num_classes=7)
