@@ -95,11 +95,11 @@ def start(device: str = "auto", timeout: timedelta = PATIENCE) -> World:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # first, or NCCL could take GPU 0 for all
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     return World(rank, size, local_rank, chosen)
 
 
