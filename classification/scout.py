@@ -43,6 +43,7 @@ from common.report.scouting import CAUTION, scout_lead, write_scout_report
 from common.scout_check import (
     add_realised_option,
     check_runs,
+    gains_of,
     refuse_skipping,
     refuse_unlabelled,
     runs_asked,
@@ -175,6 +176,8 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     early.add_argument("--experiment", default="")
     known = early.parse_known_args(given)[0]
     runs = [read_run(Path(folder)) for folder in runs_asked(given)]
+    specs, names, finished = shared_models(runs)
+    gained = gains_of(finished, names)
     options, _ = parse(
         ["-c", str(runs[0].folder / "args.yaml"), *given], "scout", add_scout_options
     )
@@ -183,7 +186,6 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     refuse_skipping(options.skip_unfit)
     refuse_other_data(str(options.data), [str(run.started.data) for run in runs], "DATA")
     world, folder, watch = _start_alone(options), _make_folder(options), progress_bars(bars)
-    specs, names, finished = shared_models(runs)
     specs = [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
     candidates = find_candidates(specs, options, watch)
     logits, found = ask(candidates, options, world, watch)
@@ -198,7 +200,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
 
     outcome = {
         **check_runs(
-            finished,
+            gained,
             lambda one: Judge(found, one.rule, one.score, one.margin),
             ensembles,
             options.predictor,

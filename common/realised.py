@@ -87,8 +87,8 @@ def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -
         told.
 
     Raises:
-        ValueError: No run with transfer, or runs of one team that differ in more than seed and data
-            (names the options).
+        ValueError: No run with transfer, a gain that is not finite (names the run), or runs of one
+            team that differ in more than seed and data (names the options).
     """
     controls = [run for run in runs if run.rule == "none"]
     gains: dict[_Kind, list[tuple[float, ...]]] = {}
@@ -103,6 +103,11 @@ def realised_gains(runs: Sequence[FinishedRun], lower_is_better: bool = False) -
             i: sign * (after - base)
             for i, after, base in zip(run.members, run.after, start, strict=True)
         }
+        if not all(map(math.isfinite, gain.values())):
+            raise ValueError(
+                f"{run.title}: what its peers gained is {list(gain.values())}, which is not "
+                "finite: it or what it is compared with diverged; leave it out"
+            )
         members = tuple(sorted(gain))
         kind = _Kind(members, run.rule, run.score, run.margin, other is not None, run.grouped)
         gains.setdefault(kind, []).append(tuple(gain[i] for i in members))

@@ -14,6 +14,7 @@ from common.options import OptionError
 from common.outputs import log_table
 from common.realised import FinishedRun, Realised, compare, realised_gains
 from common.report.realised import HEAD, correlation_rows, realised_lead, write_realised_report
+from common.roles import check_rule
 from common.scouting import Judge, default_predictor
 
 _logger = logging.getLogger("scout")
@@ -77,8 +78,30 @@ def refuse_skipping(skip: bool) -> None:
         )
 
 
+def gains_of(finished: Sequence[FinishedRun], names: Sequence[str]) -> list[Realised]:
+    """Measure what runs gained; to be asked before any model is loaded.
+
+    Args:
+        finished: The runs, controls among them.
+        names: Of their models.
+
+    Returns:
+        See ``common.realised.realised_gains``.
+
+    Raises:
+        OptionError: No run with transfer, or runs that cannot be compared or judged.
+    """
+    try:
+        gained = realised_gains(finished)
+        for one in gained:
+            check_rule(one.rule, names)
+    except ValueError as error:
+        raise OptionError(f"--realised: {error}") from error
+    return gained
+
+
 def check_runs(
-    finished: Sequence[FinishedRun],
+    gained: Sequence[Realised],
     judge: Callable[[Realised], Judge],
     ensembles: Callable[[list[tuple[int, ...]]], Gains | None],
     predictor: str | None,
@@ -87,7 +110,7 @@ def check_runs(
     """Compare predictions with what runs gained.
 
     Args:
-        finished: The runs, controls among them.
+        gained: From ``gains_of``.
         judge: See ``common.realised.compare``.
         ensembles: Measures for some teams by how much the members' mean is better than each at the
             start; gives None where it cannot be told.
@@ -99,10 +122,9 @@ def check_runs(
         predictions were made by, each value that runs had.
 
     Raises:
-        OptionError: No run with transfer, or runs or a predictor that do not fit the models.
+        OptionError: Runs or a predictor that do not fit what the models answered.
     """
     try:
-        gained = realised_gains(finished)
         first = judge(gained[0])
         chosen = predictor or default(first)
         if chosen not in first.usable:

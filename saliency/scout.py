@@ -32,6 +32,7 @@ from common.report.scouting import scout_lead, write_scout_report
 from common.scout_check import (
     add_realised_option,
     check_runs,
+    gains_of,
     refuse_skipping,
     runs_asked,
     write_check,
@@ -156,6 +157,8 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     known = early.parse_known_args(given)[0]
     folders = [Path(folder) for folder in runs_asked(given)]
     runs = [read_run(folder, known.metric, known.dataset) for folder in folders]
+    specs, names, finished = shared_models(runs)
+    gained = gains_of(finished, names)
     arguments = ["-c", str(runs[0].folder / "args.yaml"), *given]
     options, _ = parse(None, "scout", arguments, add_scout_options)
     options.output, options.experiment = known.output, known.experiment
@@ -165,13 +168,12 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     refuse_other_data(str(options.data_root), roots, "--data-root")
     videos, watch = _open(options, bars), progress_bars(bars)
     folder, world = _make_folder(options), start_world(options.device)
-    specs, names, finished = shared_models(runs)
     specs = [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
     candidates = inspect(specs, names, options.skip_unfit, watch)
     view = _answered(candidates, videos, options, world, watch)
     outcome = {
         **check_runs(
-            finished,
+            gained,
             lambda one: _judge(view, one.rule, one.score, one.margin),
             view.over_members,
             options.predictor,

@@ -33,6 +33,7 @@ from common.report.scouting import scout_lead, write_scout_report
 from common.scout_check import (
     add_realised_option,
     check_runs,
+    gains_of,
     refuse_skipping,
     refuse_unlabelled,
     write_check,
@@ -197,6 +198,7 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
     refuse_skipping(asked.skip_unfit)
     runs = [read_run(folder) for folder in map(Path, asked.realised)]
     peers, names, finished = shared_models(runs)
+    gained = gains_of(finished, names)
     run = run_of(runs[0], peers, names, asked.opts)
     data = [", ".join(one.started.cfg.DATASETS.TEST) for one in runs]
     refuse_other_data(", ".join(run.cfg.DATASETS.TEST), data, "DATASETS.TEST")
@@ -208,7 +210,7 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
         return view.judge(one.rule, one.score, one.margin, one.grouped)
 
     outcome = {
-        **check_runs(finished, judge, view.over_members, asked.predictor),
+        **check_runs(gained, judge, view.over_members, asked.predictor),
         "samples": view.answers.count,
         "unit": f"pixels of {view.images} images",
         "metric": METRIC,

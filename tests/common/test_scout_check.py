@@ -1,9 +1,12 @@
 """The comparison with finished runs: which runs a command line asks for."""
 
+import math
+
 import pytest
 
+from common.options import OptionError
 from common.report.numbers import number
-from common.scout_check import check_runs, runs_asked, write_check
+from common.scout_check import check_runs, gains_of, runs_asked, write_check
 from common.survey import survey
 from tests.common.test_realised import finished, judged
 from tests.common.test_report import Page
@@ -28,7 +31,7 @@ def written(folder):
     found = survey(*random_source(models=3, count=60))
     control = finished((0, 1, 2), (50, 50, 50), "none")
     runs = [control, finished((0, 1), (49.9999, 52)), finished((1, 2), (50, 51), "better")]
-    outcome = check_runs(runs, judged(found), lambda teams: None, None)
+    outcome = check_runs(gains_of(runs, found.names), judged(found), lambda teams: None, None)
     more = {"samples": 60, "unit": "images", "metric": "top1", "settings": {"rule": "none", "k": 1}}
     return write_check(folder, outcome | more), Page(folder / "report.html")
 
@@ -51,3 +54,20 @@ def test_the_page_says_that_members_of_one_team_are_not_independent(tmp_path):
     assert "Members of one team are not independent either" in page.text
     caption = next(title for title in page.tables if title.startswith("Spearman"))
     assert "take members of one team for independent" in caption
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"),
+    [
+        ([finished((0, 1), (50, 50), "none")], "--realised: no run with transfer"),
+        ([finished((0, 1), (50, math.nan))], r"run: what its peers gained is \[0.0, nan\]"),
+        (
+            [finished((0, 1), (1, 2), alike={"epochs": k}) for k in "12"],
+            r"differ in epochs \(1 or 2\)",
+        ),
+        ([finished((0, 1), (1, 2), "one_way:z")], "no peer is named 'z'; peers: a, b"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused_by_what_they_wrote(runs, told):
+    with pytest.raises(OptionError, match=told):
+        gains_of(runs, ["a", "b"])

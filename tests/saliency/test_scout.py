@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import saliency.scout
 from common.checkpoint import save_weights
 from common.distributed import World
 from common.options import OptionError
@@ -265,6 +266,8 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
     assert {"gain-taught", "kl", "ensemble"} <= told["correlations"].keys()
     assert told["correlations"]["kl"]["teams"]["count"] == 4
     assert "gains of cc (no unit)" in (tmp_path / "out" / "report.html").read_text()
+    inspect = saliency.scout.inspect
+    monkeypatch.setattr("saliency.scout.inspect", None)  # no model is loaded
     for bad, words in (
         ([str(tmp_path)], "it has no args.yaml"),
         ([control], "no run with transfer"),
@@ -277,7 +280,9 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
     file.write_text(file.read_text().replace("dataset: dhf1k\n", ""))
     with pytest.raises(OptionError, match="give --dataset"):
         scout(["--realised", control, *runs, *places], bars=False)
+    monkeypatch.setattr("saliency.scout.inspect", inspect)
     scout(["--realised", *controls, *runs, "--dataset", "dhf1k", *places], bars=False)
+    monkeypatch.setattr("saliency.scout.inspect", None)
     (tmp_path / "acbest" / "xc" / "last.pth").unlink()
     with pytest.raises(OptionError, match="did not finish: xc"):
         scout(["--realised", control, *runs, "--dataset", "dhf1k", *places], bars=False)

@@ -309,6 +309,7 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
     assert {"flips", "right-kl", "ensemble"} <= told["correlations"].keys()
     assert told["correlations"]["kl"]["teams"]["count"] == 4
     assert "gains of mIoU (points)" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.setattr("segmentation.scouting.inspect", None)  # no model is loaded
     for bad, words in (
         ([str(tmp_path)], "it has no transfer.yaml"),
         ([control], "no run with transfer"),
