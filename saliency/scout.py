@@ -56,6 +56,7 @@ from saliency.scouting import (
     Watch,
     cached_answers,
     inspect,
+    oracles,
     wins,
 )
 from saliency.train import FAULTS, check_videos
@@ -283,6 +284,7 @@ def _outcome(
         "models": _models(view),
         "pairs": {
             "wins": wins(view.scores[options.metric]).tolist(),
+            "oracle": oracles(view.scores[options.metric]).tolist(),
             "overlap": view.overlap.tolist(),
             "kl": view.found.kl.double().mean(dim=2).tolist(),
             **{

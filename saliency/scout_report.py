@@ -9,7 +9,7 @@ import numpy as np
 
 from common.report.numbers import MISSING, as_percent, number
 from common.report.page import Html, data_table
-from common.report.scouting import Outcome, Parts, matrix_figure
+from common.report.scouting import Outcome, Parts, matrix_figure, pair_scatter
 
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
@@ -73,6 +73,12 @@ def _figures(outcome: Outcome) -> list[Html]:
             "one model",
             "another: overlap of the maps",
             "How alike two models' maps are, each over its sum: 1 where they are the same.",
+        ),
+        pair_scatter(
+            outcome,
+            [fact[metric] for fact in outcome["models"]],
+            outcome["pairs"]["oracle"],
+            metric,
         ),
     ]
 

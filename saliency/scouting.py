@@ -316,6 +316,18 @@ class Answered:
         return found
 
 
+def oracles(values: Tensor) -> Tensor:
+    """Take the better one of two models on every frame.
+
+    Args:
+        values: [M, n]; higher is better, none is NaN.
+
+    Returns:
+        The mean over frames for every pair [M, M] float64; each model's own on the diagonal.
+    """
+    return torch.stack([torch.maximum(row, values).double().mean(dim=1) for row in values])
+
+
 def wins(values: Tensor, lower_is_better: bool = False) -> Tensor:
     """Count on which share of the frames the row's model does better than the column's.
 

@@ -368,12 +368,31 @@ def matrix_figure(
 
 
 def _scatter(outcome: Outcome) -> Html:
-    """Draw every pair: how good its members are, and how much more both know together."""
-    names, accuracy = outcome["names"], [fact["accuracy"] for fact in outcome["models"]]
-    oracle = outcome["pairs"]["oracle"]
+    accuracy = [100 * fact["accuracy"] for fact in outcome["models"]]
+    oracle = [[100 * share for share in row] for row in outcome["pairs"]["oracle"]]
+    return pair_scatter(outcome, accuracy, oracle, "accuracy", (" (%)", " (points)"))
+
+
+def pair_scatter(
+    outcome: Outcome,
+    alone: Sequence[float],
+    oracle: Sequence[Sequence[float]],
+    what: str,
+    units: tuple[str, str] = ("", ""),
+) -> Html:
+    """Draw every pair: how good its members are, and how much more both know together.
+
+    Args:
+        outcome: Its names and its teams.
+        alone: How good each model is [M]; higher is better.
+        oracle: Of each pair, where the better one of both is taken on every sample [M, M].
+        what: That is measured.
+        units: Of it, and of its differences, as they are written behind.
+    """
+    names = outcome["names"]
     pairs = [(i, j) for i in range(len(names)) for j in range(i)]
-    x = [50 * (accuracy[i] + accuracy[j]) for i, j in pairs]
-    y = [100 * (oracle[i][j] - max(accuracy[i], accuracy[j])) for i, j in pairs]
+    x = [(alone[i] + alone[j]) / 2 for i, j in pairs]
+    y = [oracle[i][j] - max(alone[i], alone[j]) for i, j in pairs]
     at = {frozenset((names[i], names[j])): k for k, (i, j) in enumerate(pairs)}
     best = [team["members"] for team in outcome["teams"] if len(team["members"]) == 2][:_SHOWN]
 
@@ -390,14 +409,14 @@ def _scatter(outcome: Outcome) -> Html:
                 textcoords="offset points",
                 bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
             )
-        axes.set_xlabel("mean accuracy of the pair (%)")
-        axes.set_ylabel("oracle over its stronger model (points)")
+        axes.set_xlabel(f"mean {what} of the pair{units[0]}")
+        axes.set_ylabel(f"oracle over its stronger model{units[1]}")
 
     caption = (
         "Every pair of models: right is stronger, up is more complementary. Numbered: the best "
         "pairs, in the order of the ranking."
     )
-    alt = f"Accuracy against complementarity of {len(pairs)} pairs"
+    alt = f"Mean {what} against complementarity of {len(pairs)} pairs"
     return figure_tag([Panel(draw(paint, 3.0), alt)], caption)
 
 

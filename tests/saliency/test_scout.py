@@ -23,7 +23,7 @@ from saliency.layouts import open_dataset
 from saliency.options import parse
 from saliency.plan import measure_team
 from saliency.scout import add_scout_options, main, scout
-from saliency.scouting import reduced, wins
+from saliency.scouting import oracles, reduced, wins
 from saliency.train import run
 from tests.saliency.folders import write_dataset
 from tests.saliency.toy import Deep, Flat
@@ -79,6 +79,12 @@ def test_wins_by_hand():
     assert torch.equal(lower, wins(values).T)
 
 
+def test_the_oracle_takes_the_better_one_on_every_frame():
+    values = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.4, 0.6]])
+    expected = torch.tensor([[0.3, 1.3 / 3], [1.3 / 3, 0.4]]).double()
+    torch.testing.assert_close(oracles(values), expected, atol=1e-6, rtol=0)
+
+
 def test_reduced_maps_keep_their_mean():
     maps = torch.rand(2, 36, 64)
     small = reduced(maps, (9, 16))
@@ -108,13 +114,19 @@ def test_teams_pairs_and_tables(scouted):
     assert sum(fact["best_on"] for fact in outcome["models"]) == pytest.approx(1)
     # under the paper's rule two of three are taught on every frame
     assert sum(whole["taught"].values()) == pytest.approx(2)
+    for team in outcome["teams"]:
+        if len(team["members"]) == 2:
+            i, j = (outcome["names"].index(name) for name in team["members"])
+            assert outcome["pairs"]["oracle"][i][j] == pytest.approx(team["oracle"], abs=1e-6)
     overlap = outcome["pairs"]["overlap"]
     assert overlap[0][0] == pytest.approx(1, abs=1e-3) and overlap[0][1] == overlap[1][0] < 1
     rows = list(csv.DictReader((folder / "out/pairs.csv").open()))
-    assert len(rows) == 6 and {"wins", "wins_kldiv", "wins_nss", "overlap", "kl"} <= set(rows[0])
+    tables = {"wins", "oracle", "wins_kldiv", "wins_nss", "overlap", "kl"}
+    assert len(rows) == 6 and tables <= set(rows[0])
     assert json.loads((folder / "out/scout.json").read_text())["metric"] == "cc"
     page = (folder / "out/report.html").read_text()
     assert "A prediction, not a result" in page and "predicts better than the column" in page
+    assert "Mean cc against complementarity of 3 pairs" in page and "Numbered: the best" in page
     assert "Its strongest member has cc" in page and "share of frames on which each" in page
     assert {"Overlap", "cc, reduced"} <= set(re.findall("<th[^>]*>([^<]+)</th>", page))
 
