@@ -40,6 +40,7 @@ class Scores:
         ensemble: Whether the mean of the peers' probabilities is right [n], bool.
         confidence: Largest probability [N, n].
         target: The true classes [n]; -1 where an image could not be read.
+        calibrated: Largest probability at each peer's temperature [N, n]; None: none was given.
     """
 
     correct: Tensor
@@ -48,6 +49,7 @@ class Scores:
     ensemble: Tensor
     confidence: Tensor
     target: Tensor
+    calibrated: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -56,7 +58,7 @@ class Scores:
 
     def part(self, which: slice) -> Scores:
         """Return the same of some samples."""
-        return Scores(**{name: x[..., which] for name, x in vars(self).items()})
+        return Scores(**{k: x if x is None else x[..., which] for k, x in vars(self).items()})
 
     def metrics(
         self, names: Sequence[str], baseline: Tensor | None, was_valid: Tensor | None = None
@@ -180,12 +182,18 @@ class PeerEvaluator:
         return even.metrics(peers.names, None), odd.metrics(peers.names, None)
 
     @torch.inference_mode()
-    def score(self, modules: Sequence[nn.Module], fits: Sequence[TemperatureFit] = ()) -> Scores:
+    def score(
+        self,
+        modules: Sequence[nn.Module],
+        fits: Sequence[TemperatureFit] = (),
+        temperatures: Sequence[float] = (),
+    ) -> Scores:
         """Run the models that are here over the whole split; every rank gets the result of all.
 
         Args:
             modules: In the order of the views.
             fits: Of each model, fed with what it says of this process's samples; none: nothing.
+            temperatures: Of each model, for ``Scores.calibrated``; none: that is None.
         """
         parts: list[list[Tensor]] = [[] for _ in modules]
         summed: list[Tensor] = []
@@ -193,7 +201,10 @@ class PeerEvaluator:
         for number, k, logits, target in self.forward(modules):
             together = None
             for i, z in logits:
-                parts[i].append(_judge(z, target))
+                rows = _judge(z, target)
+                if temperatures:
+                    rows = torch.cat([rows, confidence(z / temperatures[i])[None]])
+                parts[i].append(rows)
                 if fits:
                     fits[i].add(z[target >= 0], target[target >= 0])
                 p = z.softmax(dim=1)
@@ -208,7 +219,7 @@ class PeerEvaluator:
                 broken = target.to(together.device) < 0  # of one peer, then of none
                 labels[k] = labels[k].masked_fill(broken, -1)
         right = [p.argmax(dim=1) == y for p, y in zip(summed, labels, strict=True)]
-        table = torch.stack([torch.cat(rows, dim=1).cpu() for rows in parts])
+        table = torch.stack([torch.cat(part, dim=1).cpu() for part in parts])
         return self._gather(table, torch.stack([torch.cat(right), torch.cat(labels)]).cpu())
 
     @torch.inference_mode()
@@ -264,7 +275,9 @@ class PeerEvaluator:
         right, target = shared[0] > 0, shared[1]
         self.bad.share()
         self.bad.tell_evaluation(int((target < 0).sum()), count)
-        return Scores(whole[:, 0] > 0, whole[:, 1] > 0, whole[:, 2], right, whole[:, 3], target)
+        calibrated = whole[:, 4] if whole.shape[1] > 4 else None
+        right5, loss, sure = whole[:, 1] > 0, whole[:, 2], whole[:, 3]
+        return Scores(whole[:, 0] > 0, right5, loss, right, sure, target, calibrated)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the baseline, for flips after a resume, and the temperatures of the scores."""

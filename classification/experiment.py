@@ -29,11 +29,19 @@ from classification.train import FAULTS, check_classes, check_same_classes, open
 from classification.train import start as begin
 from common import experiment
 from common.broken import BadSamples
-from common.calibration import expected_calibration_error
+from common.calibration import TemperatureFit, expected_calibration_error
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.corrupt import SEVERITIES
 from common.distributed import World
-from common.experiment import Measured, Trained, hidden_by, refuse_frozen, unchanged
+from common.experiment import (
+    RECALIBRATED,
+    TEMPERATURE,
+    Measured,
+    Trained,
+    hidden_by,
+    refuse_frozen,
+    unchanged,
+)
 from common.options import OptionError
 
 # what a start's file tells by itself
@@ -87,10 +95,10 @@ class Classification:
         test = _test_set(asked, channels, count)
         check_same_classes(train_set, test)
         names, classes = [spec.name for spec in specs], _class_names(test, count)
-        found = {}
-        for what, dataset in (("held_out", held_out), ("test", test)):
-            scores = _scores(asked, modules, views, dataset, world)
-            found[what] = measured(scores, names, None, classes)
+        scores, temperatures = _calibrate(asked, modules, views, held_out, world)
+        found = {"held_out": measured(scores, names, None, classes)}
+        scores = _scores(asked, modules, views, test, world, temperatures=temperatures)
+        found["test"] = measured(scores, names, None, classes, temperatures=temperatures)
         for name, right in zip(names, scores.correct, strict=True):
             told = {"right": right, "valid": scores.valid}
             atomic_write(_right(files[name]), lambda to, told=told: torch.save(told, to))
@@ -118,11 +126,15 @@ class Classification:
     ) -> Measured:
         """Measure exported weights on the test set."""
         asked, modules, views, test = _exported(options, files)
-        scores = _scores(asked, modules, views, test, begin(asked))
+        held_out = open_both(asked, views[0].size[0], modules[0].num_classes)[1]
+        world = begin(asked)
+        temperatures = _calibrate(asked, modules, views, held_out, world)[1]
+        scores = _scores(asked, modules, views, test, world, temperatures=temperatures)
         told = [read_file(_right(start[name])) for name in files]
         before = torch.stack([one["right"] for one in told])
         classes = _class_names(test, modules[0].num_classes)
-        return measured(scores, list(files), before, classes, told[0].get("valid"))
+        valid = told[0].get("valid")
+        return measured(scores, list(files), before, classes, valid, temperatures)
 
     def measure_corrupted(
         self,
@@ -180,12 +192,28 @@ def _scores(
     views: Sequence[View],
     dataset: Dataset,
     world: World,
+    fits: Sequence[TemperatureFit] = (),
+    temperatures: Sequence[float] = (),
 ) -> Scores:
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
     for module in modules:
         module.to(world.device)
     bad = BadSamples(options.max_bad_samples)
-    return PeerEvaluator(dataset, views, options, world, amp_dtype, bad=bad).score(modules)
+    evaluator = PeerEvaluator(dataset, views, options, world, amp_dtype, bad=bad)
+    return evaluator.score(modules, fits, temperatures)
+
+
+def _calibrate(
+    options: argparse.Namespace,
+    modules: Sequence[nn.Module],
+    views: Sequence[View],
+    held_out: Dataset,
+    world: World,
+) -> tuple[Scores, list[float]]:
+    """Score the held-out part, and fit each peer's temperature on it in the same pass."""
+    fits = [TemperatureFit(world.device) for _ in modules]
+    scores = _scores(options, modules, views, held_out, world, fits)
+    return scores, [fit.temperature() for fit in fits]
 
 
 def measured(
@@ -194,6 +222,7 @@ def measured(
     before: Tensor | None,
     classes: Sequence[str],
     was_valid: Tensor | None = None,
+    temperatures: Sequence[float] = (),
 ) -> Measured:
     """Turn scores into what the report wants: metrics, flips, calibration, every class.
 
@@ -203,6 +232,7 @@ def measured(
         before: Which samples were right at the start [N, n]; None: no flips.
         classes: Names of the classes, by number.
         was_valid: Which samples could be read at the start [n]; None: all.
+        temperatures: Of each peer, that ``scores.calibrated`` is of; none: it is not told.
     """
     found = Measured(scores.metrics(names, before, was_valid))
     target = scores.target[scores.valid]
@@ -210,6 +240,11 @@ def measured(
     present = target.unique().tolist()
     for i, name in enumerate(names):
         found.metrics[f"{name}/ece"] = 100 * expected_calibration_error(confidence[i], correct[i])
+        if temperatures and scores.calibrated is not None:
+            sure = scores.calibrated[i, scores.valid]
+            error = 100 * expected_calibration_error(sure, correct[i])
+            found.metrics[f"{name}/{RECALIBRATED}"] = error
+            found.metrics[f"{name}/{TEMPERATURE}"] = temperatures[i]
         found.classes[name] = {
             classes[k]: 100 * correct[i][target == k].double().mean().item() for k in present
         }

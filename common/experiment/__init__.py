@@ -3,6 +3,8 @@
 from common.experiment.command import main
 from common.experiment.plan import Experiment, read_experiment
 from common.experiment.task import (
+    RECALIBRATED,
+    TEMPERATURE,
     Measured,
     Task,
     Trained,
@@ -12,6 +14,8 @@ from common.experiment.task import (
 )
 
 __all__ = [
+    "RECALIBRATED",
+    "TEMPERATURE",
     "Experiment",
     "Measured",
     "Task",

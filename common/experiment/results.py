@@ -11,7 +11,7 @@ import numpy as np
 from common.demo import write_json
 from common.experiment.corruptions import CORRUPTED, label_of
 from common.experiment.plan import MEASURES, START, Experiment
-from common.experiment.task import Task
+from common.experiment.task import CALIBRATION, RECALIBRATED, TEMPERATURE, Task
 from common.experiment.work import finished
 from common.options import OptionError
 from common.report import write_experiment
@@ -19,7 +19,6 @@ from common.statistics import FLIPS, corrected, interval_of, interval_rows, mean
 from common.trainer import write_csv
 
 GROUPS = ("ensemble", "oracle")
-CALIBRATION = "ece"
 Found = Mapping[str, Any]
 
 
@@ -73,9 +72,11 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
 
     Returns:
         Plain containers. ``test`` and ``other`` are ``common.statistics.corrected`` summaries of
-        the primary weights and of the others, ``calibration`` of the calibration error, ``beside``
-        of the task's other metrics; ``robustness`` has one of the mean over all corruptions, with
-        families of its own, and by corruption summaries that nothing corrects.
+        the primary weights and of the others, ``calibration`` of the calibration error,
+        ``recalibrated`` of what is left of it at temperatures fitted on the held-out part, which
+        ``temperatures`` has, ``beside`` of the task's other metrics; ``robustness`` has one of the
+        mean over all corruptions, with families of its own, and by corruption summaries that
+        nothing corrects.
     """
     names = list(found[0]["epochs"])
     arms = [arm for arm in experiment.arms if any(row["arm"] == arm for row in found)]
@@ -106,7 +107,12 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
 
     primary = experiment.primary
     histories = {arm: [row["history"] for row in found if row["arm"] == arm] for arm in arms}
-    calibrated = all(f"{names[0]}/{CALIBRATION}" in row[primary]["metrics"] for row in found)
+    told = [metrics for row in found for metrics in (row[primary], row[START]["test"])]
+    known = {
+        metric
+        for metric in (CALIBRATION, RECALIBRATED)
+        if all(f"{names[0]}/{metric}" in one["metrics"] for one in told)
+    }
     return {
         "names": names,
         "primary": primary,
@@ -117,7 +123,9 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
             for which in MEASURES
             if which != primary
         },
-        "calibration": compare(primary, CALIBRATION, True) if calibrated else None,
+        "calibration": compare(primary, CALIBRATION, True) if CALIBRATION in known else None,
+        "recalibrated": compare(primary, RECALIBRATED, True) if RECALIBRATED in known else None,
+        "temperatures": _temperatures(found, primary, names) if RECALIBRATED in known else None,
         "robustness": robustness() if experiment.corruptions else None,
         "beside": {
             metric: compare(primary, metric, lower)
@@ -193,6 +201,23 @@ def _class_gains(
     }
 
 
+def _temperatures(found: Sequence[Found], which: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return by arm and peer the mean, the least and the largest temperature over the seeds."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in found:
+        of_arm = values.setdefault(row["arm"], {})
+        for name in names:
+            fitted = row[which]["metrics"][f"{name}/{TEMPERATURE}"]
+            of_arm.setdefault(name, []).append(fitted)
+    return {
+        arm: {
+            name: {"mean": float(np.mean(t)), "least": min(t), "largest": max(t)}
+            for name, t in peers.items()
+        }
+        for arm, peers in values.items()
+    }
+
+
 def _mean_by_peer(found: Sequence[Found], arm: str, names: Sequence[str]) -> dict[str, float]:
     rows = [row["epochs"] for row in found if row["arm"] == arm]
     return {name: float(np.mean([row[name] for row in rows])) for name in names}
@@ -242,7 +267,7 @@ def comparison_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     for which, summary in (
         (analysis["primary"], analysis["test"]),
         *analysis["other"].items(),
-        *([("calibration", analysis["calibration"])] if analysis["calibration"] else []),
+        *(("calibration", analysis[x]) for x in ("calibration", "recalibrated") if analysis[x]),
         *((analysis["primary"], beside) for beside in analysis["beside"].values()),
         *([("robustness", robustness["mean"])] if robustness else []),
         *((("robustness", one) for one in robustness["each"].values()) if robustness else ()),

@@ -15,6 +15,9 @@ from common.options import OptionError
 
 FILES: Mapping[str, str] = {"chosen": "best", "last": "last"}
 """How weights are called where a task does not say."""
+CALIBRATION = "ece"
+RECALIBRATED = "ece_calibrated"
+TEMPERATURE = "temperature"
 
 
 @dataclass
@@ -23,7 +26,9 @@ class Measured:
 
     Attributes:
         metrics: ``PEER/METRIC`` and, where there is one, ``ensemble/METRIC``. Metrics with a
-            meaning of their own in the report: ``fixed``, ``broken`` (against the start), ``ece``.
+            meaning of their own in the report: ``fixed``, ``broken`` (against the start), ``ece``
+            (calibration error, in percent), ``temperature`` (fitted on the held-out part, never on
+            this set) and ``ece_calibrated`` (the error at that temperature).
         classes: For each peer the metric of every class, by the class's name.
     """
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from common.calibration import COLDEST, HOTTEST
 from common.report.comparison import arms_table, comparison_teaching, peers_table
 from common.report.comparison_figures import (
     before_after_figure,
@@ -75,6 +76,10 @@ MANY_CLASSES = 30
 MOST_COLOURS = 6
 _MOST_CLAIMS = 12  # in full view; the verdict has them all in few words
 BAND = 0.13
+_CALIBRATED = {
+    "ece": "calibrated",
+    "ece_calibrated": "calibrated, each at a temperature fitted on the held-out part,",
+}
 
 
 def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
@@ -164,7 +169,11 @@ def _counted(analysis: Analysis) -> str:
 def _summaries(analysis: Analysis) -> list[Mapping[str, Any]]:
     """Return what claims may rest on: the test set's metric, calibration, and robustness."""
     robustness = analysis["robustness"]
-    further = (analysis["calibration"], robustness and robustness["mean"])
+    further = (
+        analysis["calibration"],
+        analysis["recalibrated"],
+        robustness and robustness["mean"],
+    )
     return [analysis["test"], *(summary for summary in further if summary)]
 
 
@@ -182,7 +191,7 @@ def _tested(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Row]]:
 
 def _claim(arm: str, against: str, what: str, effect: Row, summary: Mapping[str, Any]) -> str:
     verdict = "better" if effect["mean"] > 0 else "worse"
-    measure = "calibrated" if summary["metric"] == "ece" else f"in {_in_words(summary['metric'])}"
+    measure = _CALIBRATED.get(summary["metric"], f"in {_in_words(summary['metric'])}")
     return (
         f"{arm} is {verdict} {measure} than {against} for {TARGET_NAMES.get(what, what)}: "
         f"{interval_text(effect, summary)} (p {p_text(effect['p'])}, corrected "
@@ -423,23 +432,54 @@ def _class_plot(
 
 
 def _calibration_section(analysis: Analysis) -> list[Section]:
-    summary = analysis["calibration"]
+    summary, mended = analysis["calibration"], analysis["recalibrated"]
     if summary is None:
         return []
+    caption = (
+        "Expected calibration error in percent, on the test set, 15 bins; mean over seeds. Less "
+        f"is better. Gain over {summary['control']}: positive is better calibrated."
+    )
+    parts = [
+        *forest(summary, by_peer=True),
+        _calibration_table("Every arm and peer", caption, summary),
+    ]
+    if mended is not None:
+        about = (
+            "What one temperature mends: each peer's logits, of the start and of every run, are "
+            "divided by a temperature fitted on the held-out part of the training data, never on "
+            "the test set. Its answers stay as they are."
+        )
+        caption += (
+            f" Temperature: mean over seeds, and the least and the largest; {COLDEST:g} and "
+            f"{HOTTEST:g} are the fit's limits, met where a peer is right on every held-out sample "
+            "or guesses."
+        )
+        title = "Every arm and peer, at a fitted temperature"
+        table = _calibration_table(title, caption, mended, analysis["temperatures"])
+        parts += [tag("p", about), *forest(mended, by_peer=True), table]
+    return [section("Calibration", *parts)]
+
+
+def _calibration_table(
+    title: str,
+    caption: str,
+    summary: Mapping[str, Any],
+    temperatures: Mapping[str, Mapping[str, Row]] | None = None,
+) -> Html:
     show = summary_format(summary)
     rows = []
     for arm, values in summary["arms"].items():
         for name, peer in values["peers"].items():
             gain = summary["peer_gains"].get(arm, {}).get(name)
             told = [show(peer[when]["mean"]) for when in ("before", "after")]
+            if temperatures is not None:
+                t = temperatures[arm][name]
+                told.append(f"{number(t['mean'])} ({number(t['least'])} to {number(t['largest'])})")
             rows.append([arm, name, *told, _starred(summary, gain), _p_cell(gain)])
-    caption = (
-        "Expected calibration error in percent, on the test set, 15 bins; mean over seeds. Less "
-        f"is better. Gain over {summary['control']}: positive is better calibrated."
-    )
     head = ["Arm", "Peer", "Before", "After", "Gain over control", "p"]
-    table = long_table("Every arm and peer", caption, head, rows, labels=2)
-    return [section("Calibration", *forest(summary, by_peer=True), table)]
+    if temperatures is not None:
+        head.insert(4, "Temperature")
+    return long_table(title, caption, head, rows, labels=2)
 
 
 def _robustness_section(analysis: Analysis) -> list[Section]:

@@ -19,7 +19,9 @@ MISSING = "–"
 _PERCENT = ("%", "points")
 # of a value, and of a difference of two
 _UNITS = {
-    **dict.fromkeys(("top1", "top5", "mIoU", "fwIoU", "mACC", "pACC", "ece"), _PERCENT),
+    **dict.fromkeys(
+        ("top1", "top5", "mIoU", "fwIoU", "mACC", "pACC", "ece", "ece_calibrated"), _PERCENT
+    ),
     **dict.fromkeys(("loss", "kldiv"), ("nats", "nats")),
     "nss": ("standard deviations", "standard deviations"),
 }

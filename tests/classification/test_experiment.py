@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
+from classification import experiment as script
 from classification.data import classes_of, open_dataset
 from classification.experiment import Classification, main, measured
 from classification.held_out import Part, labels_of, split_held_out
@@ -128,6 +131,16 @@ def test_an_experiment_from_its_yaml_to_its_report(digits, tmp_path):
     assert "Calibration" in (tmp_path / "out/report.html").read_text()
     analysis = json.loads((tmp_path / "out/analysis.json").read_text())
     assert analysis["calibration"]["arms"]["hot"]["peers"]["a"]["after"]["mean"] > 0
+    mended = analysis["recalibrated"]["arms"]["hot"]["peers"]["a"]
+    chosen = rows["hot:3"]["chosen"]["metrics"]
+    assert mended["after"]["mean"] == chosen["a/ece_calibrated"]
+    assert mended["before"]["mean"] == start["test"]["metrics"]["a/ece_calibrated"]
+    fitted = analysis["temperatures"]["hot"]["a"]
+    assert set(fitted.values()) == {chosen["a/temperature"]}
+    told = (tmp_path / "out/comparisons.csv").read_text().splitlines()
+    of_it = [line for line in told if line.startswith("calibration,ece_calibrated,")]
+    assert len(of_it) == 3 * 5  # arms but the control; mean, strongest, weakest, a, b
+    assert "last/a/ece_calibrated" in (tmp_path / "out/runs.csv").read_text()
 
 
 def test_measured_by_hand():
@@ -141,6 +154,81 @@ def test_measured_by_hand():
     assert found.classes == {"a": {"x": 50.0, "z": 100.0}}
     assert found.metrics["a/fixed"] == found.metrics["a/broken"] == 1
     assert found.metrics["a/ece"] == pytest.approx(100 * (0.8 + 0.8) / 4)
+
+
+def test_recalibrated_by_hand():
+    from classification.evaluation import Scores
+
+    # the same answers, 0.9 sure as they are and 0.7 sure at the temperature; one was not read
+    right = torch.tensor([[True, True, True, False, False]])
+    sure, calmer = torch.full((1, 5), 0.9), torch.full((1, 5), 0.7)
+    target = torch.tensor([0, 0, 1, 1, -1])
+    scores = Scores(right, right, torch.zeros(1, 5), right[0], sure, target, calmer)
+    found = measured(scores, ["a"], None, ["x", "y"], temperatures=[2.5]).metrics
+    assert found["a/ece"] == pytest.approx(100 * (0.9 - 0.75), abs=1e-4)
+    assert found["a/ece_calibrated"] == pytest.approx(100 * (0.75 - 0.7), abs=1e-4)
+    assert found["a/temperature"] == 2.5
+    assert "a/temperature" not in measured(scores, ["a"], None, ["x", "y"]).metrics
+
+
+class Nearest(torch.nn.Module):
+    """Says of which class's mean image an image is least far from, the louder the surer."""
+
+    num_classes = 10
+
+    def __init__(self, means, loud):
+        super().__init__()
+        self.means, self.loud = torch.nn.Parameter(means), loud
+
+    def forward(self, images):
+        far = (seen_by_it(images)[:, None] - self.means).square().sum(dim=2)
+        return -self.loud * far
+
+
+def seen_by_it(images):
+    return torch.nn.functional.adaptive_avg_pool2d(images.mean(dim=1), 8).flatten(1)
+
+
+def mean_images(folder):
+    """Return each class's mean image [10, 64], in the view of a ViT."""
+    classes = [sorted(folder.joinpath(str(k)).glob("*.png")) for k in range(10)]
+    images = [torch.stack([pil_to_tensor(Image.open(f)) for f in files]) for files in classes]
+    return torch.stack([seen_by_it(x / 127.5 - 1).mean(dim=0) for x in images])
+
+
+def test_temperatures_of_the_held_out_part_undo_how_loud_a_model_is(digits, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    path = small(data, tmp_path, controls=["none"], arms={"best": {}})
+    task = Classification()
+    experiment = read_experiment(task.read(path), path)
+    work(experiment, task, "start:3")
+    starts = {name: tmp_path / f"out/seed-3/start/{name}.safetensors" for name in "ab"}
+    build, means = script.build_modules, mean_images(data / "train")
+
+    def measure(*loud):
+        def built(specs, asked):
+            return [Nearest(means, x) for x in loud], build(specs, asked)[1]
+
+        monkeypatch.setattr(script, "build_modules", built)
+        return task.measure(experiment.options("none", 3), starts, starts).metrics
+
+    found = measure(1.0, 3.0)
+    assert found["a/top1"] > 60 and found["a/ece"] > found["a/ece_calibrated"] + 2
+    assert abs(found["a/ece"] - found["b/ece"]) > 1
+    again = measure(3.0, 3.0)
+    assert again["a/top1"] == found["a/top1"]
+    assert again["a/temperature"] / found["a/temperature"] == pytest.approx(3, rel=2e-3)
+    assert again["a/ece_calibrated"] == pytest.approx(found["a/ece_calibrated"], abs=0.1)
+    # the test set has no say in it, the held-out part has
+    for file in (data / "validation").rglob("*.png"):
+        file.write_bytes((data / "train" / file.parent.name / file.name).read_bytes())
+    other = measure(1.0, 3.0)
+    assert other["a/temperature"] == found["a/temperature"] and other["a/ece"] != found["a/ece"]
+    (data / "train/0").rename(data / "train/x")
+    (data / "train/1").rename(data / "train/0")
+    (data / "train/x").rename(data / "train/1")
+    assert measure(1.0, 3.0)["a/temperature"] > 1.2 * found["a/temperature"]
 
 
 def test_what_could_not_be_read_counts_nowhere():

@@ -93,6 +93,8 @@ def fourteen_arms(folder):
     def measured(base):
         metrics = {f"{name}/top1": base + rng.random() for name in names}
         metrics |= {f"{name}/ece": 9 + rng.random() for name in names}
+        metrics |= {f"{name}/ece_calibrated": 3 + rng.random() for name in names}
+        metrics |= {f"{name}/temperature": 1 + rng.random() for name in names}
         metrics |= {f"{name}/{flip}": 30 for name in names for flip in ("fixed", "broken")}
         kinds = {str(kind): base + 5 * rng.random() for kind in range(10)}
         return {

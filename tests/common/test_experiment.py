@@ -12,10 +12,10 @@ from common.experiment import hidden_by
 from common.experiment.command import run
 from common.experiment.local import ClusterJob, run_local, run_submitit
 from common.experiment.plan import CONTROLS, read_experiment
-from common.experiment.results import analyse
+from common.experiment.results import analyse, comparison_rows
 from common.experiment.work import labels_of, rank_at_start, work
 from common.options import OptionError
-from common.report import experiment_sentences
+from common.report import experiment_sentences, write_experiment
 from common.statistics import paired_interval
 from common.trainer import Trainer
 from tests.common.toy_experiment import ToyTask
@@ -303,6 +303,51 @@ def test_sentences_claim_what_survives_correction_alone(tmp_path):
     assert not any(x.startswith("random") for x in told)
     # best, worse: 5 targets each against none; the pair best, random: 5; random's 5 are not shown
     assert told[-1].startswith("5 of 20 comparisons are not shown") and len(told) == 16
+
+
+def test_errors_at_a_fitted_temperature_are_a_family_of_their_own(tmp_path):
+    path = written(tmp_path, seeds=8, controls=["none", "best"], family="target")
+    task = ToyTask()
+    experiment = read_experiment(task.read(path), path)
+
+    def measured(ece, calibrated, temperature):
+        found = {"top1": 60.0, "ece": ece, "ece_calibrated": calibrated, "temperature": temperature}
+        metrics = {f"{name}/{key}": value for name in ("a", "bb") for key, value in found.items()}
+        return {"metrics": metrics, "classes": {}}
+
+    found = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "epochs": {"a": 1, "bb": 2},
+            "history": [{"epoch": 0, "a/top1": 1.0}],
+            "lessons": [],
+            "cost": {"updates": 5},
+            "start": {"test": measured(9.0, 8.0, 1.0)},
+            **{
+                which: measured(ece + seed / 10, 3 + (arm == "none" and seed / 10), 1 + seed)
+                for which in ("chosen", "last")
+            },
+        }
+        for arm, ece in (("none", 6.0), ("best", 16.0))
+        for seed in range(8)
+    ]
+    analysis = analyse(experiment, task, found)
+    raw, mended = (analysis[x]["peer_gains"]["best"]["a"] for x in ("calibration", "recalibrated"))
+    assert raw["mean"] == pytest.approx(-10) and mended["mean"] == pytest.approx(0.35)
+    assert analysis["temperatures"]["best"]["a"] == {"mean": 4.5, "least": 1, "largest": 8}
+    # seven seeds better, one the same: 2 * 2 of 2^8 patterns are as far from zero
+    assert mended["p"] == mended["p_holm"] == 4 / 256
+    told = experiment_sentences(analysis)
+    at = "best is better calibrated, each at a temperature fitted on the held-out part, than none"
+    assert any(x.startswith(at) for x in told)
+    rows = [row for row in comparison_rows(analysis) if row["metric"] == "ece_calibrated"]
+    assert {row["of"] for row in rows} == {"calibration"} and len(rows) == 5
+    page = write_experiment(tmp_path / "report.html", "Errors", analysis).read_text()
+    assert "What one temperature mends" in page and "4.50 (1.00 to 8.00)" in page
+    for row in found[:1]:  # a run from before temperatures were fitted
+        row["last"] = row["chosen"] = {"metrics": {"a/top1": 1.0, "bb/top1": 1.0}, "classes": {}}
+    assert analyse(experiment, task, found)["recalibrated"] is None
 
 
 def test_local_jobs_run_side_by_side_and_failures_are_told(tmp_path):
