@@ -19,7 +19,14 @@ from common import experiment
 from common.broken import BadSamples
 from common.checkpoint import atomic_write, read_file
 from common.disk import remove_leftovers
-from common.experiment import Measured, Trained, refuse_frozen, unchanged
+from common.experiment import (
+    RECALIBRATED,
+    TEMPERATURE,
+    Measured,
+    Trained,
+    refuse_frozen,
+    unchanged,
+)
 from common.options import OptionError
 from segmentation import checkpoints
 from segmentation.cli import begin, end_logging, hush, train
@@ -31,7 +38,7 @@ from segmentation.evaluation import ENSEMBLE, METRICS, evaluate_group
 from segmentation.held_out import hold_out
 from segmentation.models import build_with_weights
 from segmentation.peer import SegmentorPeer
-from segmentation.pixels import PixelRecord, flips
+from segmentation.pixels import PixelRecord, PixelTemperatures, flips
 from segmentation.trainer import METRIC, TransferTrainer, current_world
 
 _RULE = "TRANSFER.RULE"
@@ -134,8 +141,10 @@ class Segmentation:
             atomic_write(files[config.name], functools.partial(torch.save, content))
             peers.append(SegmentorPeer(config.name, module, cfg, frozen=True))
         bad = allowed(run.transfer.MAX_BAD_SAMPLES)
-        held_out, _ = measured(peers, hold_out(run).cfg.DATASETS.TEST[0], bad)
-        test, pixels = measured(peers, run.cfg.DATASETS.TEST[0], bad)
+        part = hold_out(run).cfg.DATASETS.TEST[0]
+        held_out, _ = measured(peers, part, bad)
+        temperatures = fit_temperatures(peers, part, bad)
+        test, pixels = measured(peers, run.cfg.DATASETS.TEST[0], bad, temperatures)
         for name, file in files.items():
             content = {"right": pixels.right(name)}
             atomic_write(_right(file), functools.partial(torch.save, content))
@@ -174,7 +183,9 @@ class Segmentation:
         """Measure exported weights on the test set."""
         peers = [self._exported(options, name, file) for name, file in files.items()]
         bad = allowed(int(options.get(_BAD, 0)))
-        found, pixels = measured(peers, peers[0].cfg.DATASETS.TEST[0], bad)
+        part = hold_out(self._run(options)).cfg.DATASETS.TEST[0]
+        temperatures = fit_temperatures(peers, part, bad)
+        found, pixels = measured(peers, peers[0].cfg.DATASETS.TEST[0], bad, temperatures)
         for name in files:
             before = read_file(_right(start[name]))["right"]
             fixed, broken = flips(before, pixels.right(name))
@@ -251,10 +262,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return experiment.main(Segmentation(), FAULTS, arguments)
 
 
-def measured(
+def fit_temperatures(
     peers: Sequence[SegmentorPeer], dataset: str, bad: BadSamples
+) -> dict[str, float]:
+    """Fit each peer's temperature, and the ensemble's, on a dataset; see ``PixelTemperatures``."""
+    hush()
+    pixels = PixelTemperatures(dataset)
+    world = current_world(peers[0].cfg.MODEL.DEVICE)
+    evaluate_group(peers, dataset, world, bad=bad, watch=pixels)
+    return pixels.values()
+
+
+def measured(
+    peers: Sequence[SegmentorPeer],
+    dataset: str,
+    bad: BadSamples,
+    temperatures: Mapping[str, float] | None = None,
 ) -> tuple[Measured, PixelRecord]:
     """Measure peers and their ensemble on a dataset; broken files are left out, and counted.
+
+    Args:
+        peers: As they are.
+        dataset: A registered name.
+        bad: Counts broken files.
+        temperatures: By peer, and of the ensemble; the calibration error is told at them too.
 
     Returns:
         mIoU and its like, in percent, each class's IoU where there is one, and the calibration
@@ -262,16 +293,18 @@ def measured(
     """
     hush()
     world = current_world(peers[0].cfg.MODEL.DEVICE)
-    pixels = PixelRecord(dataset)
+    pixels = PixelRecord(dataset, temperatures)
     rows = evaluate_group(peers, dataset, world, bad=bad, watch=pixels)
     names = [peer.name for peer in peers]
     found = Measured({k: v for k, v in rows.items() if k.split("/")[1] in METRICS})
     for name in names:
-        found.metrics[f"{name}/ece"] = pixels.calibration_error(name)
         of_class = {kind: rows[f"{name}/IoU-{kind}"] for kind in classes_of(dataset)[0]}
         found.classes[name] = {k: value for k, value in of_class.items() if math.isfinite(value)}
-    if len(names) > 1:
-        found.metrics[f"{ENSEMBLE}/ece"] = pixels.calibration_error(ENSEMBLE)
+    for name in (*names, ENSEMBLE) if len(names) > 1 else names:
+        found.metrics[f"{name}/ece"] = pixels.calibration_error(name)
+        if temperatures is not None:
+            found.metrics[f"{name}/{RECALIBRATED}"] = pixels.recalibrated_error(name)
+            found.metrics[f"{name}/{TEMPERATURE}"] = temperatures[name]
     return found, pixels
 
 

@@ -17,7 +17,7 @@ from segmentation.config import load_run
 from segmentation.data import load_datasets
 from segmentation.errors import ConfigError, DataError
 from segmentation.held_out import Part, hold_out, part_of
-from segmentation.pixels import PixelRecord, flips
+from segmentation.pixels import PixelRecord, PixelTemperatures, confidence_at, flips
 from segmentation.trainer import TransferTrainer
 from segmentation.trials import Segmentation, main
 from tests.segmentation.runs import SHARED, write_peer, write_run
@@ -102,6 +102,34 @@ def test_pixels_by_hand(datasets):
         flips(pixels.right("a"), pixels.right("a")[1:])
 
 
+def test_temperatures_of_pixels_undo_how_loud_a_model_is(datasets):
+    fits, pixels = PixelTemperatures("scenes_val"), None
+    for _ in range(2):  # first the temperatures, then what is left of the error at them
+        generator = torch.Generator().manual_seed(0)
+        for record in load_datasets(["scenes_val"]):
+            labels = fits._labels_of(record["file_name"])
+            hint = torch.nn.functional.one_hot(labels.clamp(max=5), 6).permute(2, 0, 1)
+            z = hint + torch.randn(hint.shape, generator=generator)
+            for name, loud in (("plain", 1.0), ("loud", 3.0)):
+                p = (loud * z).softmax(dim=0)
+                (fits if pixels is None else pixels)(name, record, 7 * p)
+        temperatures = fits.values()
+        pixels = pixels or PixelRecord("scenes_val", temperatures)
+    # z is the hint plus noise of variance 1: the truth of it is softmax(z), so T is about 1
+    assert temperatures["plain"] == pytest.approx(1, rel=0.1)
+    assert temperatures["loud"] / temperatures["plain"] == pytest.approx(3, rel=2e-3)
+    assert torch.equal(pixels.right("plain"), pixels.right("loud"))
+    assert pixels.calibration_error("loud") > 3 * pixels.recalibrated_error("loud")
+    same = pytest.approx(pixels.recalibrated_error("plain"), abs=0.1)
+    assert pixels.recalibrated_error("loud") == same
+
+
+def test_confidence_at_a_temperature_by_hand():
+    p = torch.tensor([0.64, 0.36, 0.0]).view(3, 1, 1)
+    assert confidence_at(p, 1.0).item() == pytest.approx(0.64)
+    assert confidence_at(5 * p, 2.0).item() == pytest.approx(0.8 / 1.4)  # roots of both
+
+
 def test_keys_are_nested_or_dotted_and_an_arm_changes_one_of_them(datasets, tmp_path):
     path = written(tmp_path, arms={"own": {"TRANSFER": {"RULE": "mutual", "WEIGHT": 0.5}}})
     task = Segmentation()
@@ -171,7 +199,9 @@ def test_an_experiment_from_its_yaml_to_its_report(datasets, tmp_path):
             accuracy = start["test"]["metrics"][f"{name}/pACC"]
             gained = (last[f"{name}/fixed"] - last[f"{name}/broken"]) / pixels * accuracy
             assert gained == pytest.approx(last[f"{name}/pACC"] - accuracy, abs=1e-6)
-            assert 0 <= last[f"{name}/ece"] <= 100
+            assert 0 <= last[f"{name}/ece"] <= 100 and 0 <= last[f"{name}/ece_calibrated"] <= 100
+            assert start["test"]["metrics"][f"{name}/temperature"] > 0
+            assert f"{name}/temperature" not in start["held_out"]["metrics"]
             classes = row["last"]["classes"][name]
             assert np.mean(list(classes.values())) == pytest.approx(last[f"{name}/mIoU"])
     solo, none = (rows[f"{arm}:3"]["last"]["metrics"]["fpn/mIoU"] for arm in ("solo", "none"))
@@ -186,6 +216,7 @@ def test_an_experiment_from_its_yaml_to_its_report(datasets, tmp_path):
     assert "Calibration" in report and "labelled pixels" in report and "Other metrics" in report
     analysis = json.loads((tmp_path / "out/analysis.json").read_text())
     assert analysis["test"]["metric"] == "mIoU" and analysis["classes"]["pixel"]["fpn"]
+    assert analysis["recalibrated"]["gains"]["pixel"]["ensemble"]
 
 
 def test_a_frozen_peer_teaches_and_is_measured_as_it_was(datasets, tmp_path):
