@@ -20,6 +20,7 @@ from common.options import (
     add_bad_sample_option,
     add_fault_options,
     add_guard_options,
+    add_resume_options,
     add_soup_option,
     add_transfer_options,
     bounds_of,
@@ -358,8 +359,7 @@ def build_parser(script: str = "train", extend: Extend | None = None) -> argpars
     group = parser.add_argument_group("run")
     add_fault_options(group)
     add = group.add_argument
-    add("--resume", default="", metavar="PATH", help="a run file, a folder with some, or auto")
-    add("--no-resume-opt", **flag)
+    add_resume_options(group)
     add("--seed", type=int, default=42)
     add("--log-interval", type=int, default=50)
     add("--val-interval", type=int, default=1)

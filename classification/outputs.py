@@ -28,18 +28,17 @@ from common.options import OptionError
 from common.outputs import log_table, plain
 from common.outputs import writers as open_writers
 from common.peers import Peer, PeerGroup
+from common.resumed import FREE
 from common.trainer import Trainer, Writer
 
 _logger = logging.getLogger("train")
 
 # Options under which a resumed run is still the same run.
-FREE_TO_CHANGE = frozenset(
+FREE_TO_CHANGE = FREE | frozenset(
     (
-        "resume no_resume_opt output experiment workers pin_mem log_interval log_wandb "
-        "wandb_project wandb_tags checkpoint_hist recovery_interval config epochs device data "
-        "data_dir num_classes resolved_num_classes pretrained in_place validation_batch_size "
-        "local_rank engine plan gpu_mem layouts compiled on_nonfinite max_skips_in_a_row "
-        "max_bad_samples push_to_hub origins"
+        "start_epoch pin_mem wandb_tags data data_dir dataset_download dataset_trust_remote_code "
+        "trust_remote_code num_classes resolved_num_classes pretrained validation_batch_size "
+        "local_rank torchcompile torchcompile_mode model_ema_force_cpu push_to_hub"
     ).split()
 )
 EXPORT_TOLERANCE = 0.05
@@ -55,6 +54,7 @@ def arguments_text(options: argparse.Namespace) -> str:
     hidden = (
         "config",
         "resume",
+        "allow_changed_options",
         "local_rank",
         "in_place",
         "data_dir",

@@ -17,7 +17,7 @@ from classification.data import TrainLoader, View, classes_of, common_view, open
 from classification.evaluation import PeerEvaluator
 from classification.held_out import split_held_out
 from classification.models import PUBLISHED_TOP1, ModelError, full_name
-from classification.options import GUARD_DROPS, PeerSpec, parse
+from classification.options import GUARD_DROPS, PeerSpec, build_parser, parse
 from classification.peer import ClassifierPeer, build_modules, build_peers
 from classification.plan import tell_plan
 from classification.publish import check_push, deliver
@@ -165,7 +165,7 @@ def start(options: argparse.Namespace) -> World:
 
 def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
-    state = read_resumed(options, outputs.FREE_TO_CHANGE)
+    state = read_resumed(options, outputs.FREE_TO_CHANGE, defaults=build_parser().parse_args([]))
     if state is None:
         return None
     options.num_classes = state["config"]["resolved_num_classes"]

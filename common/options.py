@@ -143,6 +143,24 @@ def add_bad_sample_option(group: Any) -> None:
     )
 
 
+def add_resume_options(group: Any) -> None:
+    """Add how a run goes on; see ``common.outputs.read_resumed``."""
+    add = group.add_argument
+    add("--resume", default="", metavar="PATH", help="a run file, a folder with some, or auto")
+    add(
+        "--no-resume-opt",
+        action="store_true",
+        default=False,
+        help="resume weights and position, with fresh optimizers",
+    )
+    add(
+        "--allow-changed-options",
+        action="store_true",
+        default=False,
+        help="resume under other options than the run had, and tell them, instead of refusing",
+    )
+
+
 def add_soup_option(group: Any) -> None:
     """Add ``--soup`` to a parser or a group of it."""
     group.add_argument(

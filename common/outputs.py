@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from common.options import OptionError
 from common.planner import Flags, TeamCost, advise, engine_rows, memory_of, notes, peer_rows
 from common.ranks import refuse_other_moments
 from common.report import write_run_report
+from common.resumed import changed_options, forgotten_options
 from common.termination import EXIT_STATUS, Preempted
 from common.trainer import Trainer, Writer
 
@@ -145,27 +146,31 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_resumed(
-    options: argparse.Namespace, free: Iterable[str], lasting: Iterable[str] = ()
+    options: argparse.Namespace,
+    free: Collection[str],
+    defaults: argparse.Namespace,
+    lasting: Iterable[str] = (),
 ) -> dict[str, Any] | None:
     """Read the run that ``--resume`` names, and let this one go on in its folder.
 
     ``auto`` is the newest good run file of the run's own folder, or nothing where there is none: so
-    one command starts a run and goes on with it. Else a broken run file is refused. Options that
-    the run had not are told.
+    one command starts a run and goes on with it. Else a broken run file is refused. Other options
+    than the run had are refused, or told where ``allow_changed_options`` is set.
 
     Args:
         options: ``resume`` becomes the path, or empty; without ``output`` and ``experiment`` the
             run's folder becomes the output.
         free: Names of options under which a run is still the same run.
-        lasting: Names of options under which it would be another run.
+        defaults: Of the options, for runs of versions that did not have some of them.
+        lasting: Names of options under which it would be another run, whatever is allowed.
 
     Returns:
         What ``load_run`` gives; None: a fresh run.
 
     Raises:
         OptionError: ``auto`` without --experiment, which names the folder.
-        CheckpointError: As ``load_run``; with ``auto``, no file of several can be read; or another
-            value of a lasting option.
+        CheckpointError: As ``load_run``; with ``auto``, no file of several can be read; or other
+            options, each of which is named with both values.
     """
     if options.resume == "auto":
         state = _read_newest(options)
@@ -181,13 +186,25 @@ def read_resumed(
                 f"{options.resume}: a run with --{name} {had}, this one has {config[name]}; start "
                 "a run of its own from the peers' weights"
             )
-    changed = [
-        f"{name}: {old!r} -> {config.get(name)!r}"
-        for name, old in state["config"].items()
-        if name not in free and config.get(name) != old
-    ]
+    changed = changed_options(state["config"], config, plain(defaults), free)
+    if changed and not options.allow_changed_options:
+        raise CheckpointError(
+            f"{options.resume}: the run had other options: {'; '.join(changed)}. Give its own "
+            f"(-c {resumed_folder(options) / 'args.yaml'} has them), or --allow-changed-options "
+            "to go on under these, or start a run of its own from the peers' weights"
+        )
     if changed:
         _logger.warning("resuming with other options than the run had: %s", "; ".join(changed))
+    forgotten = forgotten_options(state["config"], config, free)
+    if forgotten:
+        _logger.warning("the run had options that are no more: %s", "; ".join(forgotten))
+    epochs = state["config"].get("epochs", options.epochs)
+    if epochs != options.epochs:
+        _logger.warning(
+            "--epochs was %d, is %d: from here on learning rates that follow a schedule, and "
+            "averages that reach back over a share of the run, are those of a run of %d epochs",
+            *(epochs, options.epochs, options.epochs),
+        )
     if not options.output and not options.experiment:
         options.output = str(resumed_folder(options))
         options.in_place = True

@@ -16,6 +16,7 @@ from common.options import (
     add_bad_sample_option,
     add_fault_options,
     add_guard_options,
+    add_resume_options,
     add_soup_option,
     add_transfer_options,
     bounds_of,
@@ -30,6 +31,7 @@ from common.options import (
 )
 from common.peers import check_names
 from common.planner import add_plan_options
+from common.resumed import FREE
 from common.trials import with_layout_asked
 from saliency.check import DEPTHS
 from saliency.clips import VIEWS, ClipView
@@ -60,13 +62,8 @@ PEER_OPTIONS = (
 _NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad")
 PEER_OWN = ("name", "checkpoint", "frozen")
 # Options under which a resumed run is still the same run.
-FREE_TO_CHANGE = frozenset(
-    (
-        "resume output experiment workers log_interval log_wandb wandb_project checkpoint_hist "
-        "recovery_interval config epochs device data_root packed check_depth val_batch_size "
-        "in_place check_data plan gpu_mem engine on_nonfinite "
-        "max_skips_in_a_row max_bad_samples layouts compiled origins"
-    ).split()
+FREE_TO_CHANGE = FREE | frozenset(
+    "data_root packed check_depth check_data val_batch_size backbone".split()
 )
 
 
@@ -235,8 +232,7 @@ def build_parser(
     group = parser.add_argument_group("run")
     add_fault_options(group)
     add = group.add_argument
-    add("--resume", default="", metavar="PATH", help="a run file, a folder with some, or auto")
-    add("--no-resume-opt", **_FLAG, help="resume weights and position, with fresh optimizers")
+    add_resume_options(group)
     add("--output", default="", metavar="DIR")
     add("--experiment", default="", metavar="NAME")
     add("--eval-metric", default="loss", choices=SELECTION, help="what chooses the best weights")

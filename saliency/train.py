@@ -65,6 +65,7 @@ from saliency.options import (
     LOSS_TERMS,
     LOWER_IS_BETTER,
     PeerSpec,
+    build_parser,
     parse,
 )
 from saliency.packed import PackedFrames, pack_frames
@@ -384,7 +385,12 @@ def _origins(
 
 def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
-    state = read_resumed(options, FREE_TO_CHANGE, lasting=("dataset",))
+    state = read_resumed(
+        options,
+        FREE_TO_CHANGE,
+        defaults=build_parser(options.dataset, "train").parse_args([]),
+        lasting=("dataset",),
+    )
     if state is not None:
         specs[:] = [spec.without_weights() for spec in specs]
     return state
@@ -393,7 +399,7 @@ def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[s
 def _write_arguments(folder: Path, options: argparse.Namespace, keep_dataset: bool) -> None:
     """Keep the arguments as a YAML file that ``--config`` takes."""
     hidden = ["config", "resume", "in_place", "kwargs", "check_data", "plan", "gpu_mem"]
-    hidden += ["layouts", "compiled"]
+    hidden += ["layouts", "compiled", "allow_changed_options"]
     hidden += [] if keep_dataset else ["dataset"]
     content = {name: value for name, value in plain(options).items() if name not in hidden}
     write_text(folder / "args.yaml", yaml.safe_dump(content, sort_keys=False))

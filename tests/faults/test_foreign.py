@@ -81,18 +81,25 @@ def other(task, *changes):
     return one
 
 
+ALLOWED = "--allow-changed-options"
 FOREIGN = {
     "classification": [
-        ([("embed_dim=24", "embed_dim=36")], "not a checkpoint of this VisionTransformer"),
+        ([("embed_dim=24", "embed_dim=36"), ALLOWED], "not a checkpoint of this VisionTransformer"),
         ([("name=c", "name=d")], "holds the peers a, b, c; this run has a, b, d"),
         (["--peer", "test_vit,name=d"], "holds the peers a, b, c; this run has a, b, c, d"),
-        ([("adamw", "sgd")], "state of AdamW, not of SGD"),
-        (["--val-split", "train"], "measured on 200 validation images, there are 400"),
+        ([("adamw", "sgd"), ALLOWED], "state of AdamW, not of SGD"),
+        (["--val-split", "train", ALLOWED], "measured on 200 validation images, there are 400"),
+        (["--val-split", "train"], "--val-split 'validation' -> 'train'"),
+        ([("embed_dim=24", "embed_dim=36")], "kwargs of peer 1 (a) {'patch_size': 8"),
     ],
     "saliency": [
-        ([("width=3", "width=4")], "not a checkpoint of this StandIn"),
-        ([("pair", "recent")], "holds the peers pair, around; this run has recent, around"),
-        (["--opt", "sgd"], "state of Adam, not of SGD"),
+        ([("width=3", "width=4"), ALLOWED], "not a checkpoint of this StandIn"),
+        ([("width=3", "width=4")], "kwargs of peer 1 (saliency.standins:pair) {'width': 3}"),
+        (
+            [("pair", "recent"), ALLOWED],
+            "holds the peers pair, around; this run has recent, around",
+        ),
+        (["--opt", "sgd", ALLOWED], "state of Adam, not of SGD"),
     ],
     "segmentation": [
         (["PEER.fpn.MODEL.FPN.OUT_CHANNELS", "16"], "not a checkpoint of this SemanticSegmentor"),
@@ -112,6 +119,25 @@ def test_another_runs_checkpoint_is_refused_by_name(whole_runs, tmp_path, task, 
     shutil.copytree(whole.folder / "run", tmp_path / "run")
     assert other(whole.task, *changes).run(tmp_path, resume=True) == 1
     assert says in the_line(tmp_path)
+
+
+@pytest.mark.parametrize("task", ["classification", "saliency"])
+def test_a_run_under_other_options_is_refused_with_all_of_them(whole_runs, tmp_path, task):
+    whole = whole_runs(task)
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    more = ["--seed", "5", "--temperature", "2", "--log-interval", "1", "--epochs", "3"]
+    one = other(whole.task, ("random", "mutual"), *more)
+    assert one.run(tmp_path, resume=True) == 1
+    line = the_line(tmp_path)
+    seed = {"classification": 42, "saliency": 0}[task]
+    for change in ("--rule 'random' -> 'mutual'", f"--seed {seed} -> 5", "--temperature 1.0 -> 2"):
+        assert change in line
+    assert "--allow-changed-options" in line and "args.yaml" in line and "interval" not in line
+    assert str(whole.task.final(tmp_path)) == str(whole.final)  # nothing was touched
+    assert one.run(tmp_path, "--allow-changed-options", resume=True) == 0
+    told = (tmp_path / "log.txt").read_text()
+    assert "resuming with other options than the run had: --rule 'random' -> 'mutual'" in told
+    assert "--epochs was 2, is 3" in told
 
 
 @pytest.mark.slow

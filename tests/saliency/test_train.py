@@ -469,12 +469,14 @@ def test_a_refused_resume_leaves_the_arguments_as_they_were(data, tmp_path, capl
     trainer = train(data, tmp_path)
     before = (trainer.folder / "args.yaml").read_text()
     peers = (f"{TOY}:Deep", f"{TOY}:Flat,opt=sgd")
-    assert main(
-        "dhf1k", "train", arguments(data, tmp_path, "--resume", trainer.folder, peers=peers)
-    )
+    resume = ("--resume", trainer.folder)
+    assert main("dhf1k", "train", arguments(data, tmp_path, *resume, peers=peers))
+    assert f"opt of peer 2 ({TOY}:Flat) 'not given' -> 'sgd'" in caplog.text
+    resume = ("--allow-changed-options", *resume)
+    assert main("dhf1k", "train", arguments(data, tmp_path, *resume, peers=peers))
     assert "state of Adam, not of SGD" in caplog.text
     assert (trainer.folder / "args.yaml").read_text() == before
-    fresh = ("--no-resume-opt", "--epochs", "3", "--resume", trainer.folder)
+    fresh = ("--no-resume-opt", "--epochs", "3", *resume)
     assert train(data, tmp_path, *fresh, peers=peers).progress.epoch == 3
 
 
