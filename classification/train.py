@@ -117,12 +117,13 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         outputs.write_arguments(trainer.folder, options)
     trainer.writers = outputs.writers(options, trainer.folder, world, trainer.progress.updates)
     progress = trainer.fit()
-    outputs.check_exports(trainer, specs)
-    images = cards.images_of(train_set, held_out, world)
-    cards.write_cards(trainer, specs, options, origins, images)
-    if world.is_main:
-        finish(trainer, outputs.settings(options))
-    distributed.barrier()
+    with trainer.finishing():
+        outputs.check_exports(trainer, specs)
+        images = cards.images_of(train_set, held_out, world)
+        cards.write_cards(trainer, specs, options, origins, images)
+        if world.is_main:
+            finish(trainer, outputs.settings(options))
+        distributed.barrier()
     if world.is_main and options.push_to_hub:
         _push(trainer, specs, options)
     return progress

@@ -22,11 +22,11 @@ started a process (torchrun, ``timeout``) hands its own on."""
 
 
 class Preempted(Exception):
-    """The run was asked to end before its time, and has saved where it stands."""
+    """A run was asked to end before its time, and is saved as far as it came; says how to go on."""
 
 
 class Termination:
-    """Notes SIGTERM instead of dying of it, while it is entered.
+    """Notes SIGTERM instead of dying of it, while it is entered; may be entered again.
 
     One that comes more than ``TOGETHER`` seconds after the first has its usual effect. Outside of
     the main thread, where Python takes no signals, nothing is noted.
@@ -35,6 +35,7 @@ class Termination:
     def __init__(self) -> None:
         self.asked = False
         self._since = 0.0
+        self._ends = ""
         self._before: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> Termination:
@@ -51,9 +52,37 @@ class Termination:
         now = time.monotonic()
         if not self.asked:
             self.asked, self._since = True, now
+            if self._ends:
+                raise Preempted(self._ends)
         elif now - self._since > TOGETHER:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    @contextmanager
+    def at_once(self, told: str) -> Iterator[None]:
+        """Let the signal end what is done inside wherever it is; for what is lost without harm.
+
+        An evaluation lasts longer than schedulers wait. Ranks do not agree on its end, since they
+        need not look at the same number of batches: each ends by its own signal, or because others
+        ended by theirs. So all that a resume needs must be saved before.
+
+        Args:
+            told: Of ``Preempted``.
+
+        Raises:
+            Preempted: The signal came, here or before.
+        """
+        self._ends = told
+        try:
+            if self.asked:
+                raise Preempted(told)
+            yield
+        except RuntimeError as error:
+            if self.asked and distributed.is_lost_rank(error):
+                raise Preempted(told) from error
+            raise
+        finally:
+            self._ends = ""
 
     def agreed(self, world: World) -> bool:
         """Whether any rank was asked. With several ranks a collective: all must call it."""

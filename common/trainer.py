@@ -11,6 +11,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -208,6 +209,8 @@ class Trainer:
         self.progress = Progress()
         self.termination = Termination()
         self._exported: dict[str, str] = {}  # digests of the best weights
+        self._saved_at: tuple[int, int] | None = None
+        self._spare: Path | None = None  # a run file that goes with the next one
 
     def fit(self) -> Progress:
         """Measure the start, train the epochs that are left, export each peer's last weights.
@@ -217,6 +220,7 @@ class Trainer:
             BadSampleError: More files are broken than ``bad`` allows.
             Preempted: SIGTERM came, and a run file was written. It is looked for after every step
                 in a single process, and with several ranks when they log and before they evaluate.
+                One that comes in an evaluation ends it at once: a run file was written before.
         """
         with self.termination:
             if not self.progress.history:
@@ -227,12 +231,24 @@ class Trainer:
             while self.progress.epoch < self.plan.epochs and self._somebody_learns():
                 self._train_epoch()
                 self._finish_epoch()
-        if set(self.progress.best) != set(self.peers.names):  # resumed at the end, best files gone
-            self._note(self.progress.epoch, self.evaluator.evaluate(self.peers))
-        self._export("last", self.peers.names)
-        if self.halves is not None:
-            self._make_soups(self.halves)
+        with self.finishing():
+            if set(self.progress.best) != set(self.peers.names):  # resumed at the end, files gone
+                self._note(self.progress.epoch, self.evaluator.evaluate(self.peers))
+            self._export("last", self.peers.names)
+            if self.halves is not None:
+                self._make_soups(self.halves)
         return self.progress
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Let SIGTERM end at once what comes after the training, which a resume makes anew.
+
+        Raises:
+            Preempted: It came.
+        """
+        told = f"SIGTERM: trained and saved, but not finished; go on with --resume {self.folder}"
+        with self.termination, self.termination.at_once(told):
+            yield
 
     def _make_soups(self, halves: Halves) -> None:
         distributed.barrier()  # other processes' files
@@ -304,10 +320,21 @@ class Trainer:
     def _end_if_asked(self) -> None:
         if self.termination.agreed(self.world):
             self.save()
-            raise Preempted(
-                f"SIGTERM: saved after {self.progress.updates} optimizer steps; go on with "
-                f"--resume {self.folder}"
-            )
+            raise Preempted(self._saved())
+
+    def _save_before_evaluation(self) -> None:
+        """Save all that a resume needs, since SIGTERM may end an evaluation, and ``kill`` too."""
+        period, updates = self.plan.save_every, self.progress.updates
+        if self._saved_at != (self.progress.epoch, self.progress.batch):
+            self.save(spare=not period or updates % period > 0)
+
+    def _saved(self) -> str:
+        if not self.progress.updates:
+            return "SIGTERM: nothing was trained yet; the same command begins anew"
+        return (
+            f"SIGTERM: saved after {self.progress.updates} optimizer steps; go on with "
+            f"--resume {self.folder}"
+        )
 
     def _log(self, lessons: Lessons, pace: Pace) -> None:
         self.finite.check(self.engine.scaler)
@@ -338,13 +365,16 @@ class Trainer:
         self._write(scalars)
 
     def _finish_epoch(self) -> None:
-        if self.world.size > 1:
-            self._end_if_asked()  # an evaluation may last longer than the time that is left
+        epoch = self.progress.epoch + 1
+        evaluates = epoch % self.plan.evaluate_every == 0 or epoch == self.plan.epochs
+        if evaluates:
+            self._save_before_evaluation()
+        elif self.world.size > 1:
+            self._end_if_asked()
         self.finite.check(self.engine.scaler)
         self.bad.share()
         lessons = self.ledger.read_epoch()
         self.after_epoch()
-        epoch = self.progress.epoch + 1
         self.progress.lessons.append({"epoch": epoch, **lessons.scalars(), **self.finite.scalars()})
         if self.world.is_main:
             name = lessons.collapsed()
@@ -358,7 +388,7 @@ class Trainer:
                 )
         self.progress.epoch, self.progress.batch = epoch, 0
         metrics: Mapping[str, float] = {}
-        if epoch % self.plan.evaluate_every == 0 or epoch == self.plan.epochs:
+        if evaluates:
             metrics = self._evaluate(epoch)
         for peer in self.peers:
             if peer.schedule is not None:
@@ -367,12 +397,18 @@ class Trainer:
         self.save()
 
     def _evaluate(self, epoch: int) -> Mapping[str, float]:
-        metrics = self.evaluator.evaluate(self.peers)
+        if self.termination.agreed(self.world):
+            raise Preempted(self._saved())
+        metrics = self._measure()
         start = self.progress.history[0] if self.progress.history else metrics
         self._note(epoch, {**metrics, **self.guard.look(epoch, metrics, start)})
         if self.guard.roll_back():
-            self._note(epoch, self.evaluator.evaluate(self.peers))
+            self._note(epoch, self._measure())
         return metrics
+
+    def _measure(self) -> dict[str, float]:
+        with self.termination.at_once(self._saved()):
+            return self.evaluator.evaluate(self.peers)
 
     def _note(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Enter an evaluation into the history, and export the weights that are best by it."""
@@ -426,8 +462,11 @@ class Trainer:
         for writer in self.writers:
             writer(scalars, self.progress.updates)
 
-    def save(self) -> None:
+    def save(self, spare: bool = False) -> None:
         """Write a run file from which ``resume`` goes on bit for bit (on the CPU).
+
+        Args:
+            spare: It goes once the next one is written, and takes no other's place.
 
         Raises:
             NonFiniteError: A peer's weights are not finite; nothing is written.
@@ -475,7 +514,12 @@ class Trainer:
                 "config": self.config,
                 "versions": {"torch": str(torch.__version__), "numpy": str(np.__version__)},
             }
-            save_run(self.folder, state, progress.epoch, progress.batch, self.plan.keep)
+            keep = self.plan.keep + (spare or self._spare is not None)
+            path = save_run(self.folder, state, progress.epoch, progress.batch, keep)
+            if self._spare not in (None, path):
+                self._spare.unlink(missing_ok=True)
+            self._spare = path if spare else None
+        self._saved_at = self.progress.epoch, self.progress.batch
         distributed.barrier()
 
     def resume(

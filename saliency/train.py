@@ -158,12 +158,13 @@ def run(
         _write_arguments(trainer.folder, options, keep_dataset=dataset is None)
     trainer.writers = _writers(options, trainer.folder, world, trainer.progress)
     trainer.fit()
-    cards.write_cards(trainer, specs, options, origins, train_set)
-    if world.leads:
-        pictures = [teaching_pictures(trainer.peers, held_out, world)]
-        if world.is_main:
-            finish(trainer, settings(options), pictures)
-    distributed.barrier()
+    with trainer.finishing():
+        cards.write_cards(trainer, specs, options, origins, train_set)
+        if world.leads:
+            pictures = [teaching_pictures(trainer.peers, held_out, world)]
+            if world.is_main:
+                finish(trainer, settings(options), pictures)
+        distributed.barrier()
     return trainer
 
 

@@ -48,7 +48,7 @@ def save_peers(
     """
     for peer in peers:
         if peer.optimizer is not None:
-            path = folder / peer.name / _file_of(iterations)
+            path = folder / peer.name / file_of(iterations)
             _save_peer(path, peer, iterations - 1, kept(peer.name))
 
 
@@ -65,7 +65,7 @@ def save_record(
         keep: How many resumable checkpoints stay; 0: all.
         final: Also give the peers' files the name that Detectron2 gives a run's last.
     """
-    file = _file_of(state["iteration"])
+    file = file_of(state["iteration"])
     record = {"format": FORMAT, "file": file, **state}
     atomic_write(folder / RECORD, lambda to: torch.save(record, to))
     if final:
@@ -79,6 +79,12 @@ def save_record(
                 old.unlink(missing_ok=True)
 
 
+def drop(folder: Path, learning: Sequence[str], file: str) -> None:
+    """Remove a checkpoint's files, which no record names any more."""
+    for name in learning:
+        (folder / name / file).unlink(missing_ok=True)
+
+
 def finish(folder: Path, learning: Sequence[str], record: Mapping[str, Any]) -> None:
     """Copy the files that a record names to ``model_final.pth``, where that is not done yet."""
     for name in learning:
@@ -88,7 +94,8 @@ def finish(folder: Path, learning: Sequence[str], record: Mapping[str, Any]) -> 
     _tag(folder, learning, FINAL)
 
 
-def _file_of(iterations: int) -> str:
+def file_of(iterations: int) -> str:
+    """Return the name of the checkpoint after so many iterations."""
     return f"model_{iterations - 1:07d}.pth"  # Detectron2 counts from 0
 
 
@@ -155,7 +162,7 @@ def weights_at(folder: Path, name: str, iterations: int) -> Mapping[str, Any] | 
         name: Of the peer.
         iterations: That were finished; 0: the start's.
     """
-    path = folder / name / (_file_of(iterations) if iterations else START)
+    path = folder / name / (file_of(iterations) if iterations else START)
     try:
         content = read_file(path, sums=True)
     except CheckpointError:

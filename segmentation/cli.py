@@ -164,16 +164,17 @@ def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
     trainer = TransferTrainer(run, resume)
     run = trainer.run
     trainer.train()
-    if run.transfer.SOUP:
-        trainer.make_soups()
-    if run.cfg.TEST.AUG.ENABLED:
-        _report_tta(run, trainer.evaluate(tta=True))
-    if trainer.world.leads and trainer.history:
-        path = write_report(run, trainer)
-        for note in trainer.notes():
-            _logger.warning("%s", note)
-        _logger.info("report: %s", path)
-        write_cards(trainer)
+    with trainer.finishing():
+        if run.transfer.SOUP:
+            trainer.make_soups()
+        if run.cfg.TEST.AUG.ENABLED:
+            _report_tta(run, trainer.evaluate(tta=True))
+        if trainer.world.leads and trainer.history:
+            path = write_report(run, trainer)
+            for note in trainer.notes():
+                _logger.warning("%s", note)
+            _logger.info("report: %s", path)
+            write_cards(trainer)
     return trainer
 
 

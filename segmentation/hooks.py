@@ -158,7 +158,14 @@ class EndIfAsked(HookBase):
             return
         if self.termination.agreed(self.world):
             self.save(False)
-            raise Preempted(f"SIGTERM: saved after iteration {done}; go on with --resume")
+            raise Preempted(preempted_at(done))
+
+
+def preempted_at(done: int) -> str:
+    """Say where SIGTERM ended the run, and how to go on."""
+    if not done:
+        return "SIGTERM: nothing was trained yet; the same command begins anew"
+    return f"SIGTERM: saved after iteration {done}; go on with --resume"
 
 
 class SameBatches:

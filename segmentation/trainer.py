@@ -61,6 +61,7 @@ from segmentation.hooks import (
     SameBatches,
     ToBoard,
     Writers,
+    preempted_at,
 )
 from segmentation.models import build_with_weights
 from segmentation.noise import random_batch
@@ -133,6 +134,9 @@ class TransferTrainer(TrainerBase):
         self.max_iter = run.cfg.SOLVER.MAX_ITER
         self._data: Iterator[Any] = iter(())
         self.termination = Termination()
+        self._due = False  # the evaluation of where the run stands
+        self._written = 0  # iterations finished when the peers' files were written
+        self._spare = ""  # a checkpoint's file that goes with the next one
         seed_all_rng(self.seed + self.world.rank)
         if record is None:
             self._data = self._open_stream()
@@ -145,11 +149,12 @@ class TransferTrainer(TrainerBase):
 
         Raises:
             NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
-            Preempted: SIGTERM came, and a checkpoint was written.
+            Preempted: SIGTERM came, and a checkpoint was written; before any evaluation too, which
+                it ends at once.
         """
         start_iter = self.start_iter if start_iter is None else start_iter
         max_iter = self.max_iter if max_iter is None else max_iter
-        if start_iter >= max_iter:
+        if start_iter >= max_iter and not self._due:
             _logger.info("nothing to do: the run is at iteration %d of %d", start_iter, max_iter)
             self._finish()
             return
@@ -166,6 +171,8 @@ class TransferTrainer(TrainerBase):
                 for peer in self.learners:
                     checkpoints.save_plain(self.folder, peer, 0, checkpoints.START)
             self.storage.put_scalars(**self._evaluate_at(0), smoothing_hint=False)
+        elif self._due and self.start_iter < self.max_iter:  # else it is made at the end
+            self.storage.put_scalars(**self._evaluate_at(self.start_iter), smoothing_hint=False)
 
     def run_step(self) -> None:
         """Learn from TRANSFER.ACCUMULATE batches.
@@ -262,11 +269,24 @@ class TransferTrainer(TrainerBase):
         for samples in itertools.islice(stream, min(STATISTICS_BATCHES, self.max_iter)):
             yield make_batch(samples, self.world.device, self.ignore)
 
-    def save(self, final: bool = False) -> None:
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Let SIGTERM end at once what comes after the training, which a resume makes anew.
+
+        Raises:
+            Preempted: It came.
+        """
+        told = "SIGTERM: trained and saved, but not finished; go on with --resume"
+        with self.termination, self.termination.at_once(told):
+            yield
+
+    def save(self, final: bool = False, due: bool = False) -> None:
         """Write a checkpoint of the run; every rank calls it.
 
         Args:
             final: It is the run's last: also write each peer's ``model_final.pth``.
+            due: An evaluation follows, and a resume shall make it. Where no checkpoint is due, its
+                files go with the next one.
 
         Raises:
             NonFiniteError: A peer's weights are not finite; nothing is written.
@@ -285,8 +305,10 @@ class TransferTrainer(TrainerBase):
                 "scaler": self.engine.scaler.state_dict(),
             }
         )
-        if self.world.leads:
+        changed = self._written != done or self.guard.bounds.policy == "rollback"
+        if self.world.leads and changed:
             checkpoints.save_peers(self.folder, self.peers.here, done, self.guard.kept)
+        self._written, self._due = done, due
         distributed.barrier()
         if self.world.is_main:
             state = {
@@ -305,10 +327,20 @@ class TransferTrainer(TrainerBase):
                 "history": self.history,
                 "lessons": self.lessons,
                 "layouts": self.layouts,
+                "due": due,
             }
             keep, learning = self.run.transfer.KEEP, self.run.learning
+            file, spare = checkpoints.file_of(done), due and not self._saves_at(done)
+            keep += bool(keep) and (spare or self._spare not in ("", file))
             checkpoints.save_record(self.folder, learning, state, keep, final)
+            if self._spare not in ("", file):
+                checkpoints.drop(self.folder, learning, self._spare)
+            self._spare = file if spare else ""
         distributed.barrier()
+
+    def _saves_at(self, done: int) -> bool:
+        period = self.run.cfg.SOLVER.CHECKPOINT_PERIOD
+        return done == self.max_iter or (period > 0 and done % period == 0)
 
     def notes(self) -> list[str]:
         """Say what was left out on the way; nothing where all went well."""
@@ -432,20 +464,28 @@ class TransferTrainer(TrainerBase):
     def _evaluate_now(self) -> dict[str, float]:
         if not self.somebody_learns:  # nothing has changed
             return {}
-        return self._evaluate_at(min(self.iter + 1, self.max_iter))
+        done = min(self.iter + 1, self.max_iter)
+        self.save(due=True)
+        return self._evaluate_at(done)
 
     def _evaluate_at(self, iteration: int) -> dict[str, float]:
         """Evaluate, keep each peer's best, and tell the writers all but the classes' own values."""
+        if self.termination.agreed(self.world):
+            raise Preempted(preempted_at(iteration))
         if iteration:
             self.finite.check(self.engine.scaler)
             lessons = self.ledger.read_epoch().scalars() | self.finite.scalars()
             self.lessons.append({"iteration": iteration, **lessons})
-        metrics = self.evaluate()
+        metrics = self._measure(iteration)
         start = self.history[0] if self.history else metrics
         self._note(iteration, {**metrics, **self.guard.look(iteration, metrics, start)})
         if self.guard.roll_back():
-            self._note(iteration, self.evaluate())
+            self._note(iteration, self._measure(iteration))
         return summary_of(metrics)
+
+    def _measure(self, iteration: int) -> dict[str, float]:
+        with self.termination.at_once(preempted_at(iteration)):
+            return self.evaluate()
 
     def _note(self, iteration: int, metrics: dict[str, float]) -> None:
         """Enter an evaluation into the history, and keep the weights that are best by it."""
@@ -474,7 +514,10 @@ class TransferTrainer(TrainerBase):
         files = {name: self.folder / name / checkpoints.BEST for name in self.best}
         files = {name: path for name, path in files.items() if path.is_file()}
         self.guard.load_state_dict(record.get("guard"), kept, files)
-        self.start_iter = self.iter = int(record["iteration"])
+        self.start_iter = self.iter = self._written = int(record["iteration"])
+        self._due = record.get("due", False)
+        if self._due and not self._saves_at(self.start_iter):
+            self._spare = record["file"]
         self.history, self.lessons = list(record["history"]), list(record["lessons"])
         ranks = SavedRanks(record["ranks"], record.get("seats", 1))
         self.engine.scaler.load_state_dict(dict(ranks.scaler(self.world, record["scaler"])))

@@ -12,6 +12,7 @@ import common.termination
 from common.termination import (
     EXIT_STATUS,
     TOGETHER,
+    Preempted,
     Termination,
     handed_to_children,
     outlive_sigterm,
@@ -71,6 +72,37 @@ def test_signals_that_come_together_are_one_request(monkeypatch, together, ends)
         return 0 if termination.asked else 1
 
     assert in_a_child(work) == ends
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_may_be_lost_is_ended_at_once(before):
+    def work():
+        reached = []
+        with Termination() as termination:
+            if before:
+                os.kill(os.getpid(), signal.SIGTERM)
+            with (
+                pytest.raises(Preempted, match="all is saved"),
+                termination.at_once("all is saved"),
+            ):
+                reached.append(1)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+                reached.append(2)
+            os.kill(os.getpid(), signal.SIGTERM)  # the same request: what follows is not ended
+        return 0 if reached == ([] if before else [1]) else 1
+
+    begun = time.monotonic()
+    assert in_a_child(work) == 0 and time.monotonic() - begun < 8
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_rank_whose_others_have_ended_ends_alike_where_it_was_asked(monkeypatch, asked):
+    monkeypatch.setattr(common.termination.distributed, "is_lost_rank", lambda error: True)
+    termination = Termination()
+    with pytest.raises(Preempted if asked else RuntimeError), termination.at_once("saved"):
+        termination.asked = asked
+        raise RuntimeError("Connection closed by peer")
 
 
 def read_for_ever(ready):

@@ -51,12 +51,14 @@ class Task:
         name: Of its folder.
         data: Of its run.
         points: Where a run can be hit: owner and name of a function.
+        batch: What an evaluation calls for every batch and peer.
         environment: Of its children.
     """
 
     name: str
     data: Path
     points: dict[str, tuple[object, str]]
+    batch: tuple[object, str] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
     def arguments(self, output, *more, resume=False):
@@ -172,13 +174,14 @@ def make_task(name, data):
         evaluator = classification.evaluation.PeerEvaluator
         points = {"in an evaluation": (evaluator, "score")}
         points["between the files of an evaluation"] = (common.trainer, "write_csv")
-        return Task(name, data, step | points | FILES)
+        return Task(name, data, step | points | FILES, (evaluator, "_forward"))
     if name == "saliency":
         videos = {f"annotation/{k:04d}": 6 for k in range(1, 7)} | {"val/0601": 6}
         write_dataset(data, videos, fixations="mat")
-        points = {"in an evaluation": (saliency.evaluation.SaliencyEvaluator, "evaluate")}
+        evaluator = saliency.evaluation.SaliencyEvaluator
+        points = {"in an evaluation": (evaluator, "evaluate")}
         points["between the files of an evaluation"] = (common.trainer, "write_csv")
-        return Task(name, data, step | points | FILES)
+        return Task(name, data, step | points | FILES, (evaluator, "_predict"))
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     import segmentation.trainer
     from tests.segmentation.runs import make_scenes
@@ -187,7 +190,8 @@ def make_task(name, data):
     points = {"in an evaluation": (segmentation.trainer, "evaluate_run")}
     points["between the files of an evaluation"] = (segmentation.trainer, "write_csv")
     environment = {"DETECTRON2_DATASETS": str(data)}
-    return Task(name, data, step | points | FILES, environment)
+    batch = (segmentation.evaluation, "predict")
+    return Task(name, data, step | points | FILES, batch, environment)
 
 
 def count_calls(task, folder):

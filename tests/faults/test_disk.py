@@ -8,6 +8,7 @@ import resource
 import shutil
 import stat
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_folder_that_turns_read_only_is_told(whole_runs, open_folder):
     data.chmod(0o755)  # pytest's own folders are root's alone
     for path in (output, output / "run"):
         os.chown(path, 65534, 65534) if os.geteuid() == 0 else None
-    own = type(task)(task.name, data, task.points)
+    own = replace(task, data=data)
 
     def before():
         if os.geteuid() == 0:

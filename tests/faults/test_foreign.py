@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -76,7 +77,7 @@ def other(task, *changes):
             words = [word.replace(old, new) for word in words]
         return [*words, *(change for change in changes if isinstance(change, str))]
 
-    one = type(task)(task.name, task.data, task.points, task.environment)
+    one = replace(task)
     one.arguments = changed
     return one
 
@@ -147,7 +148,7 @@ def test_data_of_other_classes_is_refused_at_a_resume(whole_runs, tmp_path):
     for split in ("train", "validation"):
         for label in "012":
             shutil.copytree(whole.task.data / split / label, tmp_path / "data" / split / label)
-    one = type(whole.task)(whole.task.name, tmp_path / "data", whole.task.points)
+    one = replace(whole.task, data=tmp_path / "data")
     assert one.run(tmp_path, resume=True) == 1
     assert "the data has 3 classes, the peers tell 10" in the_line(tmp_path)
 

@@ -57,6 +57,45 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(whole, tmp_path):
     assert same(task.final(tmp_path), whole.final)
 
 
+def terminate_in_evaluation(task, number):
+    """Send the signal at the first batch of an evaluation; another batch is an end of its own."""
+    owner, name = task.points["in an evaluation"]
+    evaluate, evaluations, told = getattr(owner, name), [0], []
+
+    def counted(*given, **named):
+        evaluations[0] += 1
+        return evaluate(*given, **named)
+
+    setattr(owner, name, counted)
+    owner, name = task.batch
+    function = getattr(owner, name)
+
+    def wrapped(*given, **named):
+        if told:
+            os._exit(98)
+        if evaluations[0] == number:
+            told.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*given, **named)
+
+    setattr(owner, name, wrapped)
+
+
+@pytest.mark.parametrize("number", [*(pytest.param(k, marks=pytest.mark.slow) for k in (1, 3)), 2])
+def test_an_evaluation_is_ended_at_once_and_made_anew(whole, tmp_path, number):
+    task = whole.task
+    status = task.run(tmp_path, before=lambda: terminate_in_evaluation(task, number))
+    told = (tmp_path / "log.txt").read_text()
+    assert status == EXIT_STATUS, told[-3000:]
+    assert ("nothing was trained yet" if number == 1 else "SIGTERM: saved after") in told
+    assert "Traceback" not in told and task.has_saved(tmp_path) == (number > 1)
+    task.check_saved(tmp_path)
+    assert task.run(tmp_path, resume=number > 1) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    assert same(task.final(tmp_path), whole.final)
+    names = [sorted(p.name for p in (f / "run").rglob("*.pt*")) for f in (tmp_path, whole.folder)]
+    assert names[0] == names[1]  # what was saved for the evaluation alone is gone
+
+
 @pytest.mark.slow
 def test_a_signal_to_the_reading_processes_too_is_outlived(whole, tmp_path):
     task = whole.task
