@@ -20,8 +20,10 @@ from typing import Any
 
 import yaml
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from classification.data import classes_of, common_view, open_dataset
+from classification.held_out import split_held_out
 from classification.options import PeerSpec, build_parser, parse
 from classification.realised import METRIC, read_run
 from classification.scout_costs import ClassifierCosts
@@ -236,11 +238,19 @@ def find_candidates(
     Raises:
         OptionError: See ``inspect``; models of different channels.
     """
-    classes = classes_of(open_dataset(options, False, 3)) if is_labelled(options) else None
+    classes = classes_of(_open_split(options, 3)) if is_labelled(options) else None
     count = len(classes) if classes else None
     candidates = inspect(specs, options, count, options.skip_unfit, watch)
     common_view([candidate.view for candidate in candidates])
     return candidates
+
+
+def _open_split(options: argparse.Namespace, channels: int) -> Dataset:
+    """Open what is scouted on: what a run would be evaluated on, with ``--held-out`` that part."""
+    if not options.held_out:
+        return open_dataset(options, False, channels)
+    whole = open_dataset(options, True, channels)
+    return split_held_out(whole, options.held_out, options.seed)[1]
 
 
 def is_labelled(options: argparse.Namespace) -> bool:
@@ -283,6 +293,7 @@ def ask(
     if options.unlabelled:
         other = argparse.Namespace(**vars(options))
         other.data, other.dataset, other.class_map = options.unlabelled, "", ""
+        other.held_out = 0.0
         logits = _answers(candidates, other, world, watch)
         found = _survey(logits, None, options, watch, calibration)
     assert logits is not None and found is not None
@@ -292,7 +303,7 @@ def ask(
 def _answers(
     candidates: Sequence[Candidate], options: argparse.Namespace, world: World, watch: Watch
 ) -> CachedLogits:
-    dataset = open_dataset(options, False, candidates[0].view.size[0])
+    dataset = _open_split(options, candidates[0].view.size[0])
     split = choose_samples(dataset, options, options.samples)
     cache, at_once = Path(options.cache), options.models_at_once
     return cached_logits(candidates, split, options, cache, world, at_once, watch)
@@ -372,8 +383,8 @@ def command_of(
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     names = (
-        "data val_split samples unlabelled rule score temperature margin student team_size "
-        "predictor seed amp amp_dtype batch_size engine budget_gpu_mem cache"
+        "data val_split held_out samples unlabelled rule score temperature margin student "
+        "team_size predictor seed amp amp_dtype batch_size engine budget_gpu_mem cache"
     ).split()
     values = plain(options)
     return {name: values[name] for name in names}

@@ -168,7 +168,7 @@ def choose_samples(dataset: Dataset, options: argparse.Namespace, most: int | No
     """Take all samples of a split, or a random part of them, and name it by its content.
 
     Args:
-        dataset: From ``open_dataset``.
+        dataset: From ``open_dataset``, or the part of it that is held out.
         options: The run's; its seed draws the part.
         most: Samples at most; None: all.
 
@@ -185,6 +185,9 @@ def choose_samples(dataset: Dataset, options: argparse.Namespace, most: int | No
     if most is not None and most < count:
         generator = torch.Generator().manual_seed(options.seed)
         indices = sorted(torch.randperm(count, generator=generator)[:most].tolist())
+    if isinstance(dataset, Part):
+        indices = [int(dataset.indices[i]) for i in indices]
+        dataset = dataset.dataset
     return Split(dataset, indices, _fingerprint(dataset, indices, options))
 
 
@@ -194,7 +197,8 @@ def _fingerprint(dataset: Dataset, indices: Sequence[int], options: argparse.Nam
     samples = getattr(getattr(dataset, "reader", None), "samples", None)
     if samples is None:
         _logger.warning("cached logits trust the name of this data, for its files are not known")
-        told = [options.dataset, os.path.abspath(options.data), options.val_split, len(dataset)]
+        split = options.train_split if options.held_out else options.val_split
+        told = [options.dataset, os.path.abspath(options.data), split, len(dataset)]
         digest.update(repr([told, list(indices)]).encode())
         return digest.hexdigest()
     root = dataset.reader.root

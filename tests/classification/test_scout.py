@@ -87,8 +87,9 @@ def test_scouting_ranks_every_pair_and_leaves_its_files(digits, trained, scoutin
     assert not re.search(r"(src|href)=\"http", page)
 
 
-def test_the_printed_command_trains_the_team(scouting, tmp_path):
-    found = scout([*scouting, "--rule", "better", "--no-detach-teacher"], bars=False)
+@pytest.mark.parametrize("split", [(), ("--held-out", "0.25")])
+def test_the_printed_command_trains_the_team(scouting, tmp_path, split):
+    found = scout([*scouting, *split, "--rule", "better", "--no-detach-teacher"], bars=False)
     words = shlex.split(found["commands"][0])
     assert words[:2] == ["python", "classification/train.py"]
     options, specs = parse(words[2:])
