@@ -222,14 +222,16 @@ def cautions(analysis: Analysis) -> list[str]:
         )
     seeds = len(summary["seeds"])
     if seeds < ENOUGH_SEEDS:
-        found.append(f"{seeds} seeds prove nothing; take at least {ENOUGH_SEEDS}.")
+        prove = "seed proves" if seeds == 1 else "seeds prove"
+        found.append(f"{seeds} {prove} nothing; take at least {ENOUGH_SEEDS}.")
     weak = [family for family in summary["families"] if family["least_seeds"] > seeds]
     if weak:
         least = max(family["least_seeds"] for family in weak)
+        told = f"{len(weak)} of {len(summary['families'])} families"
         found.append(
-            f"With {seeds} seeds the test's smallest p-value is too large to survive the "
-            f"correction in {len(weak)} of {len(summary['families'])} families: nothing can be "
-            f"shown there. Take at least {least} seeds, or fewer arms."
+            f"With {seeds} seed{'s' * (seeds != 1)} the test's smallest p-value is too large to "
+            f"survive the correction in {told}: nothing can be shown there. Take at least {least} "
+            "seeds, or fewer arms."
         )
     return found
 
@@ -253,7 +255,20 @@ def _about(analysis: Analysis) -> str:
         "An effect is called shown "
         f"where at least {ENOUGH_SEEDS} seeds tell, its interval leaves zero out, and its p-value, "
         "corrected by Holm's method "
-        f"over {families}, is at most {1 - summary['level']:.2g}."
+        f"over {families}, is at most {1 - summary['level']:.2g}.{_false_claims(analysis)}"
+    )
+
+
+def _false_claims(analysis: Analysis) -> str:
+    """Say how many families chance alone would let show something; empty for a single one."""
+    summaries = _summaries(analysis)
+    count = sum(len(summary["families"]) for summary in summaries)
+    if count < 2:
+        return ""
+    expected = count * (1 - summaries[0]["level"])
+    return (
+        f" That corrects each of {count} families by itself: were there no effect at all, up to "
+        f"{expected:.1f} of them would be expected to show one all the same."
     )
 
 

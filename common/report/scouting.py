@@ -394,16 +394,17 @@ def pair_scatter(
     x = [(alone[i] + alone[j]) / 2 for i, j in pairs]
     y = [oracle[i][j] - max(alone[i], alone[j]) for i, j in pairs]
     at = {frozenset((names[i], names[j])): k for k, (i, j) in enumerate(pairs)}
-    best = [team["members"] for team in outcome["teams"] if len(team["members"]) == 2][:_SHOWN]
+    ranked = enumerate((team["members"] for team in outcome["teams"]), 1)
+    best = [(place, members) for place, members in ranked if len(members) == 2][:_SHOWN]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot(x, y, "o", color=COLORS[0], alpha=0.45, markersize=4)
-        for k, members in enumerate(best):
+        for place, members in best:
             where = at[frozenset(members)]
             axes.plot(x[where], y[where], "o", color=COLORS[1], markersize=5)
             axes.annotate(
-                str(k + 1),
+                str(place),
                 (x[where], y[where]),
                 xytext=(5, 4),
                 textcoords="offset points",
@@ -414,7 +415,7 @@ def pair_scatter(
 
     caption = (
         "Every pair of models: right is stronger, up is more complementary. Numbered: the best "
-        "pairs, in the order of the ranking."
+        "pairs, by their place among all teams."
     )
     alt = f"Mean {what} against complementarity of {len(pairs)} pairs"
     return figure_tag([Panel(draw(paint, 3.0), alt)], caption)

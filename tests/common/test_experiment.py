@@ -235,6 +235,8 @@ def test_report_and_tables(whole):
     text = report.read_text()
     for part in ("2 seeds prove nothing", "Cost", "loud", "Every class", "Held-out top1"):
         assert part in text
+    # arms against none and direct comparisons, each of 5 targets: 10 times 0.05
+    assert "each of 10 families by itself" in text and "up to 0.5 of them" in text
     rows = list(csv.DictReader((report.parent / "runs.csv").open()))
     assert len(rows) == 14 and float(rows[0]["start/a/top1"]) > 0
     tested = list(csv.DictReader((report.parent / "comparisons.csv").open()))
