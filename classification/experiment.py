@@ -159,7 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parsed(options: Mapping[str, Any]) -> tuple[argparse.Namespace, list[PeerSpec]]:
     with tempfile.TemporaryDirectory() as folder:
-        return parse(_arguments(options, Path(folder) / "options.yaml"))
+        file = Path(folder) / "options.yaml"
+        try:
+            return parse(_arguments(options, file))
+        except OptionError as error:  # which names a file that nobody wrote
+            raise OptionError(str(error).removeprefix(f"{file}: ")) from error
 
 
 def _exported(

@@ -140,20 +140,23 @@ class _Reject(argparse.Action):
 
 
 Extend = Callable[[argparse.ArgumentParser], None]
+_ABOUT = {
+    "train": "Fine-tune N image classifiers that teach each other.",
+    "validate": "Measure image classifiers, each in its own view, and as an ensemble.",
+    "scout": "Choose, before any training, which of many classifiers should teach each other.",
+}
 
 
 def build_parser(script: str = "train", extend: Extend | None = None) -> argparse.ArgumentParser:
     """Build the parser; every option's dest is timm's.
 
     Args:
-        script: ``train``, or another script that takes its options, for the usage.
+        script: One of those that take these options, for the usage.
         extend: Adds that script's own options.
     """
     parser = argparse.ArgumentParser(
         prog=f"classification/{script}.py",
-        description="Fine-tune N image classifiers that teach each other."
-        if script == "train"
-        else "Measure image classifiers, each in its own view, and as an ensemble.",
+        description=_ABOUT[script],
         allow_abbrev=False,
     )
     flag = {"action": "store_true", "default": False}

@@ -108,7 +108,10 @@ def _read(asked: argparse.Namespace, task: Task) -> Experiment:
     check_corruptions(experiment.corruptions, task, asked.experiment)
     experiment = replace(experiment, device=asked.device)
     for seed in experiment.seeds:  # each may have starts and data of its own
-        names = task.check(experiment.options(START, seed))
+        try:
+            names = task.check(experiment.options(START, seed))
+        except OptionError as error:
+            raise OptionError(f"{asked.experiment}: {error}") from error
     if len(names) != len(experiment.peers):
         raise OptionError(
             f"{asked.experiment}: {len(experiment.peers)} peers stand for {len(names)} models; an "

@@ -302,4 +302,9 @@ def _pairs(
         raise OptionError(
             f"{path}: compare is {pairs!r}; expected a list of [ARM, ARM]; arms: {', '.join(arms)}"
         )
+    if len({frozenset(pair) for pair in pairs}) < len(pairs) or any(a == b for a, b in pairs):
+        raise OptionError(
+            f"{path}: compare is {pairs!r}; expected two different arms each, and no pair twice, "
+            "in either order: each comparison more makes the correction of all stricter"
+        )
     return [(first, second) for first, second in pairs]

@@ -296,4 +296,5 @@ def test_what_ships_is_understood():
 def test_faults_end_in_one_line(digits, tmp_path, caplog):
     assert main([str(small(digits, tmp_path, arms={"x": {"temprature": 1}}))]) == 1
     assert "arm 'x'" in caplog.text and "temperature" in caplog.text
+    assert "options.yaml" not in caplog.text  # which the user has never seen
     assert main([str(tmp_path / "no.yaml")]) == 1

@@ -112,6 +112,8 @@ def test_seed_and_rank_fill_texts_anywhere():
         ({"arms": {"x": {"seed": 3}}}, "same peers and seeds"),
         ({"arms": {"x": 3}}, "expected {option: value}"),
         ({"compare": [["best", "y"]]}, "compare is"),
+        ({"compare": [["best", "best"]]}, "two different arms"),
+        ({"compare": [["best", "random"], ["random", "best"]]}, "no pair twice"),
         ({"primary": "best"}, "choose from chosen, last"),
         ({"tune": {"lr": 0.1}}, "expected a list of values"),
         ({"train": 3}, "train is 3"),
@@ -123,6 +125,9 @@ def test_refuses(change, message):
 
 
 def test_options_of_every_arm_are_tried_before_any_work(tmp_path):
+    path = written(tmp_path, train={"temprature": 2})
+    with pytest.raises(OptionError, match=rf"{path.name}: .*temprature"):
+        run(ToyTask(), [str(path)])
     path = written(tmp_path, arms={"typo": {"temprature": 2}})
     with pytest.raises(OptionError, match=r"arm .typo.*temprature"):
         run(ToyTask(), [str(path)])

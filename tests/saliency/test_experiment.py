@@ -181,6 +181,7 @@ def test_what_ships_is_understood():
 def test_faults_end_in_one_line_before_any_work(data, tmp_path, caplog, more, told):
     assert main([str(small(data, tmp_path, **more))]) == 1
     assert "arm 'x'" in caplog.text and told in caplog.text
+    assert "options.yaml" not in caplog.text  # which the user has never seen
     assert not (tmp_path / "out").exists()
 
 
