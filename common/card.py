@@ -364,10 +364,12 @@ def _effects(analysis: Mapping[str, Any], peer: str) -> str:
             f"the experiment knows no peer {peer!r}, only {', '.join(names)}; give the analysis of "
             "an experiment with the same names"
         )
+    told = "peers named " + ", ".join(f"`{name}`" for name in names)
     head = ("arm", f"gain in {metric} over `{control}`", interval, "seeds", "p (Holm)", "")
     return (
-        f"An experiment with controls, with peers of these names and starts of each seed's own, "
-        f"measured this peer on a test set (positive is better):\n\n{_table(head, rows)}"
+        f"An experiment with controls trained {told}, over seeds, and measured them on a test set. "
+        f"What it found for the one of this name (positive is better); whether this file is of one "
+        f"of its runs was not looked at:\n\n{_table(head, rows)}"
     )
 
 

@@ -76,6 +76,7 @@ def test_an_experiment_is_told_with_what_it_does_not_show(card):
     test = {"names": ["a"], "metric": "top1", "control": "none", "level": 0.95}
     analysis = {"test": {**test, "peer_gains": gains}}
     text = card_text(card, "best", "f", "abc", repo="org/name", analysis=analysis)
+    assert "whether this file is of one of its runs was not looked at" in text
     assert "gain in top1 over `none`" in text
     assert "| best | +0.5 | -1 to +2 | 5 | 0.5 | not shown |" in text
     assert "| solo | -0.5 | -1 to +2 | 5 | 0.5 | shown |" in text
