@@ -367,7 +367,8 @@ class TrainLoader:
             )
         reading = {
             "collate_fn": collate,
-            "pin_memory": options.pin_mem,
+            # not pinned, every copy would wait for the GPU
+            "pin_memory": options.pin_mem or world.device.type == "cuda",
             "worker_init_fn": outlive_sigterm,
         }
         self._loader = self._stream(reading) if self.streaming else self._ahead(reading)
@@ -602,7 +603,7 @@ def eval_loader(
         batch_size=options.validation_batch_size or options.batch_size,
         num_workers=options.workers,
         collate_fn=collate,
-        pin_memory=options.pin_mem,
+        pin_memory=options.pin_mem or world.device.type == "cuda",
         worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),
     )
