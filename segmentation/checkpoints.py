@@ -2,11 +2,14 @@
 
 A checkpoint of the run is whole once ``run.pt`` is written, which names the iteration; a run that
 was killed before goes on from the one before. Every peer's file is a plain Detectron2 checkpoint.
+Of older checkpoints the records are kept too, for where the newest is broken.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +21,8 @@ from common.checkpoint import CheckpointError, atomic_write, load_weights, read_
 from common.peers import Peer
 from segmentation.peer import SegmentorPeer
 
+_logger = logging.getLogger(__name__)
+
 RECORD = "run.pt"
 FORMAT = 1
 BEST = "model_best.pth"
@@ -25,6 +30,7 @@ START = "model_start.pth"
 SOUP = "model_soup.pth"
 FINAL = "model_final.pth"
 LAST = "last_checkpoint"  # where Detectron2 looks for a file's name
+_RECORD_OF = re.compile(r"run_(\d{7,})\.pt")
 _PEER_KEYS = {"model", "optimizer", "scheduler", "iteration"}
 _LEARNING = "unaveraged"  # the weights that learn, where "model" is their average
 _KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "history", "lessons"}
@@ -57,6 +63,8 @@ def save_record(
 ) -> None:
     """Write the record, once every peer's checkpoint is written; prune what is old.
 
+    Checkpoints of later iterations are removed: those of a run that went on from an older one.
+
     Args:
         folder: Of the run.
         learning: Names of the peers that have checkpoints.
@@ -67,20 +75,27 @@ def save_record(
     """
     file = file_of(state["iteration"])
     record = {"format": FORMAT, "file": file, **state}
-    atomic_write(folder / RECORD, lambda to: torch.save(record, to))
+    for path in (folder / _record_of(file), folder / RECORD):
+        atomic_write(path, lambda to: torch.save(record, to))
     if final:
         finish(folder, learning, record)
     else:
         _tag(folder, learning, file)
     for name in learning:
-        files = sorted((folder / name).glob("model_[0-9]*.pth"))
-        for old in files[:-keep] if keep else ():
-            if old.name != file:
-                old.unlink(missing_ok=True)
+        _prune(sorted((folder / name).glob("model_[0-9]*.pth")), file, keep)
+    _prune(_older_records(folder), _record_of(file), keep)
+
+
+def _prune(files: Sequence[Path], newest: str, keep: int) -> None:
+    """Remove files of other checkpoints, in order, than of the newest and those before it."""
+    end = [path.name for path in files].index(newest) + 1
+    for path in [*files[end:], *(files[: max(end - keep, 0)] if keep else ())]:
+        path.unlink(missing_ok=True)
 
 
 def drop(folder: Path, learning: Sequence[str], file: str) -> None:
-    """Remove a checkpoint's files, which no record names any more."""
+    """Remove a checkpoint that is not the newest."""
+    (folder / _record_of(file)).unlink(missing_ok=True)
     for name in learning:
         (folder / name / file).unlink(missing_ok=True)
 
@@ -97,6 +112,16 @@ def finish(folder: Path, learning: Sequence[str], record: Mapping[str, Any]) -> 
 def file_of(iterations: int) -> str:
     """Return the name of the checkpoint after so many iterations."""
     return f"model_{iterations - 1:07d}.pth"  # Detectron2 counts from 0
+
+
+def _record_of(file: str) -> str:
+    return file.replace("model_", "run_").replace(".pth", ".pt")
+
+
+def _older_records(folder: Path) -> list[Path]:
+    """List the records of single checkpoints, oldest first; the newest one is ``RECORD`` too."""
+    found = (path for path in folder.glob("run_*.pt") if _RECORD_OF.fullmatch(path.name))
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("run_")))
 
 
 def _save_peer(path: Path, peer: SegmentorPeer, iteration: int, kept: Mapping[str, Any]) -> None:
@@ -184,6 +209,11 @@ def check_starts(folder: Path, names: Sequence[str]) -> None:
             )
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds records of a run, good or not."""
+    return (folder / RECORD).exists() or bool(_older_records(folder))
+
+
 def find(folder: Path) -> dict[str, Any] | None:
     """Read a run's record; None where there is none.
 
@@ -191,8 +221,45 @@ def find(folder: Path) -> dict[str, Any] | None:
         CheckpointError: A file that is no such record, or of a newer version.
     """
     path = folder / RECORD
-    if not path.is_file():
-        return None
+    return _read_record(path) if path.is_file() else None
+
+
+def find_good(folder: Path, learning: Sequence[str]) -> dict[str, Any] | None:
+    """Read the newest record that is good and whose checkpoints are; warn of newer ones.
+
+    Args:
+        folder: Of the run.
+        learning: Names of the peers that have checkpoints.
+
+    Returns:
+        The record; None where the folder has none.
+
+    Raises:
+        CheckpointError: It has some, and none is good.
+    """
+    paths = [path for path in (folder / RECORD,) if path.is_file()] + _older_records(folder)[::-1]
+    passed: list[int] = []
+    for path in paths:
+        try:
+            record = _read_record(path)
+            if record["iteration"] in passed:
+                continue  # told already, of the same checkpoint's other record
+            passed.append(record["iteration"])
+            for name in learning:
+                _read_peer(folder / name / record["file"], record["iteration"] - 1)
+        except CheckpointError as error:
+            _logger.warning("passed over: %s", error)
+        else:
+            return record
+    if paths:
+        raise CheckpointError(
+            f"{folder}: none of its {len(paths)} records names checkpoints that can all be read; "
+            "give another OUTPUT_DIR"
+        )
+    return None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
     record = read_file(path, sums=True)
     if not set(record) >= _KEYS:
         raise CheckpointError(f"{path}: not the record of a run; remove it, or resume elsewhere")
@@ -205,29 +272,33 @@ def find(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_settings(
-    folder: Path, record: Mapping[str, Any], settings: Mapping[str, str]
+    folder: Path, record: Mapping[str, Any], settings: Mapping[str, str], allow: bool
 ) -> None:
-    """Refuse to go on with a run under settings that it cannot change.
+    """Refuse to go on with a run under other settings than it had, or tell them.
 
     Args:
         folder: Of the run.
         record: From ``find``.
         settings: From ``segmentation.config.lasting_settings``.
+        allow: Only tell them.
 
     Raises:
         CheckpointError: Names each with both values.
     """
     had = record.get("settings", {})
     differ = [
-        f"{key} was {had[key]}, is {value}"
+        f"{key} {had[key]} -> {value}"
         for key, value in settings.items()
         if had.get(key, value) != value
     ]
-    if differ:
+    if differ and not allow:
         raise CheckpointError(
-            f"{folder}: the run cannot be resumed with other settings: {'; '.join(differ)}. Give "
-            "the run's own, or start another from its weights in another OUTPUT_DIR"
+            f"{folder}: the run had other settings: {'; '.join(differ)}. Give its own, or "
+            "--allow-changed-options to go on under these, or start a run of its own from the "
+            "peers' weights in another OUTPUT_DIR"
         )
+    if differ:
+        _logger.warning("resuming with other settings than the run had: %s", "; ".join(differ))
 
 
 def load(
@@ -260,25 +331,18 @@ def load(
 
 
 def _older(path: Path) -> str:
-    """Tell what else there is to start from; the record is of its newest file alone."""
+    """Tell what else there is to go on or to start from."""
     names = [old.name for old in sorted(path.parent.glob("model_[0-9]*.pth")) if old != path]
     if not names:
         return ""
     return (
-        f". No resume goes back to older checkpoints of {path.parent}; to start another run from "
-        f"their weights, give them as its WEIGHTS: {', '.join(names)}"
+        f". --resume auto goes back to the newest older checkpoint of {path.parent} that is good; "
+        f"to start another run from their weights, give them as its WEIGHTS: {', '.join(names)}"
     )
 
 
 def _load_peer(path: Path, peer: Any, iteration: int) -> dict[str, Any]:
-    content = read_file(path, sums=True)
-    if not set(content) >= _PEER_KEYS:
-        raise CheckpointError(f"{path}: not a checkpoint of a run; it cannot be resumed")
-    if content["iteration"] != iteration:
-        raise CheckpointError(
-            f"{path}: of iteration {content['iteration']}, the run's record is of {iteration}; the "
-            "peers' files are not of one moment"
-        )
+    content = _read_peer(path, iteration)
     load_weights(peer.module, content.get(_LEARNING, content["model"]), path)
     if peer.average is not None:
         load_weights(peer.average.module, content["model"], path)
@@ -290,3 +354,15 @@ def _load_peer(path: Path, peer: Any, iteration: int) -> dict[str, Any]:
         ) from error
     peer.scheduler.load_state_dict(content["scheduler"])
     return {k: value for k, value in content.items() if k not in {*_PEER_KEYS, _LEARNING}}
+
+
+def _read_peer(path: Path, iteration: int) -> dict[str, Any]:
+    content = read_file(path, sums=True)
+    if not set(content) >= _PEER_KEYS:
+        raise CheckpointError(f"{path}: not a checkpoint of a run; it cannot be resumed")
+    if content["iteration"] != iteration:
+        raise CheckpointError(
+            f"{path}: of iteration {content['iteration']}, the run's record is of {iteration}; the "
+            "peers' files are not of one moment"
+        )
+    return content

@@ -48,6 +48,7 @@ from segmentation.trainer import (
 )
 
 _logger = logging.getLogger("segmentation")
+_AUTO = "--resume-auto"  # what "--resume auto" is to argparse
 _LOGGERS = ("fvcore", "detectron2", "segmentation", "common")
 
 
@@ -72,13 +73,42 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let YAML files run the Python they hold; only for files you trust",
     )
+    built.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run of OUTPUT_DIR, or start it; `--resume auto` goes back to an older "
+        "checkpoint where the newest is broken",
+    )
+    built.add_argument(
+        "--allow-changed-options",
+        action="store_true",
+        help="resume under other settings than the run had, and tell them, instead of refusing",
+    )
+    built.add_argument(
+        _AUTO, dest="resume", action="store_const", const="auto", help=argparse.SUPPRESS
+    )
     add_plan_options(built)
     return built
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; ``--resume`` alone takes no value, since KEY VALUE may follow it.
+
+    Args:
+        arguments: None: ``sys.argv``.
+    """
+    words: list[str] = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if word == "auto" and words[-1:] == ["--resume"]:
+            words[-1] = _AUTO
+        else:
+            words.append(_AUTO if word == "--resume=auto" else word)
+    return parser().parse_args(words)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         run = load_run(options.config_file, options.opts or [], options.allow_unsafe_config)
         if options.plan:
@@ -118,7 +148,7 @@ def work(run: RunConfig, options: argparse.Namespace) -> None:
         if options.eval_only:
             evaluate_only(run, options.resume)
         else:
-            train(run, options.resume)
+            train(run, options.resume, options.allow_changed_options)
 
 
 def _launch(run: RunConfig, options: argparse.Namespace) -> int:
@@ -159,9 +189,9 @@ def _failed(error: object) -> int:
     return 1
 
 
-def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
+def train(run: RunConfig, resume: bool | str = False, allow: bool = False) -> TransferTrainer:
     """Train as the run says, evaluate with TTA where it is asked for, write the report."""
-    trainer = TransferTrainer(run, resume)
+    trainer = TransferTrainer(run, resume, allow)
     run = trainer.run
     trainer.train()
     with trainer.finishing():
@@ -178,11 +208,16 @@ def train(run: RunConfig, resume: bool = False) -> TransferTrainer:
     return trainer
 
 
-def evaluate_only(run: RunConfig, resume: bool = False) -> dict[str, float]:
-    """Evaluate the peers' MODEL.WEIGHTS, or with ``resume`` the run's last checkpoint."""
+def evaluate_only(run: RunConfig, resume: bool | str = False) -> dict[str, float]:
+    """Evaluate the peers' MODEL.WEIGHTS, or with ``resume`` the run's last checkpoint.
+
+    Args:
+        run: Its peers.
+        resume: ``auto``: the newest good checkpoint.
+    """
     peers = [
         SegmentorPeer(config.name, build_with_weights(config)[0], config.cfg, frozen=True)
-        for config in (_at_last_checkpoint(run) if resume else run.peers)
+        for config in (_at_last_checkpoint(run, resume) if resume else run.peers)
     ]
     bad = allowed(run.transfer.MAX_BAD_SAMPLES)
     world = current_world(run.cfg.MODEL.DEVICE)
@@ -250,7 +285,7 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
             f"OUTPUT_DIR {run.output_dir}: cannot be written to ({error.strerror}); give another"
         ) from error
     fresh = not (options.resume or options.eval_only)
-    if fresh and (run.output_dir / checkpoints.RECORD).exists():
+    if fresh and checkpoints.is_run(run.output_dir):
         raise ConfigError(
             f"{run.output_dir}: holds an earlier run; give --resume to go on with it, or another "
             "OUTPUT_DIR"
@@ -347,9 +382,12 @@ def _handlers_of_files() -> list[logging.Handler]:
     ]
 
 
-def _at_last_checkpoint(run: RunConfig) -> list[Any]:
+def _at_last_checkpoint(run: RunConfig, resume: bool | str) -> list[Any]:
     """Point every peer that learned at its file of the run's last checkpoint."""
-    record = checkpoints.find(run.output_dir)
+    if resume == "auto":
+        record = checkpoints.find_good(run.output_dir, run.learning)
+    else:
+        record = checkpoints.find(run.output_dir)
     if record is None:
         raise CheckpointError(f"{run.output_dir}: no checkpoint of a run; nothing to resume")
     for peer in run.peers:

@@ -69,9 +69,13 @@ SHARED_KEYS = (
     "MODEL.DEVICE",
     "SEED",
 )
-# Of the solver, what a run may be resumed with in another value.
-MAY_CHANGE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
-_LASTING = ("ACCUMULATE", "AMP_DTYPE", "MODEL_EMA", "MODEL_EMA_SPAN", "MODEL_EMA_DECAY")
+# Of models, inputs and solvers, what a run may be resumed with in another value.
+MAY_CHANGE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "MODEL.WEIGHTS", "MODEL.DEVICE")
+_LASTING = (
+    "RULE SCORE GRANULARITY WEIGHT TEMPERATURE DETACH_TEACHER MARGIN WARMUP_ITERS TEACHERS "
+    "MODEL_EMA MODEL_EMA_SPAN MODEL_EMA_DECAY ACCUMULATE AMP_DTYPE GUARD GUARD_METRIC_DROP "
+    "GUARD_PATIENCE HELD_OUT"
+).split()
 
 
 @dataclass(frozen=True)
@@ -127,16 +131,17 @@ class RunConfig:
 
 
 def lasting_settings(run: RunConfig) -> dict[str, str]:
-    """Return by name what a run cannot change on its way: its data, its batches, its solvers."""
+    """Return by name what a run does not change on its way: data, lessons, models, solvers."""
     cfg = run.cfg
     keys = ("DATASETS.TRAIN", "DATASETS.TEST", "SEED")
     found: dict[str, Any] = {key: value_at(cfg, key) for key in keys}
     found |= {f"TRANSFER.{key}": run.transfer[key] for key in _LASTING}
     for peer in run.peers:
         found[f"{PEER_PREFIX}{peer.name}.FROZEN"] = peer.frozen
-        for key, value in flat(peer.cfg.SOLVER, "SOLVER"):
-            if key not in MAY_CHANGE:
-                found[key if key in SHARED_KEYS else f"{PEER_PREFIX}{peer.name}.{key}"] = value
+        for node in ("MODEL", "INPUT", "SOLVER"):
+            for key, value in flat(peer.cfg[node], node):
+                if key not in MAY_CHANGE:
+                    found[key if key in SHARED_KEYS else f"{PEER_PREFIX}{peer.name}.{key}"] = value
     return {key: repr(value) for key, value in found.items()}
 
 

@@ -84,7 +84,9 @@ class TransferTrainer(TrainerBase):
 
     Args:
         run: From ``segmentation.config.load_run``.
-        resume: Go on where the folder's last checkpoint stands, if there is one.
+        resume: Go on where the folder's last checkpoint stands, if there is one; ``auto``: where
+            its newest good one stands.
+        allow: Go on under other settings than the run had.
 
     Attributes:
         run: As given; with TRANSFER.HELD_OUT, on the parts of its training data.
@@ -100,7 +102,7 @@ class TransferTrainer(TrainerBase):
         ConfigError, SegmentorError, CheckpointError, DataError: Bad input, before any training.
     """
 
-    def __init__(self, run: RunConfig, resume: bool = False) -> None:
+    def __init__(self, run: RunConfig, resume: bool | str = False, allow: bool = False) -> None:
         super().__init__()
         if all(peer.frozen for peer in run.peers):
             raise ConfigError("every peer is FROZEN; nothing would be trained")
@@ -109,7 +111,8 @@ class TransferTrainer(TrainerBase):
         self.ignore = check_classes({peer.name: peer.cfg for peer in run.peers})
         self.folder = run.output_dir
         self.settings = lasting_settings(run)
-        record = self._find_record() if resume else None
+        record = self._find_record(resume == "auto", allow) if resume else None
+        self._record = record
         self.seed = self._draw_seed() if record is None else int(record["seed"])
         self.history: list[dict[str, float]] = []
         self.lessons: list[dict[str, float]] = []
@@ -314,6 +317,7 @@ class TransferTrainer(TrainerBase):
             state = {
                 "peers": self.peers.names,
                 "iteration": done,
+                "max_iter": self.max_iter,
                 "seed": self.seed,
                 "origins": self.origins,
                 "settings": self.settings,
@@ -348,18 +352,29 @@ class TransferTrainer(TrainerBase):
 
     def _finish(self) -> None:
         """Give a run that was killed at its very end the files that it lacks."""
-        record = checkpoints.find(self.folder) if self.world.is_main else None
-        if record is not None:
-            checkpoints.finish(self.folder, self.run.learning, record)
+        if self.world.is_main and self._record is not None:
+            keep, learning = self.run.transfer.KEEP, self.run.learning
+            checkpoints.save_record(self.folder, learning, self._record, keep, final=True)
         distributed.barrier()
 
-    def _find_record(self) -> dict[str, Any] | None:
-        record = checkpoints.find(self.folder)
+    def _find_record(self, auto: bool, allow: bool) -> dict[str, Any] | None:
+        if auto:
+            record = checkpoints.find_good(self.folder, self.run.learning)
+        else:
+            record = checkpoints.find(self.folder)
         refuse_other_moments(*([] if record is None else [record["iteration"]]))
         if record is None:
             _logger.warning("no checkpoint of a run in %s: starting anew", self.folder)
         else:
-            checkpoints.refuse_other_settings(self.folder, record, self.settings)
+            checkpoints.refuse_other_settings(self.folder, record, self.settings, allow)
+            had = record.get("max_iter", self.run.cfg.SOLVER.MAX_ITER)
+            if had != self.run.cfg.SOLVER.MAX_ITER:
+                _logger.warning(
+                    "SOLVER.MAX_ITER was %d, is %d: from here on learning rates that follow a "
+                    "schedule, and averages that reach back over a share of the run, are those of "
+                    "a run of %d iterations",
+                    *(had, *[self.run.cfg.SOLVER.MAX_ITER] * 2),
+                )
         return record
 
     def _tell_origins(self, record: dict[str, Any] | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pytest
 
 from common.checkpoint import list_runs
 from saliency.train import main
+from tests.faults.runs import same
 from tests.faults.test_disk import the_line
 
 
@@ -51,7 +52,8 @@ def test_a_broken_file_of_a_segmentor_is_refused_by_name(whole_runs, tmp_path, h
     harm(path)
     assert whole.task.run(tmp_path, "SOLVER.MAX_ITER", "6", resume=True) == 1
     line = the_line(tmp_path)
-    assert str(path) in line and "older checkpoints" in line and "model_0000001.pth" in line
+    assert str(path) in line and "older checkpoint" in line and "model_0000001.pth" in line
+    assert "--resume auto" in line
 
 
 @pytest.mark.slow
@@ -66,6 +68,24 @@ def test_auto_passes_over_what_is_broken(whole_runs, tmp_path, task):
     assert str(whole.task.final(tmp_path)) == str(whole.final)
 
 
+@pytest.mark.parametrize("broken", ["fpn/model_0000003.pth", "run.pt"])
+def test_auto_passes_over_what_is_broken_of_segmentors(whole_runs, tmp_path, broken):
+    whole = whole_runs("segmentation")
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    cut(tmp_path / "run" / broken)
+    (tmp_path / "run" / "fpn" / "model_0000099.pth").touch()  # of a moment that is lost
+    assert other(whole.task, ("--resume", "--resume=auto")).run(tmp_path, resume=True) == 0
+    told = (tmp_path / "log.txt").read_text()
+    assert f"passed over: {tmp_path / 'run' / broken}" in told and "Traceback" not in told
+    assert ("resumed after iteration 2" in told) == (broken != "run.pt")
+    assert same(whole.task.final(tmp_path), whole.final)
+    names = [
+        sorted(str(path.relative_to(run)) for path in run.rglob("*.pt*"))
+        for run in (tmp_path / "run", whole.folder / "run")
+    ]
+    assert broken == "run.pt" or names[0] == names[1]
+
+
 def other(task, *changes):
     """Return the task with words of its arguments replaced, and others added."""
     arguments = task.arguments
@@ -74,7 +94,7 @@ def other(task, *changes):
         words = [str(word) for word in arguments(output, *more, resume=resume)]
         for old, new in (change for change in changes if isinstance(change, tuple)):
             assert any(old in word for word in words)
-            words = [word.replace(old, new) for word in words]
+            words = [part for word in words for part in word.replace(old, new).split("\n")]
         return [*words, *(change for change in changes if isinstance(change, str))]
 
     one = replace(task)
@@ -103,9 +123,16 @@ FOREIGN = {
         (["--opt", "sgd", ALLOWED], "state of Adam, not of SGD"),
     ],
     "segmentation": [
-        (["PEER.fpn.MODEL.FPN.OUT_CHANNELS", "16"], "not a checkpoint of this SemanticSegmentor"),
-        (["PEER.fpn.SOLVER.OPTIMIZER", "ADAMW"], "OPTIMIZER was 'SGD', is 'ADAMW'"),
-        (["DATASETS.TRAIN", "('scenes_val',)"], "DATASETS.TRAIN was ('scenes_train',)"),
+        (["PEER.fpn.MODEL.FPN.OUT_CHANNELS", "16"], "MODEL.FPN.OUT_CHANNELS 8 -> 16"),
+        (
+            [
+                ("--resume", "--resume\n--allow-changed-options"),
+                *"PEER.fpn.MODEL.FPN.OUT_CHANNELS 16".split(),
+            ],
+            "not a checkpoint of this SemanticSegmentor",
+        ),
+        (["PEER.fpn.SOLVER.OPTIMIZER", "ADAMW"], "OPTIMIZER 'SGD' -> 'ADAMW'"),
+        (["DATASETS.TRAIN", "('scenes_val',)"], "DATASETS.TRAIN ('scenes_train',) -> "),
     ],
 }
 
@@ -120,6 +147,22 @@ def test_another_runs_checkpoint_is_refused_by_name(whole_runs, tmp_path, task, 
     shutil.copytree(whole.folder / "run", tmp_path / "run")
     assert other(whole.task, *changes).run(tmp_path, resume=True) == 1
     assert says in the_line(tmp_path)
+
+
+def test_a_segmentation_run_under_other_settings_is_refused_with_all_of_them(whole_runs, tmp_path):
+    whole = whole_runs("segmentation")
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    more = "TRANSFER.RULE mutual TRANSFER.TEMPERATURE 2 SEED 9 SOLVER.MAX_ITER 5".split()
+    assert other(whole.task, *more).run(tmp_path, resume=True) == 1
+    line = the_line(tmp_path)
+    for change in ("RULE 'random' -> 'mutual'", "TEMPERATURE 1.0 -> 2.0", "SEED 1 -> 9"):
+        assert change in line
+    assert "--allow-changed-options" in line and "MAX_ITER" not in line
+    one = other(whole.task, ("--resume", "--resume\n--allow-changed-options"), *more)
+    assert one.run(tmp_path, resume=True) == 0
+    told = (tmp_path / "log.txt").read_text()
+    assert "resuming with other settings than the run had: SEED 1 -> 9" in told
+    assert "SOLVER.MAX_ITER was 4, is 5" in told
 
 
 @pytest.mark.parametrize("task", ["classification", "saliency"])

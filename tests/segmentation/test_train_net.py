@@ -529,17 +529,17 @@ def test_a_fresh_run_is_not_written_over_an_older_one(finished, datasets, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["SOLVER.BASE_LR", 0.5], r"PEER\.fpn\.SOLVER\.BASE_LR was 0\.01, is 0\.5"),
-        (["PEER.deeplab.SOLVER.OPTIMIZER", "ADAMW"], r"OPTIMIZER was 'SGD', is 'ADAMW'"),
-        (["SOLVER.IMS_PER_BATCH", 4], "SOLVER.IMS_PER_BATCH was 2, is 4"),
-        (["SOLVER.AMP.ENABLED", True], r"SOLVER\.AMP\.ENABLED was False, is True"),
-        (["TRANSFER.ACCUMULATE", 2], "TRANSFER.ACCUMULATE was 1, is 2"),
-        (["DATASETS.TRAIN", ("scenes_val",)], "DATASETS.TRAIN was .*scenes_train.*scenes_val"),
+        (["SOLVER.BASE_LR", 0.5], r"PEER\.fpn\.SOLVER\.BASE_LR 0\.01 -> 0\.5"),
+        (["PEER.deeplab.SOLVER.OPTIMIZER", "ADAMW"], r"OPTIMIZER 'SGD' -> 'ADAMW'"),
+        (["SOLVER.IMS_PER_BATCH", 4], "SOLVER.IMS_PER_BATCH 2 -> 4"),
+        (["SOLVER.AMP.ENABLED", True], r"SOLVER\.AMP\.ENABLED False -> True"),
+        (["TRANSFER.ACCUMULATE", 2], "TRANSFER.ACCUMULATE 1 -> 2"),
+        (["DATASETS.TRAIN", ("scenes_val",)], "DATASETS.TRAIN .*scenes_train.* -> .*scenes_val"),
     ],
 )
 def test_other_settings_are_refused_at_resume(finished, datasets, options, message):
     run = load_run([finished / "run.yaml"], options)
-    with pytest.raises(CheckpointError, match=f"{message}.*Give the run's own"):
+    with pytest.raises(CheckpointError, match=f"{message}.*Give its own"):
         TransferTrainer(run, resume=True)
 
 

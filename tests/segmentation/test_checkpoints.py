@@ -1,0 +1,95 @@
+"""Checkpoints of a run of segmentors: which is the newest good one, and which go."""
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
+
+from common.checkpoint import CheckpointError
+from segmentation import checkpoints
+
+PEERS = ("a", "b")
+
+
+def save(folder, iteration, keep=3):
+    file = checkpoints.file_of(iteration)
+    for name in PEERS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        content = {"model": {}, "optimizer": {}, "scheduler": {}, "iteration": iteration - 1}
+        torch.save(content, folder / name / file)
+    state = dict.fromkeys(checkpoints._KEYS - {"format"}) | {"iteration": iteration}
+    checkpoints.save_record(folder, PEERS, state, keep)
+
+
+def names_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*_0*.pt*"))
+
+
+def files_of(*iterations):
+    numbers = [f"{iteration - 1:07d}" for iteration in iterations]
+    records = [f"run_{number}.pt" for number in numbers]
+    return sorted([*records, *(f"{p}/model_{n}.pth" for p in PEERS for n in numbers)])
+
+
+def found(folder):
+    record = checkpoints.find_good(folder, PEERS)
+    return record and record["iteration"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def test_the_newest_are_kept_with_their_records(tmp_path):
+    assert not checkpoints.is_run(tmp_path) and found(tmp_path) is None
+    for iteration in (2, 4, 6, 8):
+        save(tmp_path, iteration)
+    assert names_in(tmp_path) == files_of(4, 6, 8)
+    assert found(tmp_path) == 8 and checkpoints.is_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "stands"),
+    [
+        (("run.pt",), 6),  # of which there is another
+        (("run.pt", "run_0000005.pt"), 4),
+        (("b/model_0000005.pth",), 4),
+        (("a/model_0000005.pth", "b/model_0000003.pth"), 2),
+    ],
+)
+def test_what_is_broken_is_passed_over_and_told(tmp_path, caplog, broken, stands):
+    for iteration in (2, 4, 6):
+        save(tmp_path, iteration)
+    for name in broken:
+        cut(tmp_path / name)
+    assert found(tmp_path) == stands
+    assert all(f"passed over: {tmp_path / name}" in caplog.text for name in broken)
+
+
+def test_files_of_another_moment_are_passed_over(tmp_path):
+    for iteration in (2, 4):
+        save(tmp_path, iteration)
+    path = tmp_path / "a" / "model_0000003.pth"
+    path.write_bytes((tmp_path / "a" / "model_0000001.pth").read_bytes())
+    assert found(tmp_path) == 2
+
+
+def test_where_none_is_good_the_run_is_not_begun_anew(tmp_path):
+    save(tmp_path, 2)
+    cut(tmp_path / "a" / "model_0000001.pth")
+    with pytest.raises(CheckpointError, match="none of its 2 records names checkpoints that can"):
+        found(tmp_path)
+
+
+def test_a_run_that_goes_on_from_an_older_one_removes_the_later(tmp_path):
+    for iteration in (2, 4, 6):
+        save(tmp_path, iteration)
+    save(tmp_path, 3)
+    assert names_in(tmp_path) == files_of(2, 3) and found(tmp_path) == 3
+
+
+def test_a_checkpoint_for_an_evaluation_alone_goes_with_the_next(tmp_path):
+    for iteration in (2, 3, 4):
+        save(tmp_path, iteration)
+    checkpoints.drop(tmp_path, PEERS, checkpoints.file_of(3))
+    assert names_in(tmp_path) == files_of(2, 4)
