@@ -69,8 +69,8 @@ from common.statistics import ENOUGH_SEEDS, unit_of
 
 Analysis = Mapping[str, Any]
 WEIGHTS = {
-    "chosen": "the epoch that the held-out part chose for each peer",
-    "last": "the last epoch",
+    "chosen": "the {unit} that the held-out part chose for each peer",
+    "last": "the last {unit}",
 }
 MANY_CLASSES = 30
 MOST_COLOURS = 6
@@ -110,7 +110,7 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
     sections = [
         section(
             f"Gains over {summary['control']}",
-            tag("p", f"Measured on the test set at {WEIGHTS[analysis['primary']]}."),
+            tag("p", f"Measured on the test set at {_weights(analysis, analysis['primary'])}."),
             *forest(summary),
             effects_table(summary),
             folded("p-values", p_table(summary, analysis["together"])),
@@ -216,9 +216,11 @@ def cautions(analysis: Analysis) -> list[str]:
     summary = analysis["test"]
     found = []
     if analysis["missing"]:
+        count = len(analysis["missing"])
         found.append(
-            f"{len(analysis['missing'])} jobs are not finished ({listed(analysis['missing'][:6])}"
-            f"{', ...' if len(analysis['missing']) > 6 else ''}); their seeds are left out."
+            f"{count} job{'s are' if count > 1 else ' is'} not finished "
+            f"({listed(analysis['missing'][:6])}{', ...' if count > 6 else ''}): each difference "
+            "is over the seeds that both its arms have."
         )
     seeds = len(summary["seeds"])
     if seeds < ENOUGH_SEEDS:
@@ -236,6 +238,15 @@ def cautions(analysis: Analysis) -> list[str]:
     return found
 
 
+def _unit(analysis: Analysis) -> str:
+    """Say in what the runs count: epochs, or iterations."""
+    return unit_of([row for rows in analysis["curves"].values() for row in rows])
+
+
+def _weights(analysis: Analysis, which: str) -> str:
+    return WEIGHTS[which].format(unit=_unit(analysis))
+
+
 def _about(analysis: Analysis) -> str:
     summary = analysis["test"]
     seeds = len(summary["seeds"])
@@ -244,9 +255,11 @@ def _about(analysis: Analysis) -> str:
         if analysis["together"]
         else "all arms, for each target by itself"
     )
+    unit = _unit(analysis)
     epoch = {
-        "chosen": "Epochs and settings were chosen on a held-out part of the training data",
-        "last": "The last epoch is tested, which nothing chose",
+        "chosen": f"{unit.capitalize()}s and settings were chosen on a held-out part of the "
+        "training data",
+        "last": f"The last {unit} is tested, which nothing chose",
     }[analysis["primary"]]
     return (
         f"{listed(summary['names'])}: {len(summary['arms'])} arms from the same starts, over "
@@ -374,16 +387,18 @@ def _every_effect(summary: Mapping[str, Any]) -> dict[str, dict[str, Row | None]
 def _others_sections(analysis: Analysis) -> list[Section]:
     found = []
     for which, summary in analysis["other"].items():
-        about = f"The same runs at {WEIGHTS[which]}. No claim above rests on this table."
+        weights = _weights(analysis, which)
+        about = f"The same runs at {weights}. No claim above rests on this table."
         parts = [tag("p", about), effects_table(summary)]
         if which == "last":
             epochs = [
                 [arm, *(number(analysis["epochs"][arm][name], 1) for name in analysis["names"])]
                 for arm in analysis["epochs"]
             ]
-            caption = "Epoch that the held-out part chose, mean over seeds."
+            unit = _unit(analysis).capitalize()
+            caption = f"{unit} that the held-out part chose, mean over seeds."
             parts.append(data_table(caption, ["Arm", *analysis["names"]], epochs))
-        found.append(section(f"At {WEIGHTS[which]}", *parts))
+        found.append(section(f"At {weights}", *parts))
     return found
 
 

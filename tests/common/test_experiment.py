@@ -274,6 +274,10 @@ def test_what_is_not_finished_is_told_and_left_out(tmp_path):
     done(path, "start:0", "none:0", "best:0")
     text = run(ToyTask(), [str(path), "--report"]).read_text()
     assert "2 jobs are not finished (none:1 and best:1)" in text
+    assert "1 seed proves nothing" in text and "at the epoch that the held-out part" in text
+    done(path, "start:1", "none:1")
+    text = run(ToyTask(), [str(path), "--report"]).read_text()
+    assert "1 job is not finished (best:1): each difference is over" in text
 
 
 def test_sentences_claim_what_survives_correction_alone(tmp_path):

@@ -214,6 +214,7 @@ def test_an_experiment_from_its_yaml_to_its_report(datasets, tmp_path):
     assert main([str(path), "--report"]) == 0
     report = (tmp_path / "out/report.html").read_text()
     assert "Calibration" in report and "labelled pixels" in report and "Other metrics" in report
+    assert "at the iteration that the held-out part chose" in report and "epoch" not in report
     analysis = json.loads((tmp_path / "out/analysis.json").read_text())
     assert analysis["test"]["metric"] == "mIoU" and analysis["classes"]["pixel"]["fpn"]
     assert analysis["recalibrated"]["gains"]["pixel"]["ensemble"]
