@@ -41,14 +41,22 @@ from common.outputs import (
     seat_world,
     start_world,
 )
-from common.peers import Peer, PeerGroup, share_statistics
+from common.peers import Peer, PeerGroup, UnreachedError, share_statistics
 from common.roles import NonFiniteError
 from common.score_temperatures import ScoreTemperatures
 from common.trainer import Plan, Progress, Trainer
 
 _logger = logging.getLogger("train")
 
-FAULTS = (OptionError, ModelError, CheckpointError, NonFiniteError, BadSampleError, OutputError)
+FAULTS = (
+    OptionError,
+    ModelError,
+    CheckpointError,
+    UnreachedError,
+    NonFiniteError,
+    BadSampleError,
+    OutputError,
+)
 
 BASELINE_GAP = 0.5
 

@@ -17,6 +17,12 @@ from common.checkpoint import CheckpointError, load_weights
 from common.distributed import World, sum_over_ranks
 from common.transfer import PeerOutput
 
+_NAMED = 3  # parameters that an error lists
+
+
+class UnreachedError(RuntimeError):
+    """A model has parameters that its outputs do not depend on."""
+
 
 class Schedule(Protocol):
     """A learning-rate schedule with timm's two hooks."""
@@ -85,6 +91,7 @@ class Peer(ABC):
         self.clip = clip
         # empty for most; what an optimizer makes at once is needed to begin anew
         self._fresh = {} if optimizer is None else copy.deepcopy(optimizer.state_dict()["state"])
+        self._unreached = False  # to be looked for in the first step
         if frozen:
             module.requires_grad_(False)
 
@@ -121,6 +128,7 @@ class Peer(ABC):
         self.model = DistributedDataParallel(
             self.model, device_ids=ids, process_group=world.replicas, **rest
         )
+        self._unreached = True
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Return a context in which gradients stay on this rank."""
@@ -138,9 +146,15 @@ class Peer(ABC):
         Args:
             scaler: Shared by the group; the caller updates it once after all peers.
             step: Optimizer steps made so far.
+
+        Raises:
+            UnreachedError: In the first step of several processes, some parameters got no gradient.
         """
         if self.optimizer is None or self.frozen:
             return
+        if self._unreached:
+            self._check_reached()
+            self._unreached = False
         if self.clip is not None:
             scaler.unscale_(self.optimizer)
             self.clip()
@@ -148,6 +162,18 @@ class Peer(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.module, step=step)
+
+    def _check_reached(self) -> None:
+        """Data parallelism waits for every gradient, and would not average them all."""
+        parameters = self.module.named_parameters()
+        idle = [name for name, p in parameters if p.requires_grad and p.grad is None]
+        if idle:
+            more = f" and {len(idle) - _NAMED} more" if len(idle) > _NAMED else ""
+            raise UnreachedError(
+                f"peer {self.name!r}: no gradient reaches {', '.join(idle[:_NAMED])}{more}, which "
+                "several processes cannot do without; where the model is built, set their "
+                "requires_grad to False, or train it in one process"
+            )
 
     def snapshot(self) -> dict[str, Any]:
         """Return a copy of the weights, and of the average's, on the CPU."""

@@ -35,6 +35,7 @@ class TeamCost:
         accumulate: Batches an optimizer step; with several, gradients outlive a step.
         reduced: Gradients are averaged over processes, in buckets that are as large as they are.
         refused: Engines that the run would refuse, and why.
+        skips: A step may be skipped, so two-pass holds all peers' gradients until that is known.
     """
 
     peers: Sequence[PeerCost]
@@ -44,6 +45,7 @@ class TeamCost:
     accumulate: int = 1
     reduced: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    skips: bool = False
 
 
 def team_of(
@@ -79,6 +81,7 @@ def team_of(
         options.grad_accum_steps,
         reduced=world.size > 1,
         refused=refused or {},
+        skips=options.on_nonfinite == "skip",
     )
 
 
@@ -154,7 +157,8 @@ def _joint(team: TeamCost) -> EngineCost:
 def _two_pass(team: TeamCost) -> EngineCost:
     peers = team.peers
     kept = kept_peer([0 if peer.frozen else peer.parameters for peer in peers])
-    persist = sum(peer.gradients for peer in peers) if team.accumulate > 1 else 0
+    held = team.accumulate > 1 or team.skips
+    persist = sum(peer.gradients for peer in peers) if held else 0
     copying = max(peer.copy for peer in peers)
     first = peers[kept].step.saved + _copied_outputs(team) + max(team.transfer.peak, copying)
     second = max(max(peer.step.peak, peer.gradients + peer.update) for peer in peers)

@@ -42,7 +42,7 @@ from common.outputs import (
     start_world,
     writers,
 )
-from common.peers import Peer, PeerGroup, share_statistics
+from common.peers import Peer, PeerGroup, UnreachedError, share_statistics
 from common.roles import NonFiniteError
 from common.trainer import Plan, Progress, Trainer, Writer
 from saliency import cards
@@ -76,7 +76,15 @@ from saliency.trials import choose_ways
 
 _logger = logging.getLogger("train")
 
-FAULTS = (OptionError, ModelError, DataError, CheckpointError, NonFiniteError, OutputError)
+FAULTS = (
+    OptionError,
+    ModelError,
+    DataError,
+    CheckpointError,
+    UnreachedError,
+    NonFiniteError,
+    OutputError,
+)
 
 
 def main(

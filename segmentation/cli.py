@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 from common.broken import worker_deaths_told
 from common.checkpoint import CheckpointError
 from common.disk import remove_leftovers, write_text
+from common.distributed import PATIENCE
 from common.outputs import start_logging
 from common.planner import add_plan_options
 from common.report import write_run_report
@@ -163,6 +164,7 @@ def _launch(run: RunConfig, options: argparse.Namespace) -> int:
                 machine_rank=options.machine_rank,
                 dist_url=options.dist_url,
                 args=(run, options, told),
+                timeout=PATIENCE,
             )
     except ProcessException as error:
         if getattr(error, "exit_code", None) == EXIT_STATUS:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from common.broken import WorkerDiedError
 from common.checkpoint import CheckpointError
 from common.disk import OutputError
+from common.peers import UnreachedError
 from common.roles import NonFiniteError
 
 
@@ -32,6 +33,7 @@ FAULTS = (
     CheckpointError,
     NonFiniteError,
     OutputError,
+    UnreachedError,
     WorkerDiedError,
 )
 

@@ -71,6 +71,7 @@ def measure_team(run: RunConfig, processes: int = 1) -> TeamCost:
         run.transfer.ACCUMULATE,
         reduced=shards > 1,
         refused=refused,
+        skips=run.transfer.ON_NONFINITE == "skip",
     )
 
 

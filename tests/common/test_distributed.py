@@ -8,6 +8,7 @@ import torch
 from common import distributed
 from common.checkpoint import CheckpointError, load_run
 from common.engine import ENGINES, JointEngine
+from common.peers import UnreachedError
 from common.ranks import refuse_other_moments
 from common.transfer import KnowledgeTransfer
 from tests.common.toy import HERE, ToyLoader, make_batch, make_peers, make_trainer
@@ -60,6 +61,28 @@ def test_two_processes_equal_one_in_loss_and_gradients(tmp_path, rule):
     assert any(g.abs().sum() > 0.01 for g in one["grads"])
     torch.testing.assert_close(one["grads"], two["grads"])
     torch.testing.assert_close(one["weights"], two["weights"])
+
+
+def idle_step(world, path, engine):
+    peers = make_peers(2)
+    peers[1].module.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    for peer in peers:
+        peer.distribute(world)
+    with pytest.raises(UnreachedError, match="peer 'p1': no gradient reaches extra, which"):
+        ENGINES[engine](peers, KnowledgeTransfer("mutual"), HERE.device).step(make_batch(4), step=0)
+    (path / str(world.rank)).touch()
+
+
+@pytest.mark.parametrize("engine", ["joint", "two-pass"])
+def test_parameters_that_no_gradient_reaches_are_named_in_the_first_step(tmp_path, engine):
+    launch(idle_step, 2, tmp_path, engine)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_one_process_needs_no_gradient_of_every_parameter():
+    peers = make_peers(2)
+    peers[1].module.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    JointEngine(peers, KnowledgeTransfer("mutual"), HERE.device).step(make_batch(4), step=0)
 
 
 def train(world, folder, epochs, resume):

@@ -332,6 +332,13 @@ def test_gradients_outlive_a_step_where_batches_are_accumulated():
     assert grown == {"joint": 10 + 30, "two-pass": 10 + 30, "peer-parallel": 30}
 
 
+def test_two_pass_holds_all_gradients_where_steps_may_be_skipped():
+    team = TeamCost([cost("a", 100), cost("b", 200, gradients=30)], 8, 0, Activations(0, 0))
+    found, skipping = engine_costs(team), engine_costs(replace(team, skips=True))
+    grown = {name: skipping[name].peak - found[name].peak for name in found}
+    assert grown == {"joint": 0, "two-pass": 10 + 30, "peer-parallel": 0}
+
+
 def test_a_frozen_peer_costs_no_step_twice():
     a = cost("a", 100, forward=1.0, train=3.0)
     b = cost("b", 0, 50, gradients=0, frozen=True, forward=2.0, train=2.0)
