@@ -44,6 +44,7 @@ from common.outputs import (
 from common.peers import Peer, PeerGroup, UnreachedError, share_statistics
 from common.roles import NonFiniteError
 from common.score_temperatures import ScoreTemperatures
+from common.termination import requeued
 from common.trainer import Plan, Progress, Trainer
 
 _logger = logging.getLogger("train")
@@ -64,7 +65,12 @@ BASELINE_GAP = 0.5
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
     logging.getLogger("timm").setLevel(logging.WARNING)
-    return run_command(lambda: run(arguments), FAULTS)
+
+    def work() -> None:
+        with requeued():
+            run(arguments)
+
+    return run_command(work, FAULTS)
 
 
 def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:

@@ -91,6 +91,23 @@ class Termination:
         return any(distributed.gather_objects(self.asked))
 
 
+@contextmanager
+def requeued() -> Iterator[None]:
+    """Let SIGTERM end a command before and after its training too, where nothing is lost by it.
+
+    Raises:
+        Preempted: It came.
+    """
+    termination = Termination()
+    with (
+        termination,
+        termination.at_once(
+            "SIGTERM: ended outside of the training; go on by --resume, or begin anew"
+        ),
+    ):
+        yield
+
+
 def outlive_sigterm(worker: int = 0) -> None:
     """Let a reading process end by its own run's SIGTERM alone; for a loader's ``worker_init_fn``.
 

@@ -44,6 +44,7 @@ from common.outputs import (
 )
 from common.peers import Peer, PeerGroup, UnreachedError, share_statistics
 from common.roles import NonFiniteError
+from common.termination import requeued
 from common.trainer import Plan, Progress, Trainer, Writer
 from saliency import cards
 from saliency.check import check_data
@@ -93,7 +94,12 @@ def main(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Run the command line of a data set; bad input ends in one line, not in a traceback."""
-    return run_command(lambda: run(dataset, script, arguments), FAULTS)
+
+    def work() -> None:
+        with requeued():
+            run(dataset, script, arguments)
+
+    return run_command(work, FAULTS)
 
 
 def run(

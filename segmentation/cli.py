@@ -27,7 +27,7 @@ from common.distributed import PATIENCE
 from common.outputs import start_logging
 from common.planner import add_plan_options
 from common.report import write_run_report
-from common.termination import EXIT_STATUS, Preempted, handed_to_children
+from common.termination import EXIT_STATUS, Preempted, handed_to_children, requeued
 from common.trainer import write_csv
 from segmentation import checkpoints
 from segmentation.cards import write_cards
@@ -124,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.num_gpus * options.num_machines > 1:
         return _launch(run, options)
     try:
-        work(run, options)
+        with requeued():
+            work(run, options)
     except FAULTS as error:
         return _failed(error)
     except Preempted as end:
@@ -177,7 +178,8 @@ def _launch(run: RunConfig, options: argparse.Namespace) -> int:
 
 def _work_and_tell(run: RunConfig, options: argparse.Namespace, told: Any) -> None:
     try:
-        work(run, options)
+        with requeued():
+            work(run, options)
     except FAULTS as error:
         told.put(str(error))
         raise SystemExit(1) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.engine import JointEngine
+from common.finite import FiniteCheck
 from common.termination import EXIT_STATUS
 from tests.faults.runs import same
 
@@ -55,6 +56,23 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(whole, tmp_path):
     task.check_saved(tmp_path)
     assert task.run(tmp_path, resume=True) == 0
     assert same(task.final(tmp_path), whole.final)
+
+
+def terminate_while_it_is_built():
+    build = FiniteCheck.__init__
+
+    def wrapped(*given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        build(*given, **named)
+
+    FiniteCheck.__init__ = wrapped
+
+
+def test_a_run_that_is_asked_to_end_before_it_trains_is_requeued_too(whole, tmp_path):
+    task = whole.task
+    assert task.run(tmp_path, before=terminate_while_it_is_built) == EXIT_STATUS
+    told = (tmp_path / "log.txt").read_text()
+    assert "SIGTERM: ended outside of the training" in told and "Traceback" not in told
 
 
 def terminate_in_evaluation(task, number):
