@@ -1,5 +1,6 @@
 """Small real data and models for the tests."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,20 @@ torch.set_num_threads(1)
 cv2.setNumThreads(1)  # a process forked from one with OpenCV's threads would wait for them
 # A first backward on fake tensors would start autograd's threads, after which no fork may learn.
 torch.ones((), requires_grad=True).backward()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_was_imported():
+    """Make collecting garbage cheap: what is there now stays."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def freed():
+    """Free a test's models: trainers and their hooks hold one another, and gigabytes add up."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
