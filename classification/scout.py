@@ -58,6 +58,7 @@ from common.scouting import (
     Judge,
     Ranking,
     Team,
+    check_request,
     default_predictor,
     judged_by,
     rank_teams,
@@ -129,6 +130,14 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     watch = progress_bars(bars)
     candidates = without_repeats(find_candidates(specs, options, watch))
     student = student_of(options.student, candidates)
+    check_request(
+        [candidate.spec.name for candidate in candidates],
+        sizes,
+        options.rule,
+        options.predictor,
+        labelled=not options.unlabelled,
+        calibrated=is_labelled(options),
+    )
     logits, found = ask(candidates, options, world, watch)
     judge = judge_of(found, options)
     predictor = options.predictor or default_predictor(found, judge.rule)

@@ -194,10 +194,62 @@ def judged_by(
     return "mutual", "confidence", None
 
 
-def usable_predictors(found: Survey, predictors: Mapping[str, Predictor] = PREDICTORS) -> list[str]:
-    """Name the predictors that a survey has the data for."""
-    have = {"": True, "labels": found.labelled, "temperatures": found.calibrated is not None}
+def usable_predictors(
+    labelled: bool, calibrated: bool, predictors: Mapping[str, Predictor] = PREDICTORS
+) -> list[str]:
+    """Name the predictors that there are data for.
+
+    Args:
+        labelled: Whether the truth is known of what teams are judged on.
+        calibrated: Whether each model's temperature is.
+        predictors: To choose from.
+    """
+    have = {"": True, "labels": labelled, "temperatures": calibrated}
     return [name for name, predictor in predictors.items() if have[predictor.needs]]
+
+
+def check_request(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    rule: str,
+    predictor: str | None,
+    *,
+    labelled: bool = True,
+    calibrated: bool = True,
+    predictors: Mapping[str, Predictor] = PREDICTORS,
+) -> None:
+    """Refuse what cannot be ranked whatever models answer; to be asked before they are.
+
+    Args:
+        names: Of the models.
+        sizes: Of the teams.
+        rule: See ``common.roles.assign_roles``.
+        predictor: What to rank by; None: the default.
+        labelled: See ``usable_predictors``.
+        calibrated: See ``usable_predictors``.
+        predictors: To choose from.
+
+    Raises:
+        OptionError: A team size, a rule or a predictor that does not fit.
+    """
+    try:
+        check_rule(rule, names)
+        _check_teams(len(names), sizes)
+        if predictor is not None:
+            _check_predictor(predictor, usable_predictors(labelled, calibrated, predictors))
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def _check_teams(models: int, sizes: Sequence[int]) -> None:
+    for size in sizes:
+        if not 2 <= size <= models:
+            raise ValueError(f"teams of {size} of {models} models; expected 2 to {models}")
+
+
+def _check_predictor(predictor: str, usable: Sequence[str]) -> None:
+    if predictor not in usable:
+        raise ValueError(f"predictor {predictor!r} cannot be used; choose from {', '.join(usable)}")
 
 
 @dataclass
@@ -307,7 +359,8 @@ class Judge:
     @property
     def usable(self) -> list[str]:
         """The predictors that the survey has the data for."""
-        return usable_predictors(self.found, self.predictors)
+        found = self.found
+        return usable_predictors(found.labelled, found.calibrated is not None, self.predictors)
 
     def __post_init__(self) -> None:
         check_rule(self.rule, self.found.names)
@@ -435,13 +488,8 @@ def rank_teams(
         ValueError: A size that is too small or larger than the models, or an unknown predictor.
     """
     models = len(judge.found.names)
-    if predictor not in judge.usable:
-        raise ValueError(
-            f"predictor {predictor!r} cannot be used; choose from {', '.join(judge.usable)}"
-        )
-    for size in sizes:
-        if not 2 <= size <= models:
-            raise ValueError(f"teams of {size} of {models} models; expected 2 to {models}")
+    _check_predictor(predictor, judge.usable)
+    _check_teams(models, sizes)
 
     def value(team: Team) -> float:
         return team.gain(predictor, student)

@@ -39,7 +39,7 @@ from common.scout_check import (
 )
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_ranking, write_outcome
-from common.scouting import Judge, rank_teams, team_sizes
+from common.scouting import Judge, check_request, rank_teams, team_sizes
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
 from saliency.evaluation import metrics_for
 from saliency.held_out import split_held_out
@@ -113,19 +113,22 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
         return check_predictions(given, bars)
     options, specs = parse(None, "scout", given, add_scout_options)
     _check(options)
+    sizes = team_sizes(options.team_size)
     videos = _open(options, bars)
     if options.check_data:
         return {}
     folder = _make_folder(options)
     watch = progress_bars(bars)
     candidates = inspect(specs, options.peers, options.skip_unfit, watch)
-    student = _student(options.student, [candidate.spec.name for candidate in candidates])
+    names = [candidate.spec.name for candidate in candidates]
+    student = _student(options.student, names)
+    check_request(names, sizes, options.rule, options.predictor, predictors=FRAME_PREDICTORS)
     world = start_world(options.device)
     view = _answered(candidates, videos, options, world, watch)
     costs = None
     if options.costs or options.budget_gpu_mem:
         costs = SaliencyCosts(candidates, options, world, watch)
-    outcome = _outcome(view, options, student, costs)
+    outcome = _outcome(view, options, sizes, student, costs)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact["parameters"] = candidate.parameters
     outcome["commands"] = commands(folder, options, candidates, outcome["teams"][:_COMMANDS])
@@ -254,12 +257,15 @@ def _judge(view: Answered, rule: str, score: str, margin: float | None) -> Judge
 
 
 def _outcome(
-    view: Answered, options: argparse.Namespace, student: int | None, costs: TeamCosts | None
+    view: Answered,
+    options: argparse.Namespace,
+    sizes: Sequence[int],
+    student: int | None,
+    costs: TeamCosts | None,
 ) -> dict[str, Any]:
     predictor = options.predictor or default_predictor(options.rule)
     try:
         judge = _judge(view, options.rule, options.score, options.margin)
-        sizes = team_sizes(options.team_size)
         ranking = rank_teams(
             judge,
             sizes,

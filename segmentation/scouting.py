@@ -43,6 +43,7 @@ from common.scouting import (
     PREDICTORS,
     Judge,
     Team,
+    check_request,
     default_predictor,
     judged_by,
     rank_teams,
@@ -152,6 +153,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     check_least(asked, {"images": 1, "top": 1, "most_teams": 1, "seed": 0})
     if asked.realised:
         return check_predictions(asked, progress_bars(bars))
+    sizes = team_sizes(asked.team_size)
     whole = load_run(asked.config_file, asked.opts)
     cfgs = {peer.name: peer.cfg for peer in whole.peers}
     check_classes(cfgs, tested=asked.unlabelled is None)
@@ -160,11 +162,19 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     candidates = inspect(run, asked.skip_unfit, watch)
     names = [candidate.config.name for candidate in candidates]
     student = _student(asked.student, names)
+    check_request(
+        names,
+        sizes,
+        run.transfer.RULE,
+        asked.predictor,
+        labelled=asked.unlabelled is None,
+        calibrated=bool(run.cfg.DATASETS.TEST),
+    )
     view = _ask(candidates, run, asked, watch)
     costs = None
     if asked.costs or asked.budget_gpu_mem:
         costs = SegmentorCosts(candidates, run, asked.budget_gpu_mem, watch)
-    outcome = _outcome(view, run, asked, student, costs)
+    outcome = _outcome(view, run, asked, sizes, student, costs)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact["parameters"] = candidate.parameters
         fact["weights"] = candidate.config.cfg.MODEL.WEIGHTS
@@ -326,6 +336,7 @@ def _outcome(
     view: Answered,
     run: RunConfig,
     asked: argparse.Namespace,
+    sizes: Sequence[int],
     student: int | None,
     costs: TeamCosts | None,
 ) -> dict[str, Any]:
@@ -336,7 +347,7 @@ def _outcome(
         judges = {kind: view.judge(rule, score, margin, kind) for kind in ("image", "pixel")}
         ranking = rank_teams(
             judges[node.GRANULARITY],
-            team_sizes(asked.team_size),
+            sizes,
             predictor,
             student=student,
             most=asked.most_teams,

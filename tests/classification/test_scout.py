@@ -287,6 +287,23 @@ def test_bad_input_ends_in_one_line(scouting, more, told, caplog):
     assert told in caplog.text and "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--team-size", "5"], "teams of 5 of 4 models"),
+        (["--rule", "one_way:z"], "no peer is named"),
+        (["--predictor", "flips", "--unlabelled", "FLAT"], "predictor 'flips' cannot be used"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
+    scouting, digits, more, told, monkeypatch
+):
+    monkeypatch.setattr("classification.scout.ask", None)
+    more = [str(digits / "validation") if word == "FLAT" else word for word in more]
+    with pytest.raises(OptionError, match=told):
+        scout([*scouting, *more], bars=False)
+
+
 def test_wildcards_stand_for_published_models():
     names = models_meant("pit_*")
     assert "pit_xs_224.in1k" in names and all(name.startswith("pit_") for name in names)

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from common import survey as surveys
+from common.options import OptionError
 from common.roles import assign_roles
 from common.scouting import (
     PREDICTORS,
     Judge,
+    check_request,
     default_predictor,
     rank_teams,
-    usable_predictors,
 )
 from common.survey import (
     HeldLogits,
@@ -239,7 +240,7 @@ def test_without_labels_only_what_needs_none_is_told():
     assert pairs.flips is pairs.oracle is pairs.ensemble is None
     assert torch.equal(pairs.agreement, describe_pairs(survey(source, labels)).agreement)
     assert describe_models(blind)[0].accuracy is None
-    assert usable_predictors(blind) == ["kl", "disagreement"]
+    assert Judge(blind, "mutual").usable == ["kl", "disagreement"]
     with pytest.raises(ValueError, match="needs labels"):
         Judge(blind, "best", "loss")
     with pytest.raises(ValueError, match="needs temperatures"):
@@ -266,6 +267,26 @@ def test_what_does_not_fit_is_refused_by_name():
         rank_teams(Judge(found), [6], "flips")
     with pytest.raises(ValueError, match="choose from"):
         rank_teams(Judge(found), [2], "luck")
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"sizes": [2, 4]}, "teams of 4 of 3 models; expected 2 to 3"),
+        ({"rule": "one_way:d"}, "no peer is named 'd'"),
+        ({"predictor": "flips", "labelled": False}, "'flips' cannot be used; choose from kl, con"),
+        (
+            {"predictor": "confidence-gap", "labelled": False, "calibrated": False},
+            "'confidence-gap' cannot be used; choose from kl, disagreement",
+        ),
+    ],
+)
+def test_what_no_answer_can_mend_is_refused_before(asked, told):
+    given = {"names": ["a", "b", "c"], "sizes": [2, 3], "rule": "best", "predictor": None}
+    check_request(**given)
+    check_request(**{**given, "predictor": "flips"})
+    with pytest.raises(OptionError, match=told):
+        check_request(**{**given, **asked})
 
 
 def test_every_predictor_says_what_it_rests_on():

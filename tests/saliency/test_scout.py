@@ -316,6 +316,19 @@ def test_faults_end_in_one_line(data, models, scouted, caplog, rest, told):
     assert told in caplog.text
 
 
+def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
+    data, models, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("saliency.scout.cached_answers", None)
+    for more, told in (
+        (("--team-size", "2..4"), "teams of 4 of 3 models"),
+        (("--team-size", "1"), "--team-size 1"),
+        (("--rule", "one_way:z"), "no peer is named"),
+    ):
+        with pytest.raises(OptionError, match=told):
+            scout(arguments(data, models, tmp_path, *more), bars=False)
+
+
 def test_models_that_cannot_be_had_are_all_named_or_left_out(data, models, scouted, caplog):
     bad = [*models, "--model", "no_such_model", "--model", f"{TOY}:no_view"]
     with pytest.raises(OptionError, match="2 of 5 models cannot be scouted"):

@@ -337,3 +337,17 @@ def test_faults_end_in_one_line(models, datasets, tmp_path, caplog, more, messag
     places = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
     assert main(["--config-file", str(models), *places, *more]) == 1
     assert message in caplog.text
+
+
+def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
+    models, datasets, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("segmentation.scouting._ask", None)
+    arguments = ["--config-file", str(models), "--output", str(tmp_path / "out")]
+    for more, told in (
+        (["--team-size", "4"], "teams of 4 of 3 models"),
+        (["--team-size", "1"], "--team-size 1"),
+        (["--unlabelled", str(tmp_path), "--predictor", "flips"], "'flips' cannot be used"),
+    ):
+        with pytest.raises(OptionError, match=told):
+            scout([*arguments, *more], bars=False)
