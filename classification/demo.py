@@ -81,7 +81,9 @@ def run_all(folder: Path, seeds: int, epochs: int, jobs: int) -> list[dict[str, 
     return [found[key] for key in order]
 
 
-def pretrain(folder: Path, seed: int, name: str, family: str = "", twin: int = 0) -> float:
+def pretrain(
+    folder: Path, seed: int, name: str, family: str = "", twin: int = 0, longer: int = 1
+) -> float:
     """Train one peer on its own classes; return its top-1 on all of them. Done once a seed.
 
     Args:
@@ -90,14 +92,19 @@ def pretrain(folder: Path, seed: int, name: str, family: str = "", twin: int = 0
         name: The peer's.
         family: Whose settings it takes; its own name's where not given.
         twin: How many of the team are of its family before it: twins start from other weights.
+        longer: How many times as many epochs as the settings say, of warm-up too.
     """
     place, data = folder / f"seed-{seed}", folder / f"seed-{seed}" / f"pretrain-{name}"
 
     def make() -> float:
         shutil.rmtree(place / f"{name}-run", ignore_errors=True)
+        settings = settings_of(place, name, family or name)
+        told = read_yaml(settings)
         progress = run(
             [
-                *(str(data), "-c", str(settings_of(place, name, family or name))),
+                *(str(data), "-c", str(settings)),
+                *("--epochs", str(longer * told["epochs"])),
+                *("--warmup-epochs", str(longer * told["warmup_epochs"])),
                 *("--seed", str(seed + TWINS_APART * twin)),
                 *("--output", str(place), "--experiment", f"{name}-run"),
             ],

