@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
 
 from classification.options import EXPORT, PEER_OPTIONS, parse
 from common import finished
@@ -24,3 +26,9 @@ read_run = functools.partial(
     at_start=AT_START,
     not_setting=_NOT_SETTING,
 )
+
+
+def evaluated_on(options: argparse.Namespace) -> tuple[str, ...]:
+    """Say on which images a run with these options is evaluated, whichever are held out of them."""
+    split = f"held out of {options.train_split}" if options.held_out else options.val_split
+    return os.path.abspath(options.data), options.dataset, split

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from classification.data import classes_of, common_view, open_dataset
 from classification.held_out import split_held_out
 from classification.options import PeerSpec, build_parser, parse
-from classification.realised import METRIC, read_run
+from classification.realised import METRIC, evaluated_on, read_run
 from classification.scout_costs import ClassifierCosts
 from classification.scouting import (
     Candidate,
@@ -219,6 +219,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         "samples": logits.count,
         "unit": "images",
         "metric": METRIC,
+        "same_data": evaluated_on(options) in [evaluated_on(run.started) for run in runs],
         "models": [asdict(fact) for fact in describe_models(found)],
         "settings": _settings(options),
     }

@@ -13,7 +13,13 @@ from common.checkpoint import atomic_write
 from common.options import OptionError
 from common.outputs import log_table
 from common.realised import FinishedRun, Realised, compare, realised_gains
-from common.report.realised import HEAD, correlation_rows, realised_lead, write_realised_report
+from common.report.realised import (
+    HEAD,
+    correlation_rows,
+    realised_cautions,
+    realised_lead,
+    write_realised_report,
+)
 from common.roles import check_rule
 from common.scouting import Judge, default_predictor
 
@@ -165,5 +171,7 @@ def write_check(folder: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
     report = write_realised_report(folder / "report.html", outcome)
     _logger.info("%s", realised_lead(outcome))
     log_table([dict(zip(HEAD, row, strict=True)) for row in correlation_rows(outcome)])
+    for caution in realised_cautions(outcome):
+        _logger.info("%s", caution)
     _logger.info("report: %s", report)
     return outcome

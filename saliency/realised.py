@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
 from pathlib import Path
 
 from common import finished
@@ -41,3 +43,14 @@ def read_run(folder: Path, metric: str, dataset: str | None) -> ReadRun:
         AT_START,
         _NOT_SETTING,
     )
+
+
+def evaluated_on(options: argparse.Namespace, split: str = "val") -> tuple[str, ...]:
+    """Say on which frames a run with these options is evaluated, whichever are held out of them.
+
+    Args:
+        options: Of the command line.
+        split: What is taken where nothing is held out.
+    """
+    held_out = "held out" if options.held_out else split
+    return os.path.abspath(options.data_root), options.dataset, held_out

@@ -46,7 +46,7 @@ from saliency.held_out import split_held_out
 from saliency.layouts import SPLITS, VideoSet, open_dataset
 from saliency.metrics import METRICS
 from saliency.options import LOWER_IS_BETTER, build_parser, parse
-from saliency.realised import read_run
+from saliency.realised import evaluated_on, read_run
 from saliency.scout_costs import SaliencyCosts
 from saliency.scout_report import CAUTION, FRAMES
 from saliency.scouting import (
@@ -175,6 +175,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     specs = [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
     candidates = inspect(specs, names, options.skip_unfit, watch)
     view = _answered(candidates, videos, options, world, watch)
+    asked = evaluated_on(options, options.split)
     outcome = {
         **check_runs(
             gained,
@@ -186,6 +187,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         "samples": view.source.count,
         "unit": "frames",
         "metric": options.metric,
+        "same_data": asked in [evaluated_on(run.started) for run in runs],
         "models": _models(view),
         "settings": _settings(options, videos),
     }

@@ -9,6 +9,7 @@ from typing import Any
 from common.finished import ReadRun, as_text, as_texts, read_ends, require_ends, require_files
 from segmentation import checkpoints
 from segmentation.config import SHARED_KEYS, PeerConfig, RunConfig, flat, load_content, read_yaml
+from segmentation.held_out import hold_out, part_of, sources
 from segmentation.trainer import METRIC
 
 CONFIG = "config.yaml"
@@ -66,6 +67,11 @@ def read_run(folder: Path) -> ReadRun:
         as_texts({k: value for k, value in (transfer | setting).items() if k not in _REPEATED}),
         node.GRANULARITY,
     )
+
+
+def evaluated_on(run: RunConfig) -> list[tuple[tuple[str, ...], bool]]:
+    """Name the datasets that a run is evaluated on, and whether it is a part held out of them."""
+    return [(sources(name), part_of(name) is not None) for name in hold_out(run).cfg.DATASETS.TEST]
 
 
 def is_shared(key: str) -> bool:

@@ -72,7 +72,7 @@ from segmentation.config import RunConfig, load_run
 from segmentation.data import allowed, check_classes, classes_of
 from segmentation.errors import FAULTS
 from segmentation.held_out import hold_out
-from segmentation.realised import read_run, run_of
+from segmentation.realised import evaluated_on, read_run, run_of
 from segmentation.scout_costs import SegmentorCosts
 from segmentation.trainer import METRIC, current_world
 
@@ -224,6 +224,7 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
         "samples": view.answers.count,
         "unit": f"pixels of {view.images} images",
         "metric": METRIC,
+        "same_data": evaluated_on(run)[0] in [x for one in runs for x in evaluated_on(one.started)],
         "models": [asdict(fact) for fact in describe_models(view.found)],
         "settings": _settings(asked, run),
     }

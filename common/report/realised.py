@@ -30,6 +30,16 @@ CAUTION = (
     "under Members takes them to be, and is too narrow. "
     "Several predictors were compared; nothing is corrected for that."
 )
+SAME_DATA = (
+    "Predictions were made on samples on which the runs were evaluated too, their gains measured "
+    "and perhaps their best epochs chosen: what is chance in these samples is in both, and the "
+    "correlations may be off for it. Scout on other labelled data."
+)
+
+
+def realised_cautions(outcome: Mapping[str, Any]) -> list[str]:
+    """Say what to beware of."""
+    return [CAUTION, *([SAME_DATA] if outcome["same_data"] else [])]
 
 
 def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
@@ -38,7 +48,8 @@ def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
     Args:
         path: The HTML file; written whole or not at all.
         outcome: ``names``, ``samples`` and their ``unit``, ``metric`` that was gained,
-            ``predictor``, ``realised`` (from ``common.realised.compare``) and ``settings``.
+            ``predictor``, ``realised`` (from ``common.realised.compare``), ``settings``, and
+            ``same_data``: whether models answered what runs were evaluated on.
 
     Returns:
         Where it lies.
@@ -53,7 +64,7 @@ def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
             outcome["unit"].capitalize(): outcome["samples"],
             "Ranked by": outcome["predictor"],
         },
-        cautions=[CAUTION],
+        cautions=realised_cautions(outcome),
     )
     sections = [
         section(

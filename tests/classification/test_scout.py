@@ -359,6 +359,10 @@ def test_predictions_are_compared_with_finished_runs(trained, digits, tmp_path, 
     assert told["correlations"]["kl"]["teams"]["count"] == 4
     page = (tmp_path / "test" / "report.html").read_text()
     assert "p by models" in page and page.count("<figure") == 2
+    assert found["same_data"]
+    shutil.copytree(digits, tmp_path / "own")
+    for other in ([str(tmp_path / "own")], ["--held-out", "0.1"], ["--val-split", "train"]):
+        assert not scout([*other, "--realised", control, *runs, *more], bars=False)["same_data"]
     monkeypatch.setattr("classification.scout.find_candidates", None)  # no model is loaded
     for bad, words in (
         ([str(tmp_path)], "it has no args.yaml"),

@@ -26,13 +26,14 @@ def test_runs_are_found_however_they_are_given(given, runs):
     assert runs_asked(given.split()) == runs
 
 
-def written(folder):
+def written(folder, same_data=False):
     """Write the page on a control, which comes first, and two runs that lost next to nothing."""
     found = survey(*random_source(models=3, count=60))
     control = finished((0, 1, 2), (50, 50, 50), "none")
     runs = [control, finished((0, 1), (49.9999, 52)), finished((1, 2), (50, 51), "better")]
     outcome = check_runs(gains_of(runs, found.names), judged(found), lambda teams: None, None)
     more = {"samples": 60, "unit": "images", "metric": "top1", "settings": {"rule": "none", "k": 1}}
+    more["same_data"] = same_data
     return write_check(folder, outcome | more), Page(folder / "report.html")
 
 
@@ -54,6 +55,13 @@ def test_the_page_says_that_members_of_one_team_are_not_independent(tmp_path):
     assert "Members of one team are not independent either" in page.text
     caption = next(title for title in page.tables if title.startswith("Spearman"))
     assert "take members of one team for independent" in caption
+
+
+def test_a_comparison_on_what_the_runs_were_evaluated_on_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    told = "made on samples on which the runs were evaluated too"
+    assert told not in written(tmp_path)[1].text and told not in caplog.text
+    assert told in written(tmp_path, same_data=True)[1].text and told in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,9 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
     found = scout(["--realised", *controls, *runs, *places], bars=False)
     told = found["realised"]
     assert told["controlled"] and found["metric"] == "cc" and found["samples"] == 7
+    assert found["same_data"]
+    other = scout(["--realised", *controls, *runs, *places, "--held-out", "0.5"], bars=False)
+    assert not other["same_data"]
     assert len(told["runs"]) == 4 and found["predictor"] == "gain-taught"
     ends = {}
     for title in ("abcnone", "bcbest"):

@@ -287,7 +287,9 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
     found = scout(["--realised", control, *runs, "--pixels", "256", *places], bars=False)
     told = found["realised"]
     assert told["controlled"] and found["metric"] == "mIoU" and found["samples"] == 3 * 256
-    assert found["names"] == ["xa", "xb", "xc"]
+    assert found["names"] == ["xa", "xb", "xc"] and found["same_data"]
+    other = ["--pixels", "256", *places, "SEED", "0", "TRANSFER.HELD_OUT", "0.5"]
+    assert not scout(["--realised", control, *runs, *other], bars=False)["same_data"]
     ends = {}
     for title in ("abcnone", "bcbetter"):
         rows = list(csv.DictReader((tmp_path / title / "summary.csv").open()))
