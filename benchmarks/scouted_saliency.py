@@ -30,7 +30,7 @@ SETTING = [
     *("--map-size", "48", "64", "--check-depth", "listing", "--checkpoint-hist", "1"),
     *("--workers", "0", "--device", "cpu"),
 ]
-SEEDS = 4  # of fine-tuning
+SEEDS = 3  # of fine-tuning
 NAMES = [f"{kind}{k}" for kind in KINDS for k in range(len(PRETRAIN_EPOCHS))]
 
 

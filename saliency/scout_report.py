@@ -14,8 +14,8 @@ from common.report.scouting import Outcome, Parts, matrix_figure, pair_scatter
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
     "about who gains from whom, and it says nothing of how large a gain will be; test it with "
-    "scout.py --realised RUN... on finished runs. On classifiers like predictors did not order "
-    "teams by their mean gain; on saliency models they were not tested."
+    "scout.py --realised RUN... on finished runs. On small saliency models it did not order teams "
+    "by their mean gain, nor did like predictors on classifiers."
 )
 
 
