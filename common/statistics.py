@@ -16,6 +16,8 @@ from common.significance import holm, sign_flip_test, smallest_p
 # fewer seeds than this show nothing, whatever their interval
 ENOUGH_SEEDS = 5
 TARGETS = ("mean", "strongest", "weakest", "ensemble")
+# named before any result is seen: headline claims are of this one alone
+PRIMARY = "mean"
 FLIPS = ("fixed", "broken")
 UNITS = ("epoch", "iteration")
 
@@ -159,42 +161,85 @@ def summarise(
     }
 
 
-def corrected(summary: Mapping[str, Any], together: bool = False) -> dict[str, Any]:
+def corrected(
+    summary: Mapping[str, Any], together: bool = False, counts: bool = True
+) -> dict[str, Any]:
     """Correct a summary's effects for their number, and call shown only what then still is.
 
     The families: all arms against the control, and all ``pairs``; each for every target (a peer,
-    the mean, the ensemble) by itself, or for all targets together.
+    the mean, the ensemble) by itself, or for all targets together. One of them is primary: the
+    arms against the control, for ``PRIMARY`` or for all targets together. Where nothing is true,
+    it shows something in at most 1 minus the level of all experiments, which is not so of several
+    families taken together.
 
     Args:
         summary: From ``summarise``.
         together: One family over all targets.
+        counts: Whether the summary is of the metric and the weights that count; of others, no
+            family is primary.
 
     Returns:
-        The summary; effects have ``p_holm``, and ``shown`` means that it is at most 1 minus the
-        level, that the interval leaves zero out (one seed that stands apart widens it, and not p),
-        and that enough seeds tell. ``families`` lists each family's ``name``, ``size``, and
-        the ``least_seeds`` with which an effect of it can be shown at all.
+        The summary; effects have ``p_holm``, ``primary`` (whether they are of that family), and
+        ``shown`` means that ``p_holm`` is at most 1 minus the level, that the interval leaves
+        zero out (one seed that stands apart widens it, and not p), and that enough seeds tell.
+        ``families`` lists each family's ``name``, ``size``, whether it is ``primary``, and the
+        ``least_seeds`` with which an effect of it can be shown at all; a family that is another
+        by another name (see ``distinct_targets``) is left out.
     """
     found = copy.deepcopy(dict(summary))
     alpha = 1 - summary["level"]
     gains = [{**effects, **found["peer_gains"][arm]} for arm, effects in found["gains"].items()]
     found["families"] = []
-    for name, rows in (
-        (f"arms against {summary['control']}", gains),
-        ("direct comparisons", [row["effects"] for row in found["pairs"]]),
+    distinct = distinct_targets(summary)
+    for name, rows, leads in (
+        (f"arms against {summary['control']}", gains, counts),
+        ("direct comparisons", [row["effects"] for row in found["pairs"]], False),
     ):
         targets = list(dict.fromkeys(what for row in rows for what in row))
         for group in [targets] if together else [[what] for what in targets]:
             members = [row[what] for row in rows for what in group if row.get(what) is not None]
+            primary = leads and (together or group == [PRIMARY])
             for effect, p in zip(members, holm([e["p"] for e in members]), strict=True):
-                effect["p_holm"] = p
+                effect["p_holm"], effect["primary"] = p, primary
                 effect["shown"] = (
                     effect["shown"] and p <= alpha
                 )  # as summarise had it: its interval
-            if members:
+            if members and (together or group[0] in distinct):
                 told = f"{name}, {'all targets' if together else group[0]}"
                 least = _least_seeds(len(members), alpha)
-                found["families"].append({"name": told, "size": len(members), "least_seeds": least})
+                found["families"].append(
+                    {"name": told, "size": len(members), "primary": primary, "least_seeds": least}
+                )
+    return found
+
+
+def distinct_targets(summary: Mapping[str, Any]) -> list[str]:
+    """List targets and peers, each thing once.
+
+    Left out is the strongest or weakest peer where that is one peer for every seed, whose name
+    says more, and a single peer, which is its own mean.
+    """
+    names = summary["names"]
+    same = [what for what in ("strongest", "weakest") if len(set(summary[what].values())) == 1]
+    return [
+        *(what for what in summary["targets"] if what not in same),
+        *(names if len(names) > 1 else ()),
+    ]
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return by arm and target what the primary family shows: all that may be claimed first.
+
+    Args:
+        summary: From ``corrected``.
+    """
+    found = {}
+    for arm, effects in summary["gains"].items():
+        every = {**effects, **summary["peer_gains"][arm]}
+        told = {what: every[what] for what in distinct_targets(summary) if every[what] is not None}
+        shown = {what: e for what, e in told.items() if e["primary"] and e["shown"]}
+        if shown:
+            found[arm] = shown
     return found
 
 

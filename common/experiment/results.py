@@ -95,7 +95,8 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
         )
 
     def compare(which: str, metric: str, lower: bool) -> dict[str, Any]:
-        return corrected(uncorrected(which, metric, lower), experiment.together)
+        counts = (which, metric) == (primary, task.metric)
+        return corrected(uncorrected(which, metric, lower), experiment.together, counts)
 
     def robustness() -> dict[str, Any]:
         of, lower = f"{task.metric}@", task.lower_is_better

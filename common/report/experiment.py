@@ -22,8 +22,8 @@ from common.report.comparison_figures import (
 from common.report.effects import (
     SHORT_TARGETS,
     TARGET_NAMES,
+    headline_words,
     interval_text,
-    shown_words,
     summary_format,
 )
 from common.report.numbers import (
@@ -65,7 +65,7 @@ from common.report.plots import (
     zero_line,
 )
 from common.report.style import AXIS, INK
-from common.statistics import ENOUGH_SEEDS, unit_of
+from common.statistics import ENOUGH_SEEDS, PRIMARY, distinct_targets, unit_of
 
 Analysis = Mapping[str, Any]
 WEIGHTS = {
@@ -74,7 +74,7 @@ WEIGHTS = {
 }
 MANY_CLASSES = 30
 MOST_COLOURS = 6
-_MOST_CLAIMS = 12  # in full view; the verdict has them all in few words
+_MOST_CLAIMS = 12  # in full view
 BAND = 0.13
 _CALIBRATED = {
     "ece": "calibrated",
@@ -94,10 +94,11 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
         Where it lies.
     """
     summary = analysis["test"]
-    between = [(pair["first"], pair["second"], pair["effects"]) for pair in summary["pairs"]]
+    verdict, points = headline_words(summary)
     first = Summary(
         kind="Experiment",
-        verdict=[*shown_words(summary, between), _counted(analysis)],
+        verdict=[verdict, *_secondary(analysis), _counted(analysis)],
+        points=points,
         facts={
             "Peers": len(summary["names"]),
             "Arms": len(summary["arms"]),
@@ -112,7 +113,7 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
             f"Gains over {summary['control']}",
             tag("p", f"Measured on the test set at {_weights(analysis, analysis['primary'])}."),
             *forest(summary),
-            effects_table(summary),
+            effects_table(summary, primary=not analysis["together"]),
             folded("p-values", p_table(summary, analysis["together"])),
         ),
         *_claims_section(analysis),
@@ -143,18 +144,55 @@ def experiment_sentences(analysis: Analysis) -> list[str]:
         analysis: From ``common.experiment.results.analyse``.
 
     Returns:
-        Sentences; the last one counts what is not shown.
+        Sentences: what the primary family shows; how far what others show can be trusted, and each
+        of that, called secondary; the last one counts what is not shown.
     """
-    return [*_claims(analysis), _counted(analysis)]
+    return [
+        *_claims(analysis, primary=True),
+        *_secondary(analysis),
+        *(f"Secondary: {claim}" for claim in _claims(analysis, primary=False)),
+        _counted(analysis),
+    ]
 
 
-def _claims(analysis: Analysis) -> list[str]:
+def _claims(analysis: Analysis, primary: bool) -> list[str]:
     return [
         _claim(*one, summary)
         for summary in _summaries(analysis)
         for one in _tested(summary)
-        if one[3]["shown"]
+        if one[3]["shown"] and one[3]["primary"] == primary
     ]
+
+
+def _secondary(analysis: Analysis) -> list[str]:
+    """Count what is shown beside the primary family, and say how often chance alone does that."""
+    summaries = _summaries(analysis)
+    effects = [effect for summary in summaries for *_, effect in _tested(summary)]
+    shown = [effect["shown"] for effect in effects if not effect["primary"]]
+    if not shown:
+        return []
+    over = "measure by itself" if analysis["together"] else "target over its arms alone"
+    return [
+        f"Secondary: {sum(shown)} of {len(shown)} other comparisons are shown, corrected for "
+        f"each {over}. {_by_chance(summaries)}"
+    ]
+
+
+def _by_chance(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Bound how often the families that are not primary show something where nothing is true."""
+    families = [family for summary in summaries for family in summary["families"]]
+    count = sum(not family["primary"] for family in families)
+    alpha = 1 - summaries[0]["level"]
+    product = f"{count} such correction{'s' * (count != 1)}, {100 * alpha:.2g} % each"
+    if count * alpha < 1:
+        return (
+            f"Where nothing is true, up to {100 * count * alpha:.0f} in 100 experiments of this "
+            f"size show at least one ({product})."
+        )
+    return (
+        f"Where nothing is true, chance alone is to be expected to show some ({product}: up to "
+        f"{count * alpha:.1f} of them)."
+    )
 
 
 def _counted(analysis: Analysis) -> str:
@@ -178,15 +216,16 @@ def _summaries(analysis: Analysis) -> list[Mapping[str, Any]]:
 
 
 def _tested(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Row]]:
-    """Yield arm, what it is compared with, target and effect."""
-    for arm, effects in _every_effect(summary).items():
-        for what, effect in effects.items():
+    """Yield arm, what it is compared with, target and effect; each thing once."""
+    compared = [
+        *((arm, summary["control"], effects) for arm, effects in _every_effect(summary).items()),
+        *((pair["first"], pair["second"], pair["effects"]) for pair in summary["pairs"]),
+    ]
+    for arm, against, effects in compared:
+        for what in distinct_targets(summary):
+            effect = effects[what]
             if effect is not None:
-                yield arm, summary["control"], what, effect
-    for pair in summary["pairs"]:
-        for what, effect in pair["effects"].items():
-            if effect is not None:
-                yield pair["first"], pair["second"], what, effect
+                yield arm, against, what, effect
 
 
 def _claim(arm: str, against: str, what: str, effect: Row, summary: Mapping[str, Any]) -> str:
@@ -250,11 +289,6 @@ def _weights(analysis: Analysis, which: str) -> str:
 def _about(analysis: Analysis) -> str:
     summary = analysis["test"]
     seeds = len(summary["seeds"])
-    families = (
-        "all arms and targets together"
-        if analysis["together"]
-        else "all arms, for each target by itself"
-    )
     unit = _unit(analysis)
     epoch = {
         "chosen": f"{unit.capitalize()}s and settings were chosen on a held-out part of the "
@@ -267,21 +301,22 @@ def _about(analysis: Analysis) -> str:
         "and at the end, and chose nothing. "
         "An effect is called shown "
         f"where at least {ENOUGH_SEEDS} seeds tell, its interval leaves zero out, and its p-value, "
-        "corrected by Holm's method "
-        f"over {families}, is at most {1 - summary['level']:.2g}.{_false_claims(analysis)}"
+        f"corrected by Holm's method, is at most {1 - summary['level']:.2g}. {_primary(analysis)}"
     )
 
 
-def _false_claims(analysis: Analysis) -> str:
-    """Say how many families chance alone would let show something; empty for a single one."""
-    summaries = _summaries(analysis)
-    count = sum(len(summary["families"]) for summary in summaries)
-    if count < 2:
-        return ""
-    expected = count * (1 - summaries[0]["level"])
+def _primary(analysis: Analysis) -> str:
+    """Say which family the headline rests on."""
+    summary = analysis["test"]
+    named, over = f"is {TARGET_NAMES[PRIMARY]}", "all arms"
+    if analysis["together"]:
+        named, over = "are the mean, each peer and the ensemble", "all arms and targets together"
     return (
-        f" That corrects each of {count} families by itself: were there no effect at all, up to "
-        f"{expected:.1f} of them would be expected to show one all the same."
+        f"The primary target{'s' * analysis['together']}, named in advance, {named}, in "
+        f"{_in_words(summary['metric'])} against {summary['control']}: what stands first comes "
+        f"from there alone, corrected over {over}, and where nothing is true, at most "
+        f"{100 * (1 - summary['level']):.2g} in 100 experiments show anything there. All other "
+        "claims are secondary."
     )
 
 
@@ -298,14 +333,16 @@ def _starred(summary: Mapping[str, Any], effect: Row | None) -> str:
     return interval_text(effect, summary) + star
 
 
-def effects_table(summary: Mapping[str, Any]) -> Html:
-    """Show every arm's gains with their intervals."""
+def effects_table(summary: Mapping[str, Any], primary: bool = False) -> Html:
+    """Show every arm's gains with their intervals; ``primary``: say which column counts."""
     turned = "; positive is better" if summary["lower_is_better"] else ""
     caption = (
         f"Gain in {summary['metric']} over {summary['control']} with the same seed{turned}: mean "
         f"over seeds and {100 * summary['level']:g} % interval (Student's t, uncorrected). A star: "
         "shown, after correction. Strongest and weakest: at the start of each seed."
     )
+    if primary:
+        caption += f" The primary target is {TARGET_NAMES[PRIMARY]}; the others are secondary."
     return _cells_table(caption, "Arm", _every_effect(summary), summary, partial(_starred, summary))
 
 
@@ -333,13 +370,14 @@ def _exactness(summary: Mapping[str, Any]) -> str:
 
 
 def _claims_section(analysis: Analysis) -> list[Section]:
-    claims = _claims(analysis)
-    if not claims:
-        return []
-    told = bullets(claims)
-    if len(claims) > _MOST_CLAIMS:
-        told = folded(f"{len(claims)} effects, in words", told)
-    return [section("Shown, one by one", told)]
+    primary, secondary = (_claims(analysis, primary=which) for which in (True, False))
+    parts = [bullets(primary)] if primary else []
+    if secondary:
+        told = bullets(secondary)
+        if len(secondary) > _MOST_CLAIMS:
+            told = folded(f"{len(secondary)} secondary claims, in words", told)
+        parts += [*(tag("p", sentence) for sentence in _secondary(analysis)), told]
+    return [section("Shown, one by one", *parts)] if parts else []
 
 
 def _pairs_section(summary: Mapping[str, Any]) -> list[Section]:
@@ -349,7 +387,7 @@ def _pairs_section(summary: Mapping[str, Any]) -> list[Section]:
     label = f"difference in {summary['metric']}"
     gains = (
         "Differences between arms with the same seed: mean over seeds and interval. A star: shown, "
-        "after correction."
+        "after correction; all of them are secondary."
     )
     chances = "p-values of the differences; behind the arrow corrected over these comparisons."
     return [

@@ -57,6 +57,7 @@ class Summary:
     Attributes:
         kind: Of report, in a word or two.
         verdict: What came out, in words; the first sentence is set in large type.
+        points: What that sentence counts or names, one a line below it.
         facts: A few numbers, by what they are.
         cautions: What keeps the verdict from being more than it is.
         about: How it came about.
@@ -64,6 +65,7 @@ class Summary:
 
     kind: str
     verdict: Sequence[str]
+    points: Sequence[str] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
     cautions: Sequence[str] = ()
     about: str = ""
@@ -245,7 +247,13 @@ def _header(title: str, summary: Summary) -> Html:
         "header",
         tag("p", summary.kind, class_="kind"),
         tag("h1", title),
-        tag("div", tag("p", first, class_="verdict"), *paragraphs(others), class_="outcome"),
+        tag(
+            "div",
+            tag("p", first, class_="verdict"),
+            *([bullets(summary.points)] if summary.points else []),
+            *paragraphs(others),
+            class_="outcome",
+        ),
         *(tag("p", sentence, class_="caution") for sentence in summary.cautions),
         *([tag("dl", *facts)] if facts else []),
         *([tag("p", summary.about, class_="about")] if summary.about else []),

@@ -63,7 +63,7 @@ a { color: var(--accent); }
   letter-spacing: .06em; text-transform: uppercase; }
 .outcome { max-width: 54rem; padding: .8rem 1rem; background: var(--card);
   border-left: 4px solid var(--accent); border-radius: 4px; }
-.outcome p { margin: .3rem 0; }
+.outcome p, .outcome ul { margin: .3rem 0; }
 .verdict { font-size: 1.15rem; line-height: 1.4; font-weight: 600; }
 .caution { max-width: 54rem; margin: .6rem 0; padding: .5rem 1rem; font-size: .95rem;
   border-left: 4px solid var(--warn); }

@@ -240,8 +240,10 @@ def test_report_and_tables(whole):
     text = report.read_text()
     for part in ("2 seeds prove nothing", "Cost", "loud", "Every class", "Held-out top1"):
         assert part in text
-    # arms against none and direct comparisons, each of 5 targets: 10 times 0.05
-    assert "each of 10 families by itself" in text and "up to 0.5 of them" in text
+    # strongest and weakest are one peer for all seeds: beside the mean there are two peers, and
+    # three targets of the direct comparison
+    assert "up to 25 in 100 experiments of this size show at least one (5 such" in text
+    assert "The primary target, named in advance, is the mean of the peers, in top1" in text
     rows = list(csv.DictReader((report.parent / "runs.csv").open()))
     assert len(rows) == 14 and float(rows[0]["start/a/top1"]) > 0
     tested = list(csv.DictReader((report.parent / "comparisons.csv").open()))
@@ -312,8 +314,12 @@ def test_sentences_claim_what_survives_correction_alone(tmp_path):
     assert any(x.startswith("best is better in top1 than none for the mean") for x in told)
     assert any(x.startswith("worse is worse in top1 than none for the mean") for x in told)
     assert not any(x.startswith("random") for x in told)
-    # best, worse: 5 targets each against none; the pair best, random: 5; random's 5 are not shown
-    assert told[-1].startswith("5 of 20 comparisons are not shown") and len(told) == 16
+    # three arms against none and a pair, of the mean and two peers, which are strongest and weakest
+    assert [x.split(" is ")[0] for x in told[:2]] == ["best", "worse"]
+    assert told[2].startswith("Secondary: 7 of 9 other comparisons are shown")
+    assert "(5 such corrections, 5 % each)" in told[2]
+    assert all(x.startswith("Secondary: ") for x in told[3:10])
+    assert told[-1].startswith("3 of 12 comparisons are not shown") and len(told) == 11
 
 
 def test_errors_at_a_fitted_temperature_are_a_family_of_their_own(tmp_path):
@@ -351,6 +357,7 @@ def test_errors_at_a_fitted_temperature_are_a_family_of_their_own(tmp_path):
     assert mended["p"] == mended["p_holm"] == 4 / 256
     told = experiment_sentences(analysis)
     at = "best is better calibrated, each at a temperature fitted on the held-out part, than none"
+    at = f"Secondary: {at}"
     assert any(x.startswith(at) for x in told)
     rows = [row for row in comparison_rows(analysis) if row["metric"] == "ece_calibrated"]
     assert {row["of"] for row in rows} == {"calibration"} and len(rows) == 5

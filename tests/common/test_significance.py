@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.significance import holm, sign_flip_test, smallest_p
-from common.statistics import corrected, paired_interval, summarise
+from common.statistics import corrected, headline, paired_interval, summarise
 from tests.common.test_statistics import arms_with_gains, result
 
 
@@ -115,6 +115,48 @@ def test_one_family_over_all_targets_is_stricter():
     # 10 * 2 / 2^n <= 0.05 from n = 9 on
     assert family["least_seeds"] == 9
     assert not summary["gains"]["best"]["mean"]["shown"]
+
+
+def simulated(generator, gain=0.0, arms=3, seeds=8):
+    """Draw what an experiment would find if ``first`` gained so much and no other arm anything."""
+    rows = []
+    for arm in ["none", "first", *(f"arm{k}" for k in range(arms - 1))]:
+        for seed in range(seeds):
+            a, b, ensemble = generator.normal(size=3) + gain * (arm == "first")
+            rows.append({**result(arm, seed, [80 + a, 70 + b]), "ensemble_after": 85 + ensemble})
+    return summarise(rows, ["a", "b"], "none")
+
+
+def test_where_nothing_is_true_a_headline_is_as_rare_as_the_level():
+    repeats, level, generator = 400, 0.05, np.random.default_rng(13)
+    found = [corrected(simulated(generator)) for _ in range(repeats)]
+    first = np.mean([bool(headline(summary)) for summary in found])
+    assert 0 < first <= level + 3 * math.sqrt(level * (1 - level) / repeats)
+    # what is not of the primary family is shown more often: it must stay out of the headline
+    some = [
+        any(e["shown"] for e in [*effects.values(), *summary["peer_gains"][arm].values()] if e)
+        for summary in found
+        for arm, effects in summary["gains"].items()
+    ]
+    assert np.mean(np.reshape(some, (repeats, -1)).any(1)) > 2 * level
+
+
+def test_a_true_effect_makes_the_headline_and_no_other_arm_does():
+    generator = np.random.default_rng(14)
+    found = [headline(corrected(simulated(generator, gain=3.0))) for _ in range(20)]
+    assert sum("first" in shown for shown in found) >= 18
+    assert sum(len(shown) > 1 for shown in found) <= 4
+    assert all(list(effects) == ["mean"] for shown in found for effects in shown.values())
+
+
+def test_measures_that_do_not_count_and_direct_comparisons_make_no_headline():
+    summary = summarise(results_of({"best": 1.0}), ["a", "b"], "none", pairs=[("best", "none")])
+    assert list(headline(corrected(summary))) == ["best"]
+    assert headline(corrected(summary, counts=False)) == {}
+    whole = headline(corrected(summary, together=True))
+    assert list(whole["best"]) == ["mean", "a", "b"]  # a is the strongest, b the weakest: once
+    pair = corrected(summary)["pairs"][0]["effects"]["mean"]
+    assert pair["shown"] and not pair["primary"]
 
 
 def test_few_or_equal_seeds_show_nothing_after_correction_either():
