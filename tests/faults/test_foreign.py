@@ -123,7 +123,7 @@ FOREIGN = {
         (["--opt", "sgd", ALLOWED], "state of Adam, not of SGD"),
     ],
     "segmentation": [
-        (["PEER.fpn.MODEL.FPN.OUT_CHANNELS", "16"], "MODEL.FPN.OUT_CHANNELS 8 -> 16"),
+        (["PEER.fpn.MODEL.FPN.OUT_CHANNELS", "16"], "PEER.fpn.MODEL.FPN.OUT_CHANNELS 32 -> 16"),
         (
             [
                 ("--resume", "--resume\n--allow-changed-options"),
