@@ -144,7 +144,7 @@ class Task:
             state = load_run(folder)
             told = state["progress"]
         return {
-            "history": str([told["history"], told["lessons"], told["best"]]),
+            "history": str([told["history"], told["lessons"], sorted(told["best"].items())]),
             "files": {str(path.relative_to(folder)): read_weights(path) for path in files},
         }
 
