@@ -28,7 +28,7 @@ SCENES = {"pretrain": 200, "tune": 32, "test": 60, "scouted": 60}
 HELD_OUT = ("test", "scouted")  # of digits and parts of the photographs that no training sees
 FINETUNING = ["SOLVER.MAX_ITER", 30, "SOLVER.IMS_PER_BATCH", 4]
 PIXELS = 256  # of each scene that is scouted on
-SEEDS = 2  # of fine-tuning
+SEEDS = 1  # of fine-tuning
 NAMES = [f"{family}{k}" for family in ITERATIONS for k in range(2)]
 
 

@@ -84,8 +84,8 @@ _HERE = Path("output/scout")
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
     "about who gains from whom, and it says nothing of how large a gain will be; test it with "
-    "scout.py --realised RUN... on finished runs. On classifiers it did not order teams by their "
-    "mean gain; on segmentors it was not tested."
+    "scout.py --realised RUN... on finished runs. On small segmentors it did not order teams by "
+    "their mean gain, nor did it on classifiers."
 )
 
 
