@@ -354,6 +354,7 @@ def _effects(analysis: Mapping[str, Any], peer: str) -> str:
         ]
         names, metric, control = list(test["names"]), test["metric"], test["control"]
         interval = f"{100 * test['level']:g} % interval"
+        first = _primary(analysis["together"], test)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise OptionError(
             f"the analysis is not that of an experiment ({error!r}); give the analysis.json that "
@@ -369,7 +370,23 @@ def _effects(analysis: Mapping[str, Any], peer: str) -> str:
     return (
         f"An experiment with controls trained {told}, over seeds, and measured them on a test set. "
         f"What it found for the one of this name (positive is better); whether this file is of one "
-        f"of its runs was not looked at:\n\n{_table(head, rows)}"
+        f"of its runs was not looked at. {first}\n\n{_table(head, rows)}"
+    )
+
+
+def _primary(together: bool, test: Mapping[str, Any]) -> str:
+    """Say what the primary target shows, so that one peer's row is not read as the result."""
+    if together:
+        return "All targets were corrected together."
+    shown = [
+        f"{arm} {mean['mean']:+.3g}"
+        for arm, effects in test["gains"].items()
+        if (mean := effects["mean"]) is not None and mean["shown"]
+    ]
+    return (
+        "Its primary target is the mean of the peers, where "
+        f"{'shown is: ' + ', '.join(shown) if shown else 'nothing is shown'}. A single peer's "
+        "rows are secondary, corrected over the arms alone."
     )
 
 

@@ -176,7 +176,8 @@ def test_push_uploads_weights_and_card(trained, hub, tmp_path):
     folder, _, _ = trained
     effect = {"mean": 1, "low": 0, "high": 2, "count": 9, "p_holm": 0.04, "shown": True}
     test = {"names": ["b"], "metric": "top1", "control": "none", "level": 0.95}
-    analysis = {"test": {**test, "peer_gains": {"best": {"b": effect}}}}
+    gains = {"gains": {"best": {"mean": effect}}, "peer_gains": {"best": {"b": effect}}}
+    analysis = {"together": False, "test": {**test, **gains}}
     (tmp_path / "analysis.json").write_text(json.dumps(analysis))
     more = ["--private", "--analysis", str(tmp_path / "analysis.json")]
     push([str(folder), "--peer", "b", "--repo", "org/digits", *more])
@@ -185,6 +186,7 @@ def test_push_uploads_weights_and_card(trained, hub, tmp_path):
     assert all(torch.equal(x, best[name]) for name, x in hub["org/digits"]["weights"].items())
     card = hub["org/digits"]["card"]
     assert "hf-hub:org/digits" in card and "| best | +1 | +0 to +2 | 9 | 0.04 | shown |" in card
+    assert "primary target is the mean of the peers, where shown is: best +1." in card
     push([str(folder), "--repo", "org/digits"])
     assert set(hub) == {"org/digits", "org/digits-a", "org/digits-b"}
     assert not hub["org/digits-a"]["private"]

@@ -73,15 +73,24 @@ def test_front_matter_is_yaml_without_what_is_not_known():
 
 def test_an_experiment_is_told_with_what_it_does_not_show(card):
     gains = {"best": {"a": effect(0.5, False), "z": None}, "solo": {"a": effect(-0.5, True)}}
-    test = {"names": ["a"], "metric": "top1", "control": "none", "level": 0.95}
-    analysis = {"test": {**test, "peer_gains": gains}}
+    means = {"best": {"mean": effect(0.4, False)}, "solo": {"mean": effect(-0.6, True)}}
+    test = {"names": ["a"], "metric": "top1", "control": "none", "level": 0.95, "gains": means}
+    analysis = {"together": False, "test": {**test, "peer_gains": gains}}
     text = card_text(card, "best", "f", "abc", repo="org/name", analysis=analysis)
     assert "whether this file is of one of its runs was not looked at" in text
     assert "gain in top1 over `none`" in text
     assert "| best | +0.5 | -1 to +2 | 5 | 0.5 | not shown |" in text
     assert "| solo | -0.5 | -1 to +2 | 5 | 0.5 | shown |" in text
+    assert "the mean of the peers, where shown is: solo -0.6. A single peer's rows are sec" in text
+    means["solo"] = {"mean": effect(-0.6, False)}
+    assert "where nothing is shown." in card_text(card, "best", "f", "abc", analysis=analysis)
+    whole = card_text(card, "best", "f", "abc", analysis={**analysis, "together": True})
+    assert "All targets were corrected together." in whole and "secondary" not in whole
     assert "No such experiment" not in text and 'load("hf-hub:org/name")' in text
-    other = {"test": {**test, "names": ["z"], "peer_gains": {"best": {"z": effect(1, True)}}}}
+    other = {
+        "together": False,
+        "test": {**test, "names": ["z"], "peer_gains": {"best": {"z": effect(1, True)}}},
+    }
     with pytest.raises(OptionError, match="no peer 'a', only z"):
         card_text(card, "best", "f", "abc", analysis=other)
     for wrong in ({}, [], {"test": {"names": []}}):
