@@ -41,7 +41,7 @@ from common.finished import refuse_other_data, shared_models
 from common.logit_cache import CachedLogits
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
-from common.report.scouting import CAUTION, scout_lead, write_scout_report
+from common.report.scouting import scout_cautions, scout_lead, write_scout_report
 from common.scout_check import (
     add_realised_option,
     check_runs,
@@ -161,6 +161,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
         )
         for k, team in enumerate(outcome["teams"][:_COMMANDS])
     ]
+    outcome["chosen_on_test"] = not (options.held_out or options.unlabelled)
     outcome["settings"] = _settings(options)
     write_outcome(folder, outcome)
     report = write_scout_report(folder / "report.html", outcome, options.top)
@@ -417,7 +418,8 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
     ]
     if rows:
         log_table(rows)
-    _logger.info("%s", CAUTION)
+    for caution in scout_cautions(outcome):
+        _logger.info("%s", caution)
     for command in outcome["commands"]:
         _logger.info("  %s", command)
 

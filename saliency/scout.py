@@ -28,7 +28,7 @@ from common.finished import refuse_other_data, shared_models
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, progress_bars, run_command, start_world
 from common.report.numbers import number
-from common.report.scouting import scout_lead, write_scout_report
+from common.report.scouting import scout_cautions, scout_lead, write_scout_report
 from common.scout_check import (
     add_realised_option,
     check_runs,
@@ -132,6 +132,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact["parameters"] = candidate.parameters
     outcome["commands"] = commands(folder, options, candidates, outcome["teams"][:_COMMANDS])
+    outcome["chosen_on_test"] = options.split == "val" and not options.held_out
     outcome["settings"] = _settings(options, videos)
     write_outcome(folder, outcome)
     report = write_scout_report(folder / "report.html", outcome, options.top, parts=FRAMES)
@@ -381,7 +382,8 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
     ]
     if rows:
         log_table(rows)
-    _logger.info("%s", CAUTION)
+    for caution in scout_cautions(outcome):
+        _logger.info("%s", caution)
     for command in outcome["commands"]:
         _logger.info("  %s", command)
 

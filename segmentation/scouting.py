@@ -29,7 +29,7 @@ from common.outputs import log_table, make_writable, progress_bars, run_command
 from common.realised import Realised
 from common.report.numbers import as_percent
 from common.report.page import Html, Section, data_table, section
-from common.report.scouting import scout_lead, write_scout_report
+from common.report.scouting import scout_cautions, scout_lead, write_scout_report
 from common.scout_check import (
     add_realised_option,
     check_runs,
@@ -371,6 +371,7 @@ def _outcome(
         "unit": f"pixels of {view.images} images",
         "caution": CAUTION,
         "granularity": node.GRANULARITY,
+        "chosen_on_test": asked.unlabelled is None and not node.HELD_OUT,
     }
     return outcome | _by_class(view, shown) if found.labelled else outcome
 
@@ -549,7 +550,8 @@ def _tell(outcome: Mapping[str, Any], top: int) -> None:
     ]
     if rows:
         log_table(rows)
-    _logger.info("%s", CAUTION)
+    for caution in scout_cautions(outcome):
+        _logger.info("%s", caution)
     for command in outcome["commands"]:
         _logger.info("  %s", command)
 

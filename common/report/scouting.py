@@ -40,6 +40,11 @@ CAUTION = (
     "scout.py --realised RUN... on finished runs. On small models of digits it did not order teams "
     "by their mean gain, and partners of one model no better than by their accuracy."
 )
+CHOSEN_ON_TEST = (
+    "Teams are chosen here on the split on which training then measures them, so its numbers "
+    "flatter the team that was chosen; to choose on held-out training data, give --held-out SHARE "
+    "(segmentation: TRANSFER.HELD_OUT)."
+)
 Outcome = Mapping[str, Any]
 _NUMBERED = 16
 _SHOWN = 8
@@ -80,7 +85,9 @@ def write_scout_report(
     Args:
         path: The HTML file; written whole or not at all.
         outcome: From ``common.scout_outcome.describe_outcome``, with ``commands`` and ``settings``,
-            and where they are not those of classifiers ``unit`` of the samples and ``caution``.
+            ``chosen_on_test`` (whether models answered what training evaluates on, and nothing is
+            held out), and where they are not those of classifiers ``unit`` of the samples and
+            ``caution``.
         top: Teams in the table.
         extra: Sections of the task's own.
         parts: The task's own words; None: of what answers with classes.
@@ -100,7 +107,7 @@ def write_scout_report(
             "Teams": outcome["judged"],
             "Ranked by": outcome["predictor"],
         },
-        cautions=[outcome.get("caution", CAUTION)],
+        cautions=scout_cautions(outcome),
         about=told[0],
     )
     sections = [
@@ -117,6 +124,11 @@ def write_scout_report(
         settings_section(outcome["settings"]),
     ]
     return write_page(path, f"Scouting {len(outcome['names'])} models", first, sections)
+
+
+def scout_cautions(outcome: Outcome) -> list[str]:
+    """Say what to beware of."""
+    return [outcome.get("caution", CAUTION), *([CHOSEN_ON_TEST] * outcome["chosen_on_test"])]
 
 
 def scout_lead(outcome: Outcome, parts: Parts | None = None) -> str:

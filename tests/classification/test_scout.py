@@ -85,11 +85,15 @@ def test_scouting_ranks_every_pair_and_leaves_its_files(digits, trained, scoutin
     assert page.count("<figure") == page.count('<svg role="img" aria-label="') == 3
     assert all(word in page for word in ("Heat map", "complementar", "What calibration changes"))
     assert not re.search(r"(src|href)=\"http", page)
+    assert found["chosen_on_test"] and "on which training then measures them" in page
 
 
 @pytest.mark.parametrize("split", [(), ("--held-out", "0.25")])
 def test_the_printed_command_trains_the_team(scouting, tmp_path, split):
     found = scout([*scouting, *split, "--rule", "better", "--no-detach-teacher"], bars=False)
+    assert found["chosen_on_test"] == (not split)
+    told = "on which training then measures them"
+    assert (told in (tmp_path / "s" / "report.html").read_text()) == (not split)
     words = shlex.split(found["commands"][0])
     assert words[:2] == ["python", "classification/train.py"]
     options, specs = parse(words[2:])
@@ -243,6 +247,7 @@ def test_images_without_labels(digits, scouting, tmp_path, caplog):
     found = scout([*scouting, "--unlabelled", str(folder)], bars=False)
     assert found["samples"] == 50 and not found["labelled"] and found["score"] == "confidence"
     assert found["predictor"] == "confidence-gap" and found["models"][0]["temperature"] > 0
+    assert not found["chosen_on_test"]
     assert found["models"][0]["accuracy"] is None and found["pairs"]["flips"] is None
     blind = scout([*scouting[1:], "--unlabelled", str(folder)], bars=False)
     assert blind["rule"] == "mutual" and blind["predictor"] == "disagreement"

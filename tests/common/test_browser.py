@@ -126,7 +126,8 @@ def scouted():
     logits = torch.randn(len(names), 200, 5, generator=generator) + F.one_hot(labels, 5)
     judge = Judge(survey(HeldLogits(names, logits), labels))
     outcome = describe_outcome(judge, rank_teams(judge, [2], "flips"), "flips", None, 8)
-    return outcome | {"commands": ["python train.py --peer " + LONG[0]], "settings": {"seed": 0}}
+    outcome |= {"commands": ["python train.py --peer " + LONG[0]], "chosen_on_test": True}
+    return outcome | {"settings": {"seed": 0}}
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,7 @@ def test_teams_pairs_and_tables(scouted):
     assert len(rows) == 6 and tables <= set(rows[0])
     assert json.loads((folder / "out/scout.json").read_text())["metric"] == "cc"
     page = (folder / "out/report.html").read_text()
+    assert "on which training then measures them" in page and outcome["chosen_on_test"]
     assert "A prediction, not a result" in page and "predicts better than the column" in page
     assert "Mean cc against complementarity of 3 pairs" in page and "Numbered: the best" in page
     assert "Its strongest member has cc" in page and "share of frames on which each" in page
@@ -241,6 +242,7 @@ def test_the_held_out_part_is_scouted(data, models, scouted, no_report):
     found = scout(given, bars=False)
     part = split_held_out(open_dataset("dhf1k", data, "train"), 0.5, 3)[1]
     assert found["samples"] == len(part.videos) * 2 and "--held-out 0.5" in found["commands"][0]
+    assert not found["chosen_on_test"]
 
 
 def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, monkeypatch):

@@ -141,7 +141,8 @@ def test_teams_are_ranked_and_come_with_what_trains_them(models, scouted, tmp_pa
     for peer in run.peers:
         for key in ("MODEL.WEIGHTS", "MODEL.SEM_SEG_HEAD", "SOLVER", "INPUT.FORMAT"):
             assert value_at(peer.cfg, key) == value_at(original[peer.name], key)
-    assert "By image and by pixel" in (tmp_path / "out/report.html").read_text()
+    page = (tmp_path / "out/report.html").read_text()
+    assert "By image and by pixel" in page and "on which training then measures them" in page
     told = json.loads((tmp_path / "out/scout.json").read_text())
     assert told["samples"] == 3 * 256
     rows = list(csv.DictReader((tmp_path / "out/pairs_by_class.csv").open()))
@@ -150,6 +151,8 @@ def test_teams_are_ranked_and_come_with_what_trains_them(models, scouted, tmp_pa
 
 def test_answers_are_kept_and_a_further_model_costs_its_own_pass_alone(scouted, monkeypatch):
     arguments, first = scouted
+    held_out = ["SEED", "0", "TRANSFER.HELD_OUT", "0.5"]
+    assert not scout([*arguments, *held_out], bars=False)["chosen_on_test"]
     asked = []
     monkeypatch.setattr(answers, "_compute", lambda *given: asked.append(given))
     again = scout([*arguments, "TRANSFER.GRANULARITY", "pixel"], bars=False)
