@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+from dataclasses import replace
+from pathlib import Path
 
 from classification.options import EXPORT, PEER_OPTIONS, parse
 from common import finished
+from common.finished import ReadRun
 
 METRIC = "top1"
 # What decides what a peer predicts before training; the rest of PEER_OPTIONS is how it is trained.
@@ -17,7 +20,7 @@ AT_START = (
 ).split()
 _NOT_SETTING = "pin_mem wandb_tags local_rank data_dir validation_batch_size".split()
 
-read_run = functools.partial(
+_read = functools.partial(
     finished.read_run,
     parse=parse,
     metric=METRIC,
@@ -26,6 +29,17 @@ read_run = functools.partial(
     at_start=AT_START,
     not_setting=_NOT_SETTING,
 )
+
+
+def read_run(folder: Path) -> ReadRun:
+    """Read a finished run, with the score as it was compared: calibrated, or as it is.
+
+    Raises:
+        OptionError: See ``common.finished.read_run``.
+    """
+    run = _read(folder)
+    raw = run.score == "confidence" and run.started.calibrate_scores == "off"
+    return replace(run, score="raw confidence") if raw else run
 
 
 def evaluated_on(options: argparse.Namespace) -> tuple[str, ...]:

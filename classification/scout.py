@@ -42,6 +42,7 @@ from common.logit_cache import CachedLogits
 from common.options import OptionError, actions_of, check_least
 from common.outputs import log_table, make_writable, plain, progress_bars, run_command
 from common.report.scouting import scout_cautions, scout_lead, write_scout_report
+from common.roles import compares_scores
 from common.scout_check import (
     add_realised_option,
     check_runs,
@@ -347,6 +348,8 @@ def judge_of(found: Survey, options: argparse.Namespace) -> Judge:
         OptionError: A rule or margin that does not exist.
     """
     rule, score, margin = judged_by(found, options.rule, options.score, options.margin)
+    if found.labelled and score == "confidence" and options.bce_loss:
+        score = "raw confidence"  # as train.py compares them, for it calibrates no sigmoids
     try:
         return Judge(found, rule, score, margin)
     except ValueError as error:
@@ -387,9 +390,18 @@ def command_of(
 ) -> str:
     """Write the command that trains a team; see ``common.scout_commands.train_command``."""
     data = str(options.data) if is_labelled(options) else "DATA"
-    flags = flags_of(options, actions_of(build_parser("train")), _NOT_TRAINING)
+    flags = flags_of(_as_judged(options), actions_of(build_parser("train")), _NOT_TRAINING)
     start = ["python", "classification/train.py", data, *flags]
     return train_command(start, peers, file, functools.partial(yaml.safe_dump, sort_keys=False))
+
+
+def _as_judged(options: argparse.Namespace) -> argparse.Namespace:
+    """Let training compare calibrated confidences where scouting did."""
+    compares = options.score == "confidence" and compares_scores(options.rule, options.margin)
+    if not compares or options.bce_loss or not is_labelled(options):
+        return options
+    when = "start" if options.calibrate_scores == "off" else options.calibrate_scores
+    return argparse.Namespace(**{**vars(options), "calibrate_scores": when})
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

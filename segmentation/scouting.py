@@ -319,6 +319,8 @@ class Answered:
         Raises:
             ValueError: A rule or score that does not exist here.
         """
+        if self.found.labelled and score == "confidence":
+            score = "raw confidence"  # as training compares them, for it calibrates none
         groups = self.image if granularity == "image" else None
         return Judge(self.found, rule, score, margin, groups)
 

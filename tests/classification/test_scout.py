@@ -15,6 +15,7 @@ from classification.models import ModelError, models_meant
 from classification.options import build_parser, parse
 from classification.peer import build_modules
 from classification.plan import measure_team
+from classification.realised import read_run
 from classification.scout import add_scout_options, main, scout
 from classification.train import run
 from classification.validate import validate
@@ -185,12 +186,19 @@ def test_ranking_for_one(scouting, trained, no_report):
     assert found["teams"][0]["value"] == found["teams"][0]["predicted"]["flips"]["c"]
 
 
-def test_confidence_and_mutual_rank_too(scouting):
+def test_confidence_and_mutual_rank_too(scouting, no_report):
     found = scout([*scouting, "--score", "confidence"], bars=False)
     assert found["score"] == "confidence" and len(found["calibration"]) == 6
     assert 0 <= found["calibration"][0]["right_raw"] <= 1
+    assert parse(shlex.split(found["commands"][0])[2:])[0].calibrate_scores == "start"
+    for more, when in (("--bce-loss", "off"), ("--calibrate-scores=epoch", "epoch")):
+        given = scout([*scouting, "--score", "confidence", more], bars=False)
+        assert parse(shlex.split(given["commands"][0])[2:])[0].calibrate_scores == when
+        assert given["score"] == ("raw confidence" if when == "off" else "confidence")
     found = scout([*scouting, "--rule", "mutual"], bars=False)
     assert found["predictor"] == "complementarity" and found["score"] is None
+    found = scout([*scouting, "--rule", "mutual", "--score", "confidence"], bars=False)
+    assert parse(shlex.split(found["commands"][0])[2:])[0].calibrate_scores == "off"
 
 
 def test_teams_that_do_not_fit_a_gpu_are_left_out(scouting, no_report):
@@ -386,3 +394,21 @@ def test_runs_are_asked_for_with_an_equals_sign_too(tmp_path):
     for given in ([f"--realised={tmp_path}"], [f"--realised={tmp_path}", "--realised", "x"]):
         with pytest.raises(OptionError, match=r"it has no args\.yaml"):
             scout(given, bars=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "score"),
+    [
+        ("score: confidence", "raw confidence"),
+        ("score: confidence\ncalibrate_scores: start", "confidence"),
+        ("score: loss", "loss"),
+    ],
+)
+def test_a_finished_run_is_judged_by_confidences_as_it_compared_them(tmp_path, options, score):
+    peers = "".join(f"- {{model: resnet18, name: {n}, checkpoint: {n}.pth}}\n" for n in "ab")
+    (tmp_path / "args.yaml").write_text(f"data: D\npeers:\n{peers}{options}\n")
+    (tmp_path / "summary.csv").write_text("a/top1,b/top1\n50,51\n52,53\n")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.safetensors").touch()
+    assert read_run(tmp_path).score == score

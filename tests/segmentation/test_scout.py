@@ -161,6 +161,8 @@ def test_answers_are_kept_and_a_further_model_costs_its_own_pass_alone(scouted, 
         fact["accuracy"] for fact in first["models"]
     ]
     assert again["teams"][0]["taught"] == again["teams"][0]["taught_by"]["pixel"]
+    sure = scout([*arguments, "TRANSFER.SCORE", "confidence"], bars=False)
+    assert sure["score"] == "raw confidence"  # as training compares them
 
 
 def test_the_ranking_for_one_model_has_it_in_every_team(scouted):
