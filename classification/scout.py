@@ -53,7 +53,7 @@ from common.scout_check import (
     write_check,
 )
 from common.scout_commands import flags_of, train_command, with_engine
-from common.scout_outcome import describe_outcome, write_outcome
+from common.scout_outcome import describe_outcome, teams_by_size, teams_to_train, write_outcome
 from common.scouting import (
     PREDICTORS,
     Judge,
@@ -100,7 +100,7 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, help="scout on so many images, drawn at random")
     add("--unlabelled", metavar="DIR", help="judge teams on these images, which have no labels")
     add_cost_options(add)
-    add("--top", type=int, default=20, help="teams to show")
+    add("--top", type=int, default=20, help="teams of each size to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
     add("--models-at-once", type=int, default=8, help="in memory, of those of one geometry")
     add("--skip-unfit", action="store_true", help="go on without models that cannot be scouted")
@@ -146,9 +146,8 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     if options.costs or options.budget_gpu_mem:
         costs = ClassifierCosts(candidates, options, world, watch)
     ranking = _rank(judge, sizes, predictor, student, options, costs, watch)
-    shown = ranking.teams[: options.top]
     if found.labelled:
-        _measure_ensembles(shown, logits)
+        _measure_ensembles(ranking.best(options.top), logits)
     outcome = describe_outcome(judge, ranking, predictor, student, options.top)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact |= {"model": candidate.spec.model, "view": str(candidate.view)}
@@ -160,7 +159,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
             with_engine(options, team),
             folder / f"team-{k + 1}.yaml",
         )
-        for k, team in enumerate(outcome["teams"][:_COMMANDS])
+        for k, team in enumerate(teams_to_train(outcome, _COMMANDS))
     ]
     outcome["chosen_on_test"] = not (options.held_out or options.unlabelled)
     outcome["settings"] = _settings(options)
@@ -416,19 +415,19 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _tell(outcome: Mapping[str, Any], top: int) -> None:
     """Log the best teams, and how to train them."""
     _logger.info("%s", scout_lead(outcome))
-    rows = [
-        {
-            "team": ", ".join(team["members"]),
-            outcome["predictor"]: f"{team['value']:.4f}",
-            "taught": " ".join(f"{100 * x:.0f}%" for x in team["taught"].values()),
-            "agree": f"{100 * team['agreement']:.1f}%",
-            "ensemble": _percent(team["ensemble"]),
-            "oracle": _percent(team["oracle"]),
-            **shown_costs(team),
-        }
-        for team in outcome["teams"][:top]
-    ]
-    if rows:
+    for teams in teams_by_size(outcome, top):
+        rows = [
+            {
+                "team": ", ".join(team["members"]),
+                outcome["predictor"]: f"{team['value']:.4f}",
+                "taught": " ".join(f"{100 * x:.0f}%" for x in team["taught"].values()),
+                "agree": f"{100 * team['agreement']:.1f}%",
+                "ensemble": _percent(team["ensemble"]),
+                "oracle": _percent(team["oracle"]),
+                **shown_costs(team),
+            }
+            for team in teams
+        ]
         log_table(rows)
     for caution in scout_cautions(outcome):
         _logger.info("%s", caution)

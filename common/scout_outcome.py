@@ -6,13 +6,14 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from common.checkpoint import atomic_write
-from common.scouting import Judge, Ranking, Team
+from common.scouting import Judge, Ranking, Team, first_of_sizes
 from common.survey import Survey, describe_models, describe_pairs
 
 
@@ -26,11 +27,12 @@ def describe_outcome(
         ranking: Of the teams.
         predictor: What they were ranked by.
         student: Whom they were ranked for; None: all members.
-        top: Teams whose calibration is looked at.
+        top: Teams of each size whose calibration is looked at.
 
     Returns:
-        Plain containers: ``models``, ``pairs`` (tables by name), ``teams`` (all that fit, best
-        first), ``calibration`` and how many teams there were. None where a number is not known.
+        Plain containers: ``models``, ``pairs`` (tables by name), ``teams`` (all that fit, in the
+        order of the ranking), ``calibration`` and how many teams there were. None where a number is
+        not known.
     """
     found = judge.found
     return {
@@ -40,7 +42,7 @@ def describe_outcome(
             what: None if table is None else table.tolist()
             for what, table in vars(describe_pairs(found)).items()
         },
-        "calibration": calibration_rows(found, ranking.teams[:top]),
+        "calibration": calibration_rows(found, ranking.best(top)),
     }
 
 
@@ -93,6 +95,20 @@ def _describe_team(
         "memory": team.memory,
         "step_seconds": team.step_seconds,
     }
+
+
+def teams_by_size(outcome: Mapping[str, Any], top: int) -> list[list[dict[str, Any]]]:
+    """Return so many of the best teams of each size, a list a size; none: nothing fits."""
+    shown = first_of_sizes(outcome["teams"], lambda team: len(team["members"]), top)
+    return [list(group) for _, group in groupby(shown, lambda team: len(team["members"]))]
+
+
+def teams_to_train(outcome: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
+    """Return so many of the best teams, one of each size at least: first the best of each."""
+    groups = teams_by_size(outcome, most)
+    rounds = zip_longest(*groups)
+    best = [team for some in rounds for team in some if team is not None]
+    return best[: max(most, len(groups))]
 
 
 def calibration_rows(found: Survey, teams: Sequence[Team]) -> list[dict[str, Any]]:

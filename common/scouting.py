@@ -6,8 +6,10 @@ import itertools
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -442,9 +444,27 @@ def group_means(values: Tensor, groups: Tensor | None) -> Tensor:
     return (sums / sizes.clamp(min=1))[:, groups].to(values.dtype)
 
 
+_Shown = TypeVar("_Shown")
+
+
+def first_of_sizes(
+    teams: Sequence[_Shown], size: Callable[[_Shown], int], top: int
+) -> list[_Shown]:
+    """Take as many of the first teams of each size, in the order of the whole."""
+    taken: Counter[int] = Counter()
+    found = []
+    for team in teams:
+        taken[size(team)] += 1
+        if taken[size(team)] <= top:
+            found.append(team)
+    return found
+
+
 @dataclass(frozen=True)
 class Ranking:
-    """Teams, best first.
+    """Teams of each size apart, the smallest first; of a size the best first.
+
+    What is predicted of different sizes cannot be compared: a larger team has more that may teach.
 
     Attributes:
         teams: All that were judged, and fit.
@@ -458,6 +478,10 @@ class Ranking:
     possible: int
     too_large: int
 
+    def best(self, top: int) -> list[Team]:
+        """Return so many of each size."""
+        return first_of_sizes(self.teams, lambda team: len(team.members), top)
+
 
 def rank_teams(
     judge: Judge,
@@ -469,7 +493,7 @@ def rank_teams(
     fits: Callable[[Team], bool] = lambda team: True,
     watch: Callable[[Sequence[tuple[int, ...]]], Sequence[tuple[int, ...]]] = lambda teams: teams,
 ) -> Ranking:
-    """Order the teams of some sizes by a predictor.
+    """Order the teams of each size by a predictor.
 
     All pairs are judged. Where a larger size has more than ``most`` teams, only the best teams of
     one model fewer are tried with each further model, as many as ``most`` allows: a search that can
@@ -507,12 +531,12 @@ def rank_teams(
         teams = [judge.judge(members) for members in watch(tried) if judge.may_be(members)]
         smaller = sorted(teams, key=value, reverse=True)
         if size in sizes:
-            fitting = [team for team in teams if fits(team)]
+            fitting = [team for team in smaller if fits(team)]
             kept += fitting
             judged += len(teams)
             possible += math.comb(models - len(needed), size - len(needed))
             too_large += len(teams) - len(fitting)
-    return Ranking(sorted(kept, key=value, reverse=True), judged, possible, too_large)
+    return Ranking(kept, judged, possible, too_large)
 
 
 def _count(size: int, models: int, student: int | None) -> int:

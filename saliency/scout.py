@@ -38,7 +38,7 @@ from common.scout_check import (
     write_check,
 )
 from common.scout_commands import flags_of, train_command, with_engine
-from common.scout_outcome import describe_ranking, write_outcome
+from common.scout_outcome import describe_ranking, teams_by_size, teams_to_train, write_outcome
 from common.scouting import Judge, check_request, rank_teams, team_sizes
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
 from saliency.evaluation import metrics_for
@@ -84,7 +84,7 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
     add("--unlabelled", metavar="DIR", help=argparse.SUPPRESS)  # of the other tasks; see _check
     add_realised_option(add)
     add_cost_options(add)
-    add("--top", type=int, default=20, help="teams to show")
+    add("--top", type=int, default=20, help="teams of each size to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
     add("--skip-unfit", action="store_true", help="go on without models that cannot be scouted")
     add("--cache", type=Path, default=_HERE / "cache", help="of what models say")
@@ -131,7 +131,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     outcome = _outcome(view, options, sizes, student, costs)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact["parameters"] = candidate.parameters
-    outcome["commands"] = commands(folder, options, candidates, outcome["teams"][:_COMMANDS])
+    outcome["commands"] = commands(folder, options, candidates, teams_to_train(outcome, _COMMANDS))
     outcome["chosen_on_test"] = options.split == "val" and not options.held_out
     outcome["settings"] = _settings(options, videos)
     write_outcome(folder, outcome)
@@ -282,7 +282,7 @@ def _outcome(
     for team in ranking.teams:
         overlap = view.overlap[list(team.members)][:, list(team.members)]
         team.agreement = float(overlap.triu(1).sum()) / (len(team.members) * (len(overlap) - 1) / 2)
-    for team in ranking.teams[: options.top]:
+    for team in ranking.best(options.top):
         team.ensemble = view.together(team.members)
     return {
         **describe_ranking(judge, ranking, predictor, student),
@@ -368,19 +368,20 @@ def _settings(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
 def _tell(outcome: Mapping[str, Any], top: int) -> None:
     """Log the best teams, and how to train them."""
     _logger.info("%s", scout_lead(outcome, FRAMES))
-    rows = [
-        {
-            "team": ", ".join(team["members"]),
-            outcome["predictor"]: number(team["value"], 4),
-            "taught": " / ".join(f"{100 * share:.0f}" for share in team["taught"].values()) + " %",
-            "overlap": number(team["agreement"], 3),
-            "ensemble": number(team["ensemble"], 4),
-            "oracle": number(team["oracle"], 4),
-            **shown_costs(team),
-        }
-        for team in outcome["teams"][:top]
-    ]
-    if rows:
+    for teams in teams_by_size(outcome, top):
+        rows = [
+            {
+                "team": ", ".join(team["members"]),
+                outcome["predictor"]: number(team["value"], 4),
+                "taught": " / ".join(f"{100 * share:.0f}" for share in team["taught"].values())
+                + " %",
+                "overlap": number(team["agreement"], 3),
+                "ensemble": number(team["ensemble"], 4),
+                "oracle": number(team["oracle"], 4),
+                **shown_costs(team),
+            }
+            for team in teams
+        ]
         log_table(rows)
     for caution in scout_cautions(outcome):
         _logger.info("%s", caution)

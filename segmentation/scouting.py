@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ from common.scout_check import (
     refuse_unlabelled,
     write_check,
 )
-from common.scout_outcome import describe_outcome, write_outcome
+from common.scout_outcome import describe_outcome, teams_by_size, teams_to_train, write_outcome
 from common.scouting import (
     PREDICTORS,
     Judge,
@@ -122,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_realised_option(add)
     add_cost_options(add)
-    add("--top", type=int, default=20, help="teams to show")
+    add("--top", type=int, default=20, help="teams of each size to show")
     add("--most-teams", type=int, default=20000, help="of a size; where there are more, search")
     add("--skip-unfit", action="store_true", help="go on without models that cannot be scouted")
     add("--cache", type=Path, default=_HERE / "cache", help="of what models answered")
@@ -178,7 +179,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact["parameters"] = candidate.parameters
         fact["weights"] = candidate.config.cfg.MODEL.WEIGHTS
-    outcome["commands"] = write_commands(folder, whole, outcome["teams"][:_COMMANDS])
+    outcome["commands"] = write_commands(folder, whole, teams_to_train(outcome, _COMMANDS))
     outcome["settings"] = _settings(asked, run)
     write_outcome(folder, outcome)
     if outcome["labelled"]:
@@ -358,12 +359,13 @@ def _outcome(
         )
     except ValueError as error:
         raise OptionError(str(error)) from error
-    shown = ranking.teams[: asked.top]
+    shown = ranking.best(asked.top)
     more = [_measured(view, team) if found.labelled else {} for team in shown]
     outcome = describe_outcome(judges[node.GRANULARITY], ranking, predictor, student, asked.top)
+    rows = itertools.chain.from_iterable(teams_by_size(outcome, asked.top))
     for fact, of_class in zip(outcome["models"], view.iou, strict=found.labelled):
         fact["miou"] = mean_iou(of_class)
-    for told, team, measured in zip(outcome["teams"], shown, more, strict=False):
+    for told, team, measured in zip(rows, shown, more, strict=True):
         told |= measured
         told["taught_by"] = {
             kind: dict(zip(told["members"], judge.judge(team.members).taught, strict=True))
@@ -539,18 +541,18 @@ def _listed(by_member: Mapping[str, float], digits: int = 0) -> str:
 def _tell(outcome: Mapping[str, Any], top: int) -> None:
     """Log the best teams, and how to train them."""
     _logger.info("%s", scout_lead(outcome))
-    rows = [
-        {
-            "team": ", ".join(team["members"]),
-            outcome["predictor"]: f"{team['value']:.4f}",
-            "by image": _listed(team["taught_by"]["image"]),
-            "by pixel": _listed(team["taught_by"]["pixel"]),
-            **(_told_iou(team) if outcome["labelled"] else {}),
-            **shown_costs(team),
-        }
-        for team in outcome["teams"][:top]
-    ]
-    if rows:
+    for teams in teams_by_size(outcome, top):
+        rows = [
+            {
+                "team": ", ".join(team["members"]),
+                outcome["predictor"]: f"{team['value']:.4f}",
+                "by image": _listed(team["taught_by"]["image"]),
+                "by pixel": _listed(team["taught_by"]["pixel"]),
+                **(_told_iou(team) if outcome["labelled"] else {}),
+                **shown_costs(team),
+            }
+            for team in teams
+        ]
         log_table(rows)
     for caution in scout_cautions(outcome):
         _logger.info("%s", caution)

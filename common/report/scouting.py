@@ -33,6 +33,7 @@ from common.report.page import (
 )
 from common.report.plots import COLORS, HEAT, WIDTH, draw, heat_cells
 from common.report.style import PAPER
+from common.scout_outcome import teams_by_size
 
 CAUTION = (
     "A prediction, not a result: nothing was trained. What teams are ranked by is a hypothesis "
@@ -88,7 +89,7 @@ def write_scout_report(
             ``chosen_on_test`` (whether models answered what training evaluates on, and nothing is
             held out), and where they are not those of classifiers ``unit`` of the samples and
             ``caution``.
-        top: Teams in the table.
+        top: Teams of each size in the tables.
         extra: Sections of the task's own.
         parts: The task's own words; None: of what answers with classes.
 
@@ -96,7 +97,7 @@ def write_scout_report(
         Where it lies.
     """
     parts = parts or CLASSES
-    teams = outcome["teams"][:top]
+    groups = teams_by_size(outcome, top) or [[]]
     told = scout_sentences(outcome, parts)
     first = Summary(
         kind="Scouting",
@@ -113,8 +114,12 @@ def write_scout_report(
     sections = [
         section(
             "Teams",
-            _team_table(outcome, teams, parts),
-            folded("Every predictor", _predictor_table(outcome, teams), _predictor_notes(outcome)),
+            *(_team_table(outcome, teams, parts) for teams in groups),
+            folded(
+                "Every predictor",
+                *(_predictor_table(outcome, teams) for teams in groups),
+                _predictor_notes(outcome),
+            ),
         ),
         section("To train them", *commands(outcome["commands"])),
         section(parts.others, figure_grid(parts.figures(outcome))),
@@ -139,16 +144,20 @@ def scout_lead(outcome: Outcome, parts: Parts | None = None) -> str:
 def scout_sentences(outcome: Outcome, parts: Parts) -> list[str]:
     """Say in plain words what was asked, then what was found."""
     told = [parts.about(outcome)]
-    if outcome["teams"]:
-        best = outcome["teams"][0]
-        aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
+    first = [teams[0] for teams in teams_by_size(outcome, 1)]
+    aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
+    for best in first:
+        size = len(best["members"])
+        among = f"the teams of {size}" if len(first) > 1 else f"{outcome['judged']} teams"
         told.append(
-            f"Of {outcome['judged']} teams the most is predicted {aim} in "
-            f"{listed(best['members'])} ({outcome['predictor']} {best['value']:.4f})."
+            f"Of {among} the most is predicted {aim} in {listed(best['members'])} "
+            f"({outcome['predictor']} {best['value']:.4f})."
         )
         told += [sentence for sentence in (parts.best(outcome, best),) if sentence]
-    else:
+    if not first:
         told.append("No team fits.")
+    if len(first) > 1:
+        told.append("Sizes are ranked apart, for in a larger team there are more that may teach.")
     if outcome["judged"] < outcome["possible"]:
         told.append(
             f"{outcome['possible']} teams are possible; the larger ones were grown from the best "
@@ -201,7 +210,7 @@ def _team_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]], parts: Par
     ]
     roles = f"rule {outcome['rule']}" + (f", score {outcome['score']}" if outcome["score"] else "")
     caption = (
-        f"The best of {outcome['judged']} teams; {roles}. Taught: expected share of "
+        f"The best {_kind(outcome, teams)}; {roles}. Taught: expected share of "
         f"{outcome.get('unit', 'samples')} on which each member is taught, in the order of the "
         f"names.{parts.legend(outcome)}"
         + (f" The ranking is by what {outcome['for']} may gain." if outcome["for"] else "")
@@ -209,6 +218,13 @@ def _team_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]], parts: Par
     )
     head = ["#", "Team", outcome["predictor"], "Taught", *columns]
     return data_table(caption, head, rows, labels=2)
+
+
+def _kind(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> str:
+    """Say of which teams the ones shown are the best: of one size, where there are several."""
+    if len(teams_by_size(outcome, 1)) > 1:
+        return f"teams of {len(teams[0]['members'])}"
+    return f"of {outcome['judged']} teams"
 
 
 def _columns(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -238,7 +254,7 @@ def _predictor_table(outcome: Outcome, teams: Sequence[Mapping[str, Any]]) -> Ht
         ]
         for k, team in enumerate(teams)
     ]
-    caption = "What every predictor says of these teams, mean over members."
+    caption = f"What every predictor says of the best {_kind(outcome, teams)}, mean over members."
     return data_table(caption, ["#", "Team", *names], rows, labels=2)
 
 
@@ -427,7 +443,7 @@ def pair_scatter(
 
     caption = (
         "Every pair of models: right is stronger, up is more complementary. Numbered: the best "
-        "pairs, by their place among all teams."
+        "pairs, by their place in the table."
     )
     alt = f"Mean {what} against complementarity of {len(pairs)} pairs"
     return figure_tag([Panel(draw(paint, 3.0), alt)], caption)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from common import survey as surveys
 from common.options import OptionError
+from common.report.scouting import write_scout_report
 from common.roles import assign_roles
+from common.scout_outcome import describe_outcome, teams_by_size, teams_to_train
 from common.scouting import (
     PREDICTORS,
     Judge,
@@ -25,6 +27,7 @@ from common.survey import (
     fit_temperatures,
     survey,
 )
+from tests.common.test_report import Page
 
 
 def logits_of(*probabilities):
@@ -199,6 +202,34 @@ def test_search_for_large_teams_grows_the_best_small_ones():
     assert only.teams[0].gain("complementarity") == pytest.approx(
         rank_teams(judge, [4], "complementarity").teams[0].gain("complementarity"), rel=0.1
     )
+
+
+def test_sizes_are_ranked_shown_and_trained_apart(tmp_path):
+    found = survey(*random_source(models=4))
+    ranking = rank_teams(Judge(found), [2, 3, 4], "flips")
+    best = {size: [t for t in ranking.teams if len(t.members) == size] for size in (2, 3, 4)}
+    assert ranking.teams == [*best[2], *best[3], *best[4]] and len(best[3]) == 4
+    for teams in best.values():
+        gains = [team.gain("flips") for team in teams]
+        assert gains == sorted(gains, reverse=True)
+    assert ranking.best(2) == [*best[2][:2], *best[3][:2], *best[4]]
+    outcome = describe_outcome(Judge(found), ranking, "flips", None, 2)
+    members = [[f"m{i}" for i in team.members] for team in ranking.best(2)]
+    assert [row["members"] for row in outcome["calibration"]] == members
+    assert [[t["members"] for t in g] for g in teams_by_size(outcome, 2)] == [
+        *(members[:2], members[2:4], members[4:])
+    ]
+    # first the best of each size
+    trained = [team["members"] for team in teams_to_train(outcome, 4)]
+    assert trained == [members[0], members[2], members[4], members[1]]
+    assert [t["members"] for t in teams_to_train(outcome, 1)] == trained[:3]
+    outcome |= {"commands": [], "settings": {}, "chosen_on_test": False}
+    page = Page(write_scout_report(tmp_path / "r.html", outcome, 2))
+    assert "Of the teams of 3 the most is predicted" in page.text
+    assert "Sizes are ranked apart" in page.text
+    for group in teams_by_size(outcome, 2):
+        rows = page.rows(f"The best teams of {len(group[0]['members'])};")
+        assert [row[2] for row in rows[1:]] == [f"{team['value']:.4f}" for team in group]
 
 
 def test_teams_that_do_not_fit_are_left_out_and_counted():
