@@ -33,7 +33,6 @@ from classification.scouting import (
     cached_logits,
     choose_samples,
     inspect,
-    without_repeats,
 )
 from classification.train import FAULTS, start
 from common.distributed import World
@@ -64,6 +63,7 @@ from common.scouting import (
     judged_by,
     rank_teams,
     team_sizes,
+    without_repeats,
 )
 from common.survey import Survey, describe_models, ensemble_accuracy, survey
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
@@ -129,7 +129,9 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     world = _start_alone(options)
     folder = _make_folder(options)
     watch = progress_bars(bars)
-    candidates = without_repeats(find_candidates(specs, options, watch))
+    candidates = find_candidates(specs, options, watch)
+    asked_names = [candidate.spec.name for candidate in candidates]
+    candidates = without_repeats(candidates, asked_names)
     student = student_of(options.student, candidates)
     check_request(
         [candidate.spec.name for candidate in candidates],

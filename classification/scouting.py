@@ -57,6 +57,11 @@ class Candidate:
     weights: str
     told: dict[str, str]
 
+    @property
+    def identity(self) -> str:
+        """The same of two that answer alike, whatever they are called."""
+        return repr((self.weights, sorted(self.told.items())))
+
 
 def inspect(
     specs: Sequence[PeerSpec],
@@ -93,23 +98,6 @@ def inspect(
         found.remove(candidate)
     refuse_unfit(unfit, len(specs), skip)
     return found
-
-
-def without_repeats(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Leave out models that were asked for twice, for instance by name and by a wildcard.
-
-    Raises:
-        OptionError: Fewer than two are left.
-    """
-    found: dict[str, Candidate] = {}
-    for candidate in candidates:
-        key = repr((candidate.weights, sorted(candidate.told.items())))
-        first = found.setdefault(key, candidate)
-        if first is not candidate:
-            _logger.info("%s is %s; scouted once", candidate.spec.name, first.spec.name)
-    if len(found) < 2:
-        raise OptionError("all models are the same one; a team needs two")
-    return list(found.values())
 
 
 def _most_common(values: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -316,6 +316,37 @@ def refuse_unfit(unfit: Mapping[str, str], asked: int, skip: bool) -> None:
         _logger.warning("left out, for they cannot be scouted:\n%s", told)
     if asked - len(unfit) < 2:
         raise OptionError(f"{asked - len(unfit)} model(s) left; a team needs two")
+
+
+class Identified(Protocol):
+    """A model with what decides its answers."""
+
+    @property
+    def identity(self) -> str:
+        """The same of two that answer alike, whatever they are called."""
+
+
+_Model = TypeVar("_Model", bound=Identified)
+
+
+def without_repeats(candidates: Sequence[_Model], names: Sequence[str]) -> list[_Model]:
+    """Leave out models that were asked for twice, for instance by name and by a wildcard.
+
+    Args:
+        candidates: The models.
+        names: Theirs, for the log.
+
+    Raises:
+        OptionError: Fewer than two are left.
+    """
+    found: dict[str, tuple[_Model, str]] = {}
+    for candidate, name in zip(candidates, names, strict=True):
+        first, known = found.setdefault(candidate.identity, (candidate, name))
+        if first is not candidate:
+            _logger.info("%s is %s; scouted once", name, known)
+    if len(found) < 2:
+        raise OptionError("all models are the same one; a team needs two")
+    return [candidate for candidate, _ in found.values()]
 
 
 def team_sizes(given: Sequence[str]) -> list[int]:

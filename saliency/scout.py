@@ -39,7 +39,7 @@ from common.scout_check import (
 )
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_ranking, teams_by_size, teams_to_train, write_outcome
-from common.scouting import Judge, check_request, rank_teams, team_sizes
+from common.scouting import Judge, check_request, rank_teams, team_sizes, without_repeats
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
 from saliency.evaluation import metrics_for
 from saliency.held_out import split_held_out
@@ -120,6 +120,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     folder = _make_folder(options)
     watch = progress_bars(bars)
     candidates = inspect(specs, options.peers, options.skip_unfit, watch)
+    candidates = without_repeats(candidates, [candidate.spec.name for candidate in candidates])
     names = [candidate.spec.name for candidate in candidates]
     student = _student(options.student, names)
     check_request(names, sizes, options.rule, options.predictor, predictors=FRAME_PREDICTORS)

@@ -82,6 +82,21 @@ class Candidate:
     parameters: int
     weights: str
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What decides its answers, besides the data and the options of all."""
+        return {
+            "weights": self.weights,
+            "model": self.spec.model,
+            "kwargs": self.spec.options.kwargs,
+            "view": repr(self.view),
+        }
+
+    @property
+    def identity(self) -> str:
+        """The same of two that answer alike, whatever they are called."""
+        return repr(self.told)
+
 
 def inspect(
     specs: Sequence[PeerSpec], asked: Sequence[str], skip: bool, watch: Watch
@@ -155,10 +170,7 @@ def cached_answers(
 def _told(candidate: Candidate, options: argparse.Namespace) -> dict[str, Any]:
     """Say what decides a model's answers, but for the data."""
     return {
-        "weights": candidate.weights,
-        "model": candidate.spec.model,
-        "kwargs": candidate.spec.options.kwargs,
-        "view": repr(candidate.view),
+        **candidate.told,
         "amp": options.amp_dtype if options.amp else None,
         **{name: getattr(options, name) for name in ("val_stride", "blur", "kept_size", "seed")},
     }

@@ -229,6 +229,11 @@ class Candidate:
         view = cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         return {"model": cfg.MODEL.dump(), "view": str(view), "weights": self.weights}
 
+    @property
+    def identity(self) -> str:
+        """The same of two that answer alike, whatever they are called."""
+        return repr(self.told)
+
 
 def inspect(run: RunConfig, skip: bool, watch: Watch) -> list[Candidate]:
     """Build every model once, for the hash of its weights.

@@ -49,6 +49,7 @@ from common.scouting import (
     judged_by,
     rank_teams,
     team_sizes,
+    without_repeats,
 )
 from common.survey import Survey, describe_models, random_half, survey
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
@@ -161,6 +162,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     run, watch = hold_out(whole), progress_bars(bars)
     folder = _make_folder(asked)
     candidates = inspect(run, asked.skip_unfit, watch)
+    candidates = without_repeats(candidates, [candidate.config.name for candidate in candidates])
     names = [candidate.config.name for candidate in candidates]
     student = _student(asked.student, names)
     check_request(

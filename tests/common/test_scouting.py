@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from common.scouting import (
     check_request,
     default_predictor,
     rank_teams,
+    without_repeats,
 )
 from common.survey import (
     HeldLogits,
@@ -318,6 +320,15 @@ def test_what_no_answer_can_mend_is_refused_before(asked, told):
     check_request(**{**given, "predictor": "flips"})
     with pytest.raises(OptionError, match=told):
         check_request(**{**given, **asked})
+
+
+def test_a_model_that_is_asked_for_twice_is_scouted_once(caplog):
+    caplog.set_level("INFO")
+    models = [SimpleNamespace(identity=x) for x in "xyxy"]
+    assert without_repeats(models, "abcd") == models[:2]
+    assert "c is a; scouted once" in caplog.text and "d is b; scouted once" in caplog.text
+    with pytest.raises(OptionError, match="all models are the same one"):
+        without_repeats(models[::2], "ac")
 
 
 def test_every_predictor_says_what_it_rests_on():

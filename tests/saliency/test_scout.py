@@ -334,6 +334,15 @@ def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
             scout(arguments(data, models, tmp_path, *more), bars=False)
 
 
+def test_a_model_is_no_team_with_itself(data, models, scouted, caplog, no_report):
+    again = [models[0], models[1].replace("name=a", "name=again")]
+    outcome = scout(arguments(data, [*models, *again], scouted[0]), bars=False)
+    assert outcome["names"] == ["a", "b", "c"] and outcome["judged"] == 3
+    caplog.clear()
+    assert main(arguments(data, [*models[:2], *again], scouted[0])) == 1
+    assert "all models are the same one" in caplog.text
+
+
 def test_models_that_cannot_be_had_are_all_named_or_left_out(data, models, scouted, caplog):
     bad = [*models, "--model", "no_such_model", "--model", f"{TOY}:no_view"]
     with pytest.raises(OptionError, match="2 of 5 models cannot be scouted"):

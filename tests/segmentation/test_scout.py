@@ -165,6 +165,17 @@ def test_answers_are_kept_and_a_further_model_costs_its_own_pass_alone(scouted, 
     assert sure["score"] == "raw confidence"  # as training compares them
 
 
+def test_a_model_is_no_team_with_itself(models, datasets, tmp_path, monkeypatch):
+    monkeypatch.setattr("segmentation.scouting._ask", None)
+    content = yaml.safe_load(models.read_text())
+    peer = content["TRANSFER"]["PEERS"][0]
+    content["TRANSFER"]["PEERS"] = [peer, {**peer, "NAME": "again"}]
+    file = models.parent / "twice.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(OptionError, match="all models are the same one"):
+        scout(["--config-file", str(file), "--output", str(tmp_path / "out")], bars=False)
+
+
 def test_the_ranking_for_one_model_has_it_in_every_team(scouted):
     arguments, _ = scouted
     outcome = scout([*arguments, "--for", "b"], bars=False)
