@@ -56,6 +56,7 @@ class LogitCache:
         self.name = name
         self.count = count
         self.classes = classes
+        self._told_bad: set[int] = set()
 
     @property
     def chunks(self) -> int:
@@ -67,7 +68,10 @@ class LogitCache:
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.count))
 
     def missing(self) -> list[int]:
-        """List the chunks that are not there, or are broken."""
+        """List the chunks that are not there, or are broken; each of these is told once.
+
+        Reads all that is there, to compare checksums.
+        """
         return [chunk for chunk in range(self.chunks) if not self._is_good(chunk)]
 
     def _path(self, chunk: int) -> Path:
@@ -77,13 +81,27 @@ class LogitCache:
         path = self._path(chunk)
         if not path.exists():
             return False
+        fault = self._fault(chunk)
+        if fault and chunk not in self._told_bad:
+            _logger.warning("%s: broken (%s); computed again", path, fault)
+            self._told_bad.add(chunk)
+        return not fault
+
+    def _fault(self, chunk: int) -> str:
+        """Say what is wrong with a chunk's file; empty: nothing."""
         try:
-            with safe_open(path, framework="pt") as file:
-                shape = file.get_slice("logits").get_shape()
+            with safe_open(self._path(chunk), framework="pt") as file:
+                kept = (file.metadata() or {}).get("sum")
+                kinds = list(file.keys())
+                content = {what: file.get_tensor(what) for what in kinds}
         except (SafetensorError, OSError) as error:
-            _logger.warning("%s: broken (%s); computed again", path, error)
-            return False
-        return shape == [len(self.samples(chunk)), self.classes]
+            return str(error)
+        if kept is None:
+            return "it has no checksum, as those of older versions"
+        if kept != hash_weights(content):
+            return "its checksum is wrong"
+        shape, expected = list(content["logits"].shape), [len(self.samples(chunk)), self.classes]
+        return "" if shape == expected else f"logits {shape}, expected {expected}"
 
     def write(self, chunk: int, logits: Tensor, labels: Tensor, **tables: Tensor) -> None:
         """Keep a chunk, whole or not at all.
@@ -113,7 +131,7 @@ class LogitCache:
         relative = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=_LOWEST)
         content = {"logits": relative.half(), "labels": labels.long().cpu().contiguous()}
         content |= {what: table.cpu().contiguous() for what, table in tables.items()}
-        told = {"name": self.name, "key": self.told}
+        told = {"name": self.name, "key": self.told, "sum": hash_weights(content)}
         atomic_write(self._path(chunk), lambda to: save_file(content, str(to), told))
 
     def read(self, start: int, stop: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from common import logit_cache
 from common.logit_cache import CachedLogits, ChunkWriter, LogitCache, hash_weights
@@ -73,6 +75,40 @@ def test_only_what_is_missing_or_broken_is_written_again(tmp_path):
     picked = [*range(8), *range(16, 21)]
     writer.add(logits[picked], labels[picked])
     assert cache.missing() == [] and paths[1].stat().st_mtime_ns == kept
+    assert torch.allclose(cache.read(0, 21).softmax(1), logits.softmax(1), atol=2e-3)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # of the last tensor's values
+    path.write_bytes(content)
+
+
+def drop_the_sum(path):
+    with safe_open(path, framework="pt") as file:
+        told = {key: value for key, value in file.metadata().items() if key != "sum"}
+    save_file(load_file(path), path, told)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:50]), "broken"),
+        (flip_a_bit, "its checksum is wrong"),
+        (drop_the_sum, "no checksum"),
+    ],
+)
+def test_a_spoiled_file_is_told_once_and_written_again(tmp_path, caplog, spoil, why):
+    logits, labels = torch.randn(21, 6), torch.randint(6, (21,))
+    spoil(sorted(filled(tmp_path, logits, labels).folder.iterdir())[1])
+    cache = LogitCache(tmp_path, {"weights": "m"}, "m", 21, 6)
+    assert cache.missing() == [1]
+    writer = ChunkWriter(cache, cache.missing())
+    assert caplog.text.count("computed again") == 1 and why in caplog.text
+    writer.add(logits[8:16], labels[8:16])
+    assert (
+        cache.missing() == [] and LogitCache(tmp_path, {"weights": "m"}, "m", 21, 6).missing() == []
+    )
     assert torch.allclose(cache.read(0, 21).softmax(1), logits.softmax(1), atol=2e-3)
 
 
