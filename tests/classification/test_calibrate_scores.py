@@ -138,9 +138,9 @@ def test_off_is_as_ever_and_a_run_may_begin_to_calibrate(digits, tmp_path, caplo
     assert_equal_weights(weights_of(tmp_path / "one", "a"), weights_of(tmp_path / "two", "a"))
     assert "temperatures" not in load_run(tmp_path / "one/run")["evaluator"]
     middle = tmp_path / "one/run/run-00001-00000000.pt"
-    more = ("--calibrate-scores", "start", "--resume", str(middle))
+    more = ("--calibrate-scores", "start", "--allow-changed-options", "--resume", str(middle))
     history = run(arguments_of(digits, tmp_path / "three", *more, epochs=3), bars=False).history
-    assert "calibrate_scores: 'off' -> 'start'" in caplog.text
+    assert "--calibrate-scores 'off' -> 'start'" in caplog.text
     assert "a/score_temperature" not in history[1]
     assert history[2]["a/score_temperature"] == history[3]["a/score_temperature"] != 1
 
