@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,15 +172,13 @@ def _refuse_unlike(runs: Sequence[FinishedRun]) -> None:
 def _way(run: FinishedRun) -> dict[str, str]:
     """Return a run's options, those of its models in the order of their numbers."""
     found = dict(run.alike)
-    models = [way for _, way in sorted(zip(run.members, run.trained, strict=True), key=_number)]
+    models = [
+        way for _, way in sorted(zip(run.members, run.trained, strict=True), key=itemgetter(0))
+    ]
     for name in dict.fromkeys(name for way in models for name in way):
         own = [way.get(name, "unset") for way in models]
         found[name] = own[0] if len({*own}) == 1 else "/".join(own)
     return found
-
-
-def _number(member: tuple[int, Mapping[str, str]]) -> int:
-    return member[0]
 
 
 def _control_of(run: FinishedRun, controls: Sequence[FinishedRun]) -> tuple[float, ...] | None:
