@@ -282,6 +282,21 @@ def test_what_is_not_finished_is_told_and_left_out(tmp_path):
     assert "1 job is not finished (best:1): each difference is over" in text
 
 
+def trained(arm, seed, start, end):
+    """What a job of the peers a and bb left, with measurements of its start and its end."""
+    return {
+        "arm": arm,
+        "seed": seed,
+        "epochs": {"a": 1, "bb": 2},
+        "history": [{"epoch": 0, "a/top1": 1.0}],
+        "lessons": [],
+        "cost": {"updates": 5},
+        "start": {"test": start},
+        "chosen": end,
+        "last": end,
+    }
+
+
 def test_sentences_claim_what_survives_correction_alone(tmp_path):
     path = written(tmp_path, seeds=8, controls=["none", "best", "random"], arms={"worse": {}})
     task = ToyTask()
@@ -297,16 +312,7 @@ def test_sentences_claim_what_survives_correction_alone(tmp_path):
         "worse": lambda seed: -2 + 0.01 * seed,
     }
     found = [
-        {
-            "arm": arm,
-            "seed": seed,
-            "epochs": {"a": 1, "bb": 2},
-            "history": [{"epoch": 0, "a/top1": 1.0}],
-            "lessons": [],
-            "cost": {"updates": 5},
-            "start": {"test": measured(50)},
-            **{which: measured(60 + gain(seed)) for which in ("chosen", "last")},
-        }
+        trained(arm, seed, measured(50), measured(60 + gain(seed)))
         for arm, gain in gains.items()
         for seed in range(8)
     ]
@@ -333,19 +339,12 @@ def test_errors_at_a_fitted_temperature_are_a_family_of_their_own(tmp_path):
         return {"metrics": metrics, "classes": {}}
 
     found = [
-        {
-            "arm": arm,
-            "seed": seed,
-            "epochs": {"a": 1, "bb": 2},
-            "history": [{"epoch": 0, "a/top1": 1.0}],
-            "lessons": [],
-            "cost": {"updates": 5},
-            "start": {"test": measured(9.0, 8.0, 1.0)},
-            **{
-                which: measured(ece + seed / 10, 3 + (arm == "none" and seed / 10), 1 + seed)
-                for which in ("chosen", "last")
-            },
-        }
+        trained(
+            arm,
+            seed,
+            measured(9.0, 8.0, 1.0),
+            measured(ece + seed / 10, 3 + (arm == "none" and seed / 10), 1 + seed),
+        )
         for arm, ece in (("none", 6.0), ("best", 16.0))
         for seed in range(8)
     ]
