@@ -25,7 +25,7 @@ from classification.train import run
 from common.checkpoint import atomic_write
 from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
 from common.report import comparison_text, write_comparison
-from common.statistics import summarise
+from common.statistics import compared
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs" / "demo"
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = write_report(asked.output, results, digits, epochs)
     minutes = (time.monotonic() - begun) / 60
     sys.stdout.write(
-        comparison_text(summarise(results, list(OWN_CLASSES), "none", arms=list(ARMS)))
+        comparison_text(compared(results, list(OWN_CLASSES), "none", arms=list(ARMS)))
         + f"\n\n{minutes:.1f} minutes. Report: {report}\n"
     )
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 
 from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
 from common.report import comparison_text, write_comparison
-from common.statistics import summarise
+from common.statistics import compared
 from saliency.pictures import teaching_pictures
 from saliency.scenes import contact_sheet, write_videos
 from saliency.train import run
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = run_all(folder, seeds, epochs, max(1, min(asked.jobs or 1, 8 * seeds)))
     for group, names in GROUPS.items():
         report = write_report(asked.output, folder, group, results[group], epochs)
-        summary = summarise(results[group], list(names), "none", arms=list(ARMS), metric=METRIC)
+        summary = compared(results[group], list(names), "none", arms=list(ARMS), metric=METRIC)
         sys.stdout.write(f"{comparison_text(summary)}\n\nReport: {report}\n\n")
     sys.stdout.write(f"{(time.monotonic() - begun) / 60:.1f} minutes.\n")
     return 0

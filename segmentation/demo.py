@@ -21,7 +21,7 @@ from typing import Any
 
 from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
 from common.report import comparison_text, write_comparison
-from common.statistics import summarise
+from common.statistics import compared
 from segmentation import scenes
 from segmentation.cli import train
 from segmentation.config import load_run
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = run_all(folder, seeds, iterations, max(1, min(asked.jobs or 1, 6 * seeds)))
     for group, names in GROUPS.items():
         report = write_report(asked.output, folder, group, results[group], iterations[group])
-        summary = summarise(
+        summary = compared(
             results[group],
             list(names),
             "none",

@@ -3,13 +3,11 @@
 from common.report.comparison import comparison_sentences, comparison_text, write_comparison
 from common.report.experiment import experiment_sentences, write_experiment
 from common.report.run import write_run_report
-from common.statistics import summarise
 
 __all__ = [
     "comparison_sentences",
     "comparison_text",
     "experiment_sentences",
-    "summarise",
     "write_comparison",
     "write_experiment",
     "write_run_report",

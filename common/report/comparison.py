@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.report.claims import counted, secondary, sentences, shown_means, too_many_arms
 from common.report.comparison_figures import (
     FLIPS_ARE,
     before_after_figure,
@@ -16,11 +17,11 @@ from common.report.comparison_figures import (
 from common.report.effects import (
     SHORT_TARGETS,
     TARGET_NAMES,
-    Between,
     has_flips,
+    headline_words,
     interval_text,
-    shown_words,
     spread_text,
+    starred,
     summary_format,
 )
 from common.report.lessons import anybody_taught, heat_map, pair_lessons, teaching_over_time
@@ -49,7 +50,7 @@ from common.report.page import (
     write_page,
 )
 from common.report.plots import LINE
-from common.statistics import ENOUGH_SEEDS, FLIPS, summarise
+from common.statistics import ENOUGH_SEEDS, FLIPS, PRIMARY, compared
 
 
 def write_comparison(
@@ -77,7 +78,7 @@ def write_comparison(
         title: Of the page.
         names: The peers'.
         arms: In the order they shall have.
-        results: One an arm and seed, as ``common.statistics.summarise`` takes them.
+        results: One an arm and seed, as ``common.statistics.compared`` takes them.
         control: The arm that the others are compared with.
         metric: What the values are called.
         lower_is_better: Of the metric.
@@ -86,15 +87,15 @@ def write_comparison(
         notes: Sentences to add.
         data_examples: A PNG and its caption.
         pictures: PNGs of results, and their captions.
-        chosen, chance: As ``common.statistics.summarise``.
+        chosen, chance: As ``common.statistics.compared``.
 
     Returns:
         Where it lies.
 
     Raises:
-        ValueError: As ``common.statistics.summarise``.
+        ValueError: As ``common.statistics.compared``.
     """
-    summary = summarise(
+    summary = compared(
         results,
         names,
         control,
@@ -104,22 +105,24 @@ def write_comparison(
         chosen=chosen,
         chance=chance,
     )
-    few = _few_seeds(summary)
+    cautions = _cautions(summary)
+    verdict, points = headline_words(summary)
     first = Summary(
         kind="Comparison",
-        verdict=shown_words(summary, _against_chance(summary)),
+        verdict=[verdict, *secondary([summary]), counted([summary])],
+        points=points,
         facts={
             "Peers": len(names),
             "Arms": len(summary["arms"]),
             "Seeds": len(summary["seeds"]),
             "Measured by": metric,
         },
-        cautions=few,
+        cautions=cautions,
         about=" ".join([_about(summary), *notes]),
     )
     sections = [
         section("Gains over the control", *forest(summary), _gains_table(summary)),
-        section("In words", bullets(comparison_sentences(summary)[len(few) :])),
+        section("In words", bullets(comparison_sentences(summary)[len(cautions) :])),
         *_versus_section(summary),
         section("What was compared", arms_table(summary, descriptions), *_examples(data_examples)),
         section(
@@ -138,7 +141,7 @@ def comparison_text(summary: Mapping[str, Any]) -> str:
     """Lay out a summary for a terminal: the table of gains, then what it shows in plain words.
 
     Args:
-        summary: From ``common.statistics.summarise``.
+        summary: From ``common.statistics.compared``.
 
     Returns:
         Lines of plain text, no trailing newline.
@@ -152,31 +155,28 @@ def comparison_text(summary: Mapping[str, Any]) -> str:
 
 
 def comparison_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """Say what a summary shows and what it does not; every claim comes from an interval.
+    """Say what a summary shows and what it does not; every claim outlasts its correction.
 
     Args:
-        summary: From ``common.statistics.summarise``.
+        summary: From ``common.statistics.compared``.
 
     Returns:
         Sentences, the most important caution first.
     """
     return [
-        *_few_seeds(summary),
+        *_cautions(summary),
         _control_sentence(summary),
-        *(
-            f"{arm} against the control {summary['control']}: {_verdict(effects, summary)}."
-            for arm, effects in summary["gains"].items()
-        ),
+        headline_words(summary)[0],
+        *sentences([summary]),
         *_choice_of_teacher(summary),
         *_same_in_all_seeds(summary),
-        *_number_of_comparisons(summary),
     ]
 
 
-def _few_seeds(summary: Mapping[str, Any]) -> list[str]:
+def _cautions(summary: Mapping[str, Any]) -> list[str]:
     count = len(summary["seeds"])
     if count >= ENOUGH_SEEDS:
-        return []
+        return too_many_arms(summary)
     proves = f"{count} seeds prove nothing"
     if count == 1:
         proves = "1 seed proves nothing, and gives no interval"
@@ -197,43 +197,16 @@ def _control_sentence(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _verdict(effects: Mapping[str, Row | None], summary: Mapping[str, Any]) -> str:
-    """Sort effects into shown to be better, shown to be worse, and not shown."""
-    groups: dict[str, list[str]] = {
-        "shown to be better for": [],
-        "shown to be worse for": [],
-        "not shown to differ for": [],
-    }
-    better, worse, open_ = groups.values()
-    for what, effect in effects.items():
-        if effect is None:
-            continue
-        group = open_ if not effect["shown"] else better if effect["mean"] > 0 else worse
-        group.append(f"{TARGET_NAMES[what]} ({interval_text(effect, summary)})")
-    told = [f"{verdict} {listed(found)}" for verdict, found in groups.items() if found]
-    return "; ".join(told) or "no seed in common, so no comparison"
-
-
-def _against_chance(summary: Mapping[str, Any]) -> list[Between]:
-    """Return the rule's choice of teacher against drawing one, where there are both."""
-    chosen, chance = summary["chosen"], summary["chance"]
-    # the control's own gains have it already
-    if chosen is None or chance in (None, chosen, summary["control"]):
-        return []
-    return [(chosen, chance, summary["versus"][chance])]
-
-
 def _choice_of_teacher(summary: Mapping[str, Any]) -> list[str]:
-    """Say whether the rule's choice of teacher did better than drawing one."""
-    chosen, chance = summary["chosen"], summary["chance"]
-    if chosen is None or chance is None:
-        return []
-    effects = summary["versus"][chance]
-    told = f"{chosen} against {chance}: {_verdict(effects, summary)}."
-    shown = [TARGET_NAMES[what] for what, effect in effects.items() if effect and effect["shown"]]
-    if shown:
-        return [f"{told} So on this data the choice of teacher matters for {listed(shown)}."]
-    return [f"{told} So this data does not show that the choice of teacher matters."]
+    """Say whether the rule's choice of teacher did better than drawing one, for what counts."""
+    return [
+        f"{pair['first']} against {pair['second']}: {TARGET_NAMES[PRIMARY]} "
+        f"{interval_text(effect, summary)}. So this data "
+        f"{'shows' if effect['shown'] else 'does not show'} that the choice of teacher matters for "
+        f"{TARGET_NAMES[PRIMARY]}."
+        for pair in summary["pairs"]
+        if (effect := pair["effects"][PRIMARY]) is not None
+    ]
 
 
 def _same_in_all_seeds(summary: Mapping[str, Any]) -> list[str]:
@@ -252,34 +225,12 @@ def _same_in_all_seeds(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _number_of_comparisons(summary: Mapping[str, Any]) -> list[str]:
-    """Count the intervals given; those of ``versus`` over the control are the gains again."""
-    again = {arm for arm in summary["versus"] if arm == summary["control"]}
-    groups = [
-        *summary["gains"].values(),
-        *summary["peer_gains"].values(),
-        *(effects for arm, effects in summary["versus"].items() if arm not in again),
-    ]
-    count = sum(
-        effect is not None and effect["low"] is not None
-        for effects in groups
-        for effect in effects.values()
-    )
-    if not count:
-        return []
-    return [
-        f"{count} comparisons were made without correction for their number. With "
-        f"{100 * summary['level']:g} % intervals, about {count * (1 - summary['level']):.1f} of "
-        "them would exclude zero by chance if no arm differed from another."
-    ]
-
-
 def _about(summary: Mapping[str, Any]) -> str:
     seeds = len(summary["seeds"])
     return (
         f"{listed(summary['names'])}: {len(summary['arms'])} ways to train from the same start "
-        f"({listed(summary['arms'])}), over {seeds} seed{'s' * (seeds != 1)}. An effect is called "
-        f"shown only where its interval excludes zero and at least {ENOUGH_SEEDS} seeds tell."
+        f"({listed(summary['arms'])}), over {seeds} seed{'s' * (seeds != 1)}. "
+        f"{shown_means(summary)}"
     )
 
 
@@ -312,8 +263,10 @@ def _gains_caption(summary: Mapping[str, Any]) -> str:
     turned = "; positive is better" if summary["lower_is_better"] else ""
     return (
         f"Gain over the control with the same seed{turned}, mean over seeds and "
-        f"{100 * summary['level']:g} % interval (Student's t). The control's row has its values "
-        "after training. Strongest and weakest are meant as at the start of each seed."
+        f"{100 * summary['level']:g} % interval (Student's t, uncorrected). A star: shown, after "
+        f"correction. The primary target is {TARGET_NAMES[PRIMARY]}; the others are secondary. The "
+        "control's row has its values after training. Strongest and weakest are meant as at the "
+        "start of each seed."
     )
 
 
@@ -326,7 +279,7 @@ def _gains_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
             rows.append([f"{arm} (control)", *cells])
         else:
             effects = summary["gains"][arm]
-            rows.append([arm, *(interval_text(effects[what], summary) for what in targets)])
+            rows.append([arm, *(starred(summary, effects[what]) for what in targets)])
     return ["Arm", *(SHORT_TARGETS[what] for what in targets)], rows
 
 
@@ -342,7 +295,8 @@ def _versus_section(summary: Mapping[str, Any]) -> list[Section]:
     caption = (
         f"{summary['metric']} of {chosen} minus that of each other arm with the same seed"
         f"{'; positive is better' if summary['lower_is_better'] else ''}, mean over seeds and "
-        f"{100 * summary['level']:g} % interval."
+        f"{100 * summary['level']:g} % interval. Nothing here is corrected, and no claim "
+        "rests on it."
     )
     head = ["Difference", *(SHORT_TARGETS[what] for what in targets)]
     return [section(f"{chosen} against the other arms", data_table(caption, head, rows))]
@@ -352,7 +306,7 @@ def peers_table(summary: Mapping[str, Any], flips_are: str | None = None) -> Htm
     """Show every peer of every arm before and after.
 
     Args:
-        summary: From ``common.statistics.summarise``.
+        summary: From ``common.statistics.compared``.
         flips_are: What fixed and broken count; None: samples that turned right, and wrong.
     """
     flips = has_flips(summary)

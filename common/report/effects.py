@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from common.report.numbers import MISSING, Row, Show, listed, number_format
@@ -33,6 +33,12 @@ def interval_text(effect: Row | None, summary: Mapping[str, Any]) -> str:
     if effect["low"] is None:
         return mean
     return f"{mean} [{show(effect['low'], sign=True)}, {show(effect['high'], sign=True)}]"
+
+
+def starred(summary: Mapping[str, Any], effect: Row | None) -> str:
+    """Write an effect with a star where it is shown."""
+    star = " *" if effect is not None and effect["shown"] else ""
+    return interval_text(effect, summary) + star
 
 
 def headline_words(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -75,60 +81,6 @@ def _point(arm: str, effects: Mapping[str, Row], summary: Mapping[str, Any]) -> 
         if names:
             told.append(f"{verdict}: {listed(names)}")
     return f"{arm} is {'; '.join(told)}"
-
-
-Between = tuple[str, str, Mapping[str, Any]]
-
-
-def shown_words(summary: Mapping[str, Any], between: Sequence[Between] = ()) -> list[str]:
-    """Say in a sentence or two which arms are shown to be better or worse than another.
-
-    Args:
-        summary: From ``common.statistics.summarise``, or ``corrected``.
-        between: Two arms and the effects of the first minus the second, beside those over the
-            control.
-
-    Returns:
-        A sentence for what is better and one for what is worse than the control, or one that
-        nothing is shown; then one for each of ``between`` that shows something.
-    """
-    gains = {
-        arm: {**effects, **summary["peer_gains"][arm]} for arm, effects in summary["gains"].items()
-    }
-    told = []
-    for verdict, sign in (("better", 1), ("worse", -1)):
-        by_target: dict[str, list[str]] = {}
-        for arm, effects in gains.items():
-            by_target.setdefault(_shown(effects, sign, summary["names"]), []).append(arm)
-        by_target.pop("", None)
-        if by_target:
-            for_what = (f"{listed(names)} ({targets})" for targets, names in by_target.items())
-            told.append(f"Shown to be {verdict} than {summary['control']}: {'; '.join(for_what)}.")
-    if not told:
-        told = [f"No arm is shown to be better or worse than {summary['control']}."]
-    for first, second, differences in between:
-        for verdict, sign in (("better", 1), ("worse", -1)):
-            targets = _shown(differences, sign, summary["names"])
-            if targets:
-                told.append(f"{first} is shown to be {verdict} than {second}: {targets}.")
-    return told
-
-
-def _shown(effects: Mapping[str, Row | None], sign: int, peers: Sequence[str]) -> str:
-    """Name what an effect of that sign is shown for; each thing once."""
-    found = {
-        what: effect
-        for what, effect in effects.items()
-        if effect is not None and effect["shown"] and sign * effect["mean"] > 0
-    }
-    for what in ("strongest", "weakest"):  # the same peer for every seed: its name says more
-        if what in found and any(effects.get(name) == found[what] for name in peers):
-            del found[what]
-    if set(peers) <= set(found):
-        found = {"every peer": found[peers[0]], **found}
-        for name in peers:
-            del found[name]
-    return listed([SHORT_TARGETS.get(what, what) for what in found])
 
 
 def summary_format(summary: Mapping[str, Any]) -> Show:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.calibration import COLDEST, HOTTEST
+from common.report.claims import (
+    claims,
+    counted,
+    every_effect,
+    p_text,
+    secondary,
+    sentences,
+    shown_means,
+    tested,
+    too_many_arms,
+)
 from common.report.comparison import arms_table, comparison_teaching, peers_table
 from common.report.comparison_figures import (
     before_after_figure,
@@ -24,6 +35,7 @@ from common.report.effects import (
     TARGET_NAMES,
     headline_words,
     interval_text,
+    starred,
     summary_format,
 )
 from common.report.numbers import (
@@ -65,7 +77,7 @@ from common.report.plots import (
     zero_line,
 )
 from common.report.style import AXIS, INK
-from common.statistics import ENOUGH_SEEDS, PRIMARY, distinct_targets, unit_of
+from common.statistics import ENOUGH_SEEDS, PRIMARY, unit_of
 
 Analysis = Mapping[str, Any]
 WEIGHTS = {
@@ -76,10 +88,6 @@ MANY_CLASSES = 30
 MOST_COLOURS = 6
 _MOST_CLAIMS = 12  # in full view
 BAND = 0.13
-_CALIBRATED = {
-    "ece": "calibrated",
-    "ece_calibrated": "calibrated, each at a temperature fitted on the held-out part,",
-}
 
 
 def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
@@ -95,9 +103,10 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
     """
     summary = analysis["test"]
     verdict, points = headline_words(summary)
+    found = _summaries(analysis)
     first = Summary(
         kind="Experiment",
-        verdict=[verdict, *_secondary(analysis), _counted(analysis)],
+        verdict=[verdict, *secondary(found, analysis["together"]), counted(found)],
         points=points,
         facts={
             "Peers": len(summary["names"]),
@@ -147,61 +156,7 @@ def experiment_sentences(analysis: Analysis) -> list[str]:
         Sentences: what the primary family shows; how far what others show can be trusted, and each
         of that, called secondary; the last one counts what is not shown.
     """
-    return [
-        *_claims(analysis, primary=True),
-        *_secondary(analysis),
-        *(f"Secondary: {claim}" for claim in _claims(analysis, primary=False)),
-        _counted(analysis),
-    ]
-
-
-def _claims(analysis: Analysis, primary: bool) -> list[str]:
-    return [
-        _claim(*one, summary)
-        for summary in _summaries(analysis)
-        for one in _tested(summary)
-        if one[3]["shown"] and one[3]["primary"] == primary
-    ]
-
-
-def _secondary(analysis: Analysis) -> list[str]:
-    """Count what is shown beside the primary family, and say how often chance alone does that."""
-    summaries = _summaries(analysis)
-    effects = [effect for summary in summaries for *_, effect in _tested(summary)]
-    shown = [effect["shown"] for effect in effects if not effect["primary"]]
-    if not shown:
-        return []
-    over = "measure by itself" if analysis["together"] else "target over its arms alone"
-    return [
-        f"Secondary: {sum(shown)} of {len(shown)} other comparisons are shown, corrected for "
-        f"each {over}. {_by_chance(summaries)}"
-    ]
-
-
-def _by_chance(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Bound how often the families that are not primary show something where nothing is true."""
-    families = [family for summary in summaries for family in summary["families"]]
-    count = sum(not family["primary"] for family in families)
-    alpha = 1 - summaries[0]["level"]
-    product = f"{count} such correction{'s' * (count != 1)}, {100 * alpha:.2g} % each"
-    if count * alpha < 1:
-        return (
-            f"Where nothing is true, up to {100 * count * alpha:.0f} in 100 experiments of this "
-            f"size show at least one ({product})."
-        )
-    return (
-        f"Where nothing is true, chance alone is to be expected to show some ({product}: up to "
-        f"{count * alpha:.1f} of them)."
-    )
-
-
-def _counted(analysis: Analysis) -> str:
-    tested = [one for summary in _summaries(analysis) for one in _tested(summary)]
-    rest = sum(not effect["shown"] for *_, effect in tested)
-    return (
-        f"{rest} of {len(tested)} comparisons are not shown to differ from zero; that is no "
-        "proof that they do not."
-    )
+    return sentences(_summaries(analysis), analysis["together"])
 
 
 def _summaries(analysis: Analysis) -> list[Mapping[str, Any]]:
@@ -213,41 +168,6 @@ def _summaries(analysis: Analysis) -> list[Mapping[str, Any]]:
         robustness and robustness["mean"],
     )
     return [analysis["test"], *(summary for summary in further if summary)]
-
-
-def _tested(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Row]]:
-    """Yield arm, what it is compared with, target and effect; each thing once."""
-    compared = [
-        *((arm, summary["control"], effects) for arm, effects in _every_effect(summary).items()),
-        *((pair["first"], pair["second"], pair["effects"]) for pair in summary["pairs"]),
-    ]
-    for arm, against, effects in compared:
-        for what in distinct_targets(summary):
-            effect = effects[what]
-            if effect is not None:
-                yield arm, against, what, effect
-
-
-def _claim(arm: str, against: str, what: str, effect: Row, summary: Mapping[str, Any]) -> str:
-    verdict = "better" if effect["mean"] > 0 else "worse"
-    measure = _CALIBRATED.get(summary["metric"], f"in {_in_words(summary['metric'])}")
-    return (
-        f"{arm} is {verdict} {measure} than {against} for {TARGET_NAMES.get(what, what)}: "
-        f"{interval_text(effect, summary)} (p {p_text(effect['p'])}, corrected "
-        f"{p_text(effect['p_holm'])}; {effect['count']} seeds)."
-    )
-
-
-def _in_words(metric: str) -> str:
-    clean, _, corruption = metric.partition("@")
-    return f"{clean} on the corrupted test set" if corruption else clean
-
-
-def p_text(p: float | None) -> str:
-    """Write a p-value."""
-    if p is None:
-        return MISSING
-    return "< 0.0001" if p < 1e-4 else number(p, 4)
 
 
 def cautions(analysis: Analysis) -> list[str]:
@@ -265,16 +185,7 @@ def cautions(analysis: Analysis) -> list[str]:
     if seeds < ENOUGH_SEEDS:
         prove = "seed proves" if seeds == 1 else "seeds prove"
         found.append(f"{seeds} {prove} nothing; take at least {ENOUGH_SEEDS}.")
-    weak = [family for family in summary["families"] if family["least_seeds"] > seeds]
-    if weak:
-        least = max(family["least_seeds"] for family in weak)
-        told = f"{len(weak)} of {len(summary['families'])} families"
-        found.append(
-            f"With {seeds} seed{'s' * (seeds != 1)} the test's smallest p-value is too large to "
-            f"survive the correction in {told}: nothing can be shown there. Take at least {least} "
-            "seeds, or fewer arms."
-        )
-    return found
+    return [*found, *too_many_arms(summary)]
 
 
 def _unit(analysis: Analysis) -> str:
@@ -299,24 +210,7 @@ def _about(analysis: Analysis) -> str:
         f"{listed(summary['names'])}: {len(summary['arms'])} arms from the same starts, over "
         f"{seeds} seed{'s' * (seeds != 1)}. {epoch}; the test set was measured at the start "
         "and at the end, and chose nothing. "
-        "An effect is called shown "
-        f"where at least {ENOUGH_SEEDS} seeds tell, its interval leaves zero out, and its p-value, "
-        f"corrected by Holm's method, is at most {1 - summary['level']:.2g}. {_primary(analysis)}"
-    )
-
-
-def _primary(analysis: Analysis) -> str:
-    """Say which family the headline rests on."""
-    summary = analysis["test"]
-    named, over = f"is {TARGET_NAMES[PRIMARY]}", "all arms"
-    if analysis["together"]:
-        named, over = "are the mean, each peer and the ensemble", "all arms and targets together"
-    return (
-        f"The primary target{'s' * analysis['together']}, named in advance, {named}, in "
-        f"{_in_words(summary['metric'])} against {summary['control']}: what stands first comes "
-        f"from there alone, corrected over {over}, and where nothing is true, at most "
-        f"{100 * (1 - summary['level']):.2g} in 100 experiments show anything there. All other "
-        "claims are secondary."
+        f"{shown_means(summary, analysis['together'])}"
     )
 
 
@@ -326,11 +220,6 @@ def _columns(summary: Mapping[str, Any]) -> list[str]:
 
 def _heads(columns: Sequence[str]) -> list[str]:
     return [SHORT_TARGETS.get(what, what) for what in columns]
-
-
-def _starred(summary: Mapping[str, Any], effect: Row | None) -> str:
-    star = " *" if effect is not None and effect["shown"] else ""
-    return interval_text(effect, summary) + star
 
 
 def effects_table(summary: Mapping[str, Any], primary: bool = False) -> Html:
@@ -343,7 +232,7 @@ def effects_table(summary: Mapping[str, Any], primary: bool = False) -> Html:
     )
     if primary:
         caption += f" The primary target is {TARGET_NAMES[PRIMARY]}; the others are secondary."
-    return _cells_table(caption, "Arm", _every_effect(summary), summary, partial(_starred, summary))
+    return _cells_table(caption, "Arm", every_effect(summary), summary, partial(starred, summary))
 
 
 def p_table(summary: Mapping[str, Any], together: bool) -> Html:
@@ -353,7 +242,7 @@ def p_table(summary: Mapping[str, Any], together: bool) -> Html:
         "p-values of the paired sign-flip test over seeds, two-sided; behind the arrow corrected "
         f"by Holm's method over {over}. {_exactness(summary)}"
     )
-    return _cells_table(caption, "Arm", _every_effect(summary), summary, _p_cell)
+    return _cells_table(caption, "Arm", every_effect(summary), summary, _p_cell)
 
 
 def _p_cell(effect: Row | None) -> str:
@@ -363,20 +252,22 @@ def _p_cell(effect: Row | None) -> str:
 
 
 def _exactness(summary: Mapping[str, Any]) -> str:
-    error = max((effect["p_error"] for *_, effect in _tested(summary)), default=0.0)
+    error = max((effect["p_error"] for *_, effect in tested(summary)), default=0.0)
     if not error:
         return "All are exact: every sign pattern was looked at."
     return f"Sign patterns were drawn; the p-values' standard error is at most {error:.4f}."
 
 
 def _claims_section(analysis: Analysis) -> list[Section]:
-    primary, secondary = (_claims(analysis, primary=which) for which in (True, False))
-    parts = [bullets(primary)] if primary else []
-    if secondary:
-        told = bullets(secondary)
-        if len(secondary) > _MOST_CLAIMS:
-            told = folded(f"{len(secondary)} secondary claims, in words", told)
-        parts += [*(tag("p", sentence) for sentence in _secondary(analysis)), told]
+    found = _summaries(analysis)
+    first, others = (claims(found, primary=which) for which in (True, False))
+    parts = [bullets(first)] if first else []
+    if others:
+        told = bullets(others)
+        if len(others) > _MOST_CLAIMS:
+            told = folded(f"{len(others)} secondary claims, in words", told)
+        about = secondary(found, analysis["together"])
+        parts += [*(tag("p", sentence) for sentence in about), told]
     return [section("Shown, one by one", *parts)] if parts else []
 
 
@@ -394,7 +285,7 @@ def _pairs_section(summary: Mapping[str, Any]) -> list[Section]:
         section(
             "Direct comparisons",
             *effects_figure(found, summary["targets"], label, summary),
-            _cells_table(gains, "Difference", found, summary, partial(_starred, summary)),
+            _cells_table(gains, "Difference", found, summary, partial(starred, summary)),
             folded("p-values", _cells_table(chances, "Difference", found, summary, _p_cell)),
         )
     ]
@@ -413,13 +304,6 @@ def _cells_table(
         [name, *(cell(effects.get(what)) for what in columns)] for name, effects in found.items()
     ]
     return data_table(caption, [named, *_heads(columns)], rows)
-
-
-def _every_effect(summary: Mapping[str, Any]) -> dict[str, dict[str, Row | None]]:
-    """Return each arm's effects on targets and peers."""
-    return {
-        arm: {**effects, **summary["peer_gains"][arm]} for arm, effects in summary["gains"].items()
-    }
 
 
 def _others_sections(analysis: Analysis) -> list[Section]:
@@ -543,7 +427,7 @@ def _calibration_table(
             if temperatures is not None:
                 t = temperatures[arm][name]
                 told.append(f"{number(t['mean'])} ({number(t['least'])} to {number(t['largest'])})")
-            rows.append([arm, name, *told, _starred(summary, gain), _p_cell(gain)])
+            rows.append([arm, name, *told, starred(summary, gain), _p_cell(gain)])
     head = ["Arm", "Peer", "Before", "After", "Gain over control", "p"]
     if temperatures is not None:
         head.insert(4, "Temperature")
