@@ -193,6 +193,7 @@ class ClipDataset(Dataset):
         map_size: Height and width to which maps and fixations are brought; None: as stored.
         fixations: Also read fixations.
         reader: Of the frames.
+        elsewhere: Of peers in other processes; a sample is sound where their frames are too.
 
     Raises:
         DataError: The listing of the videos has fatal faults; no view.
@@ -206,12 +207,14 @@ class ClipDataset(Dataset):
         map_size: Size | None = None,
         fixations: bool = False,
         reader: FrameReader | None = None,
+        elsewhere: Sequence[ClipView] = (),
     ) -> None:
         refuse(videos.faults)
         if not views:
             raise DataError("no view was given; every peer has one")
         self.videos = videos
         self.views = tuple(dict.fromkeys(views))
+        self.elsewhere = frozenset(elsewhere).difference(views)
         self.map_size = map_size
         self.fixations = fixations
         self.reader = reader or FrameReader()
@@ -236,6 +239,7 @@ class ClipDataset(Dataset):
         numbers = {size: np.unique(np.concatenate(parts)) for size, parts in wanted.items()}
         if truth is None:
             truth = self.truth(its, target)
+        self._try_others(its, target, numbers)
         return ClipSample(
             video=video,
             target=target,
@@ -245,6 +249,13 @@ class ClipDataset(Dataset):
             map=torch.from_numpy(resize_map(truth, self.map_size or truth.shape)),
             fixations=self._fixations(video, target, truth.shape) if self.fixations else None,
         )
+
+    def _try_others(self, video: Video, target: int, numbers: Mapping[Size, np.ndarray]) -> None:
+        """Read the frames that only peers elsewhere see, at a size that a next clip may ask for."""
+        shown = [view.indices(target, len(video)) for view in self.elsewhere]
+        if shown:
+            unread = np.setdiff1d(np.concatenate(shown), np.concatenate(list(numbers.values())))
+            self.reader.read(video, {next(iter(numbers)): unread})
 
     def truth(self, video: Video, target: int) -> np.ndarray:
         """Read the map of a frame, and no other."""
@@ -289,6 +300,7 @@ class TrainClips(ClipDataset):
         videos: See ``ClipDataset``; as are those not named here.
         seed: Of the run.
         clips_per_video: Targets drawn from each video in an epoch.
+        rest: See ``ClipDataset``.
     """
 
     def __init__(
@@ -298,12 +310,10 @@ class TrainClips(ClipDataset):
         *,
         seed: int,
         clips_per_video: int = 1,
-        map_size: Size | None = None,
-        fixations: bool = False,
-        reader: FrameReader | None = None,
+        **rest: Any,
     ) -> None:
         _refuse_below_one(clips_per_video=clips_per_video)
-        super().__init__(videos, views, map_size=map_size, fixations=fixations, reader=reader)
+        super().__init__(videos, views, **rest)
         self.seed = seed
         self.clips_per_video = clips_per_video
 
@@ -375,6 +385,8 @@ class TrainLoader:
         fixations: Also give fixations, for losses that need them.
         packed: Frames packed beforehand.
         bad: Counts broken files; None: by itself, and none is allowed.
+        elsewhere: Views of peers in other processes. Where broken files are allowed, a frame that
+            is broken in one peer's clip makes all peers see another sample.
 
     Raises:
         DataError: Fatal faults in the listing, no view, or a number out of its range.
@@ -394,6 +406,7 @@ class TrainLoader:
         fixations: bool = False,
         packed: PackedFrames | None = None,
         bad: BadSamples | None = None,
+        elsewhere: Sequence[ClipView] = (),
     ) -> None:
         _refuse_below_one(batch_size=batch_size)
         self.bad = bad or allowed()
@@ -405,6 +418,7 @@ class TrainLoader:
             map_size=map_size or max((view.size for view in views), key=_area, default=None),
             fixations=fixations,
             reader=FrameReader(packed),
+            elsewhere=elsewhere if self.bad.most else (),
         )
         self.videos = videos.videos
         self.device = world.device
@@ -459,6 +473,8 @@ class EvalLoader:
         packed: Frames packed beforehand.
         bad: Counts broken files; None: by itself, and none is allowed.
         corruption: Spoils every frame, see ``FrameReader``.
+        elsewhere: Views of peers in other processes. Where broken files are allowed, a target whose
+            files are broken for one peer is left out for all.
 
     Attributes:
         left_out: Targets that the last pass left out, on this rank.
@@ -480,11 +496,15 @@ class EvalLoader:
         packed: PackedFrames | None = None,
         bad: BadSamples | None = None,
         corruption: tuple[str, int] | None = None,
+        elsewhere: Sequence[ClipView] = (),
     ) -> None:
         _refuse_below_one(batch_size=batch_size, stride=stride)
         self.bad = bad or allowed()
-        reader = FrameReader(packed, _window(views, stride), corruption)
-        self.dataset = EvalClips(videos, views, fixations=fixations, reader=reader)
+        others = elsewhere if self.bad.most else ()
+        reader = FrameReader(packed, _window([*views, *others], stride), corruption)
+        self.dataset = EvalClips(
+            videos, views, fixations=fixations, reader=reader, elsewhere=others
+        )
         self.batch_size = batch_size
         self.stride = stride
         self.workers = workers

@@ -19,6 +19,7 @@ from common.distributed import World, gather_over_team
 from common.peers import PeerGroup
 from common.report.plots import color_of
 from common.roles import assign_roles
+from saliency.clips import ClipView
 from saliency.data import ClipBatch, ClipSample, EvalClips, collate
 from saliency.errors import DataError
 from saliency.images import read_frame
@@ -30,7 +31,11 @@ _INCH = 1.9
 
 
 def teaching_pictures(
-    peers: PeerGroup, videos: VideoSet, world: World, count: int = 4
+    peers: PeerGroup,
+    videos: VideoSet,
+    world: World,
+    elsewhere: Sequence[ClipView] = (),
+    count: int = 4,
 ) -> tuple[bytes, str]:
     """Draw a few frames under heat maps: the truth, each peer's prediction, and who does best.
 
@@ -38,12 +43,13 @@ def teaching_pictures(
         peers: Their modes are put back; averaged weights are taken where there are any.
         videos: Of the first ``count`` videos that can be read, the middle frame is shown.
         world: Where this process stands; those that lead the peers' seats must all call it.
+        elsewhere: Views of peers in other processes, so that all show the same videos.
         count: How many.
 
     Returns:
         A PNG, and a caption.
     """
-    dataset = EvalClips(videos, [peer.view for peer in peers.here])
+    dataset = EvalClips(videos, [peer.view for peer in peers.here], elsewhere=elsewhere)
     columns = ["frame", "truth", *peers.names]
     shown = list(itertools.islice(_readable(dataset), count))
     figure = Figure(figsize=(_INCH * len(columns), 0.72 * _INCH * len(shown)), layout="constrained")

@@ -72,7 +72,7 @@ def measure_team(
     modules, views = build_modules(specs)
     costs = measure_peers(options, specs, modules, views, world, dtype)
     inputs = batch_bytes(views, options)
-    return team_of(options, costs, inputs, world, _refused(options))
+    return team_of(options, costs, inputs, world)
 
 
 def measure_peers(
@@ -107,12 +107,6 @@ def measure_peers(
 def batch_bytes(views: Sequence[ClipView], options: argparse.Namespace) -> int:
     """Count the bytes of a run's batch, with the clips of all views."""
     return bytes_of(random_batch(views, options, options.batch_size, torch.device("meta")))
-
-
-def _refused(options: argparse.Namespace) -> dict[str, str]:
-    if not options.max_bad_samples:
-        return {}
-    return {"peer-parallel": f"not with --max-bad-samples {options.max_bad_samples}"}
 
 
 def grid_of(views: Sequence[ClipView], options: argparse.Namespace) -> tuple[int, ...]:

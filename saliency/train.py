@@ -127,12 +127,6 @@ def run(
         return None
     if specs:
         world = seat_world(world, options, len(specs))
-    if options.max_bad_samples and world.seats > 1:
-        raise OptionError(
-            f"--max-bad-samples is {options.max_bad_samples}: with --engine peer-parallel a frame "
-            "that is broken in one peer's clip need not be in another's, and then they would not "
-            "learn from the same samples; leave it out, or take another engine"
-        )
     if options.sync_bn and world.device.type != "cuda":
         raise OptionError("--sync-bn needs GPUs; leave it out on a CPU")
     state = _resumed_state(options, specs)
@@ -158,11 +152,12 @@ def run(
     del modules  # those that other processes hold
     torch.manual_seed(options.seed + world.rank)
     watch = progress_bars(bars and world.is_main)
-    mine = [view for i, view in enumerate(views) if world.holds(i)]
-    evaluator = build_evaluator(options, held_out, mine, world, packed, watch, bad=bad)
+    given = (_held_here(views, world), world, packed, watch)
+    reading = {"bad": bad, "elsewhere": views}
+    evaluator = build_evaluator(options, held_out, *given, **reading)
     trainer = _trainer(options, group, loader, evaluator, world, watch)
     if options.soup:
-        trainer.halves = video_halves(options, held_out, mine, world, packed, watch, bad=bad)
+        trainer.halves = video_halves(options, held_out, *given, **reading)
     trainer.config["origins"] = origins
     if state is not None:
         source = resumed_folder(options)
@@ -175,7 +170,7 @@ def run(
     with trainer.finishing():
         cards.write_cards(trainer, specs, options, origins, train_set)
         if world.leads:
-            pictures = [teaching_pictures(trainer.peers, held_out, world)]
+            pictures = [teaching_pictures(trainer.peers, held_out, world, views)]
             if world.is_main:
                 finish(trainer, settings(options), pictures)
         distributed.barrier()
@@ -253,7 +248,7 @@ def _train_loader(
         )
     return TrainLoader(
         videos,
-        [view for i, view in enumerate(views) if world.holds(i)],
+        _held_here(views, world),
         world,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -263,7 +258,13 @@ def _train_loader(
         fixations=bool(options.nss),
         packed=packed,
         bad=bad,
+        elsewhere=views,
     )
+
+
+def _held_here(views: Sequence[ClipView], world: World) -> list[ClipView]:
+    """Return what the peers of this process see."""
+    return [view for i, view in enumerate(views) if world.holds(i)]
 
 
 def build_evaluator(
@@ -305,6 +306,7 @@ def build_evaluator(
         packed=packed,
         bad=rest.pop("bad", None) or allowed(options.max_bad_samples),
         corruption=corruption,
+        elsewhere=rest.pop("elsewhere", ()),
     )
     return SaliencyEvaluator(
         loader,

@@ -1,6 +1,7 @@
 """Runs with a process for every peer are the runs of one process for all."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -126,6 +127,24 @@ def test_a_frozen_peer_teaches_from_a_process_of_its_own(data, tmp_path):
     history = two["progress"]["history"]
     assert history[-1]["old/loss"] == history[0]["old/loss"]
     assert two["progress"]["lessons"][0]["transfer/Deep->old/share"] == 0
+
+
+def test_a_frame_broken_for_one_peer_is_passed_over_by_all(data, tmp_path):
+    """The frames are in the clips of every second frame alone, for their targets."""
+    root = shutil.copytree(data, tmp_path / "broken")
+    files = [root / f"annotation/000{k}/images/0001.png" for k in (2, 5)]
+    files.append(root / "val/0601/images/0001.png")
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    peers = (f"{TOY}:Flat", f"{TOY}:Deep,stride=2")
+    rest = ("--max-bad-samples", "3", "--clips-per-video", "3")
+    joint, seated = (tmp_path / name / "run" for name in ("joint", "seated"))
+    train(root, tmp_path / "joint", *rest, peers=peers)
+    launch(ranked, 2, root, tmp_path / "seated", (*rest, *SEATED), peers)
+    assert_close_runs(joint, seated)
+    one, two = (load_run(folder)["bad"] for folder in (joint, seated))
+    assert two == one and set(one["found"]) == set(map(str, files))
+    assert one["left_out"] == [str(files[2])]
 
 
 def test_a_wrong_number_of_processes_says_how_to_start(data, tmp_path, caplog):
