@@ -195,8 +195,10 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 
 def is_first() -> bool:
-    """Whether this is the first of the ranks, or the only one."""
-    return not active() or dist.get_rank() == 0
+    """Whether this is the first of the ranks, or the only one; of torchrun's, before they met."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def sum_over_team(x: Tensor, world: World) -> Tensor:

@@ -29,7 +29,7 @@ from common.planner import Flags, TeamCost, advise, engine_rows, memory_of, note
 from common.ranks import refuse_other_moments
 from common.report import write_run_report
 from common.resumed import changed_options, forgotten_options
-from common.termination import EXIT_STATUS, Preempted
+from common.termination import EXIT_STATUS, Preempted, end_interrupted
 from common.trainer import Trainer, Writer
 
 _logger = logging.getLogger("train")
@@ -53,7 +53,8 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
         faults: What it raises on bad input.
 
     Returns:
-        The exit status: 0, 1 on bad input, 75 where SIGTERM ended it and it can be resumed.
+        The exit status: 0, 1 on bad input, 75 where SIGTERM ended it and it can be resumed, 130
+        where Ctrl-C did.
     """
     start_logging()
     told: tuple[type[Exception], ...] = (*faults, WorkerDiedError)
@@ -68,6 +69,8 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
     except Preempted as end:
         _logger.warning("%s", end)
         return EXIT_STATUS
+    except KeyboardInterrupt as error:
+        return end_interrupted(error)
     except RuntimeError as error:
         if not distributed.is_lost_rank(error):
             raise

@@ -1,7 +1,12 @@
-"""SIGTERM, as schedulers send it before they take a machine: save, and ask to be started again."""
+"""Signals that end a run before its time.
+
+SIGTERM, as schedulers send it before they take a machine: save, and ask to be started again.
+Ctrl-C: end at once, and say how to go on.
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,13 +21,56 @@ from common import distributed
 from common.distributed import World
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
+INTERRUPTED = 130  # what shells tell of a command that Ctrl-C ended
 TOGETHER = 10.0
 """Seconds within which signals are one request: Slurm sends one to every process of a job, and what
 started a process (torchrun, ``timeout``) hands its own on."""
 
 
+_OUTSIDE = "ended outside of the training; go on by --resume, or begin anew"
+_logger = logging.getLogger("train")
+
+
 class Preempted(Exception):
     """A run was asked to end before its time, and is saved as far as it came; says how to go on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run; says how to go on."""
+
+
+@contextmanager
+def interrupts_told(how: Callable[[], str]) -> Iterator[None]:
+    """Let Ctrl-C say how to go on; what is told inside already stays.
+
+    Args:
+        how: Says it; called where it came.
+
+    Raises:
+        Interrupted: It came.
+    """
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as error:
+        raise Interrupted(how()) from error
+
+
+def end_interrupted(error: KeyboardInterrupt) -> int:
+    """Tell in a line on the first rank that Ctrl-C ended the command; return the exit status.
+
+    torchrun sends another to its processes, and people press it again: from here on one ends the
+    process without a word, not with a traceback from the midst of its end.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # till it is told
+    if distributed.is_first():
+        _logger.warning("interrupted%s", f": {error}" if str(error) else "")
+    if main_thread:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return INTERRUPTED
 
 
 class Termination:
@@ -93,19 +141,51 @@ class Termination:
 
 @contextmanager
 def requeued() -> Iterator[None]:
-    """Let SIGTERM end a command before and after its training too, where nothing is lost by it.
+    """Let a signal end a command before and after its training too, where nothing is lost by it.
 
     Raises:
-        Preempted: It came.
+        Preempted: SIGTERM came.
+        Interrupted: Ctrl-C came.
     """
     termination = Termination()
     with (
+        interrupts_told(lambda: _OUTSIDE),
         termination,
-        termination.at_once(
-            "SIGTERM: ended outside of the training; go on by --resume, or begin anew"
-        ),
+        termination.at_once(f"SIGTERM: {_OUTSIDE}"),
     ):
         yield
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach; this one ends them when it comes.
+
+    A terminal sends it to all processes of a command, and what they would do and tell differs by
+    where each of them is. Windows knows no such thing; nothing changes there.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_children(patience: float = 0.0) -> None:
+    """End the processes that this one started by ``multiprocessing``; they save nothing more.
+
+    Args:
+        patience: Seconds in which they may end by themselves.
+    """
+    children = multiprocessing.active_children()
+    end = time.monotonic() + patience
+    for child in children:
+        child.join(max(0.0, end - time.monotonic()))
+    for child in children:
+        child.kill()
+        child.join()
 
 
 def outlive_sigterm(worker: int = 0) -> None:

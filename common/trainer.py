@@ -26,6 +26,7 @@ from common.checkpoint import (
     CheckpointError,
     atomic_write,
     digest_of,
+    list_runs,
     read_weights,
     save_run,
     save_weights,
@@ -40,7 +41,7 @@ from common.ledger import Ledger, Lessons
 from common.peers import Peer, PeerGroup
 from common.ranks import SavedRanks
 from common.soup import STATISTICS_BATCHES, Halves, Soup, Weights, make_soups, write_soup
-from common.termination import Preempted, Termination
+from common.termination import Preempted, Termination, interrupts_told
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger(__name__)
@@ -221,8 +222,9 @@ class Trainer:
             Preempted: SIGTERM came, and a run file was written. It is looked for after every step
                 in a single process, and with several ranks when they log and before they evaluate.
                 One that comes in an evaluation ends it at once: a run file was written before.
+            Interrupted: Ctrl-C came; it saves nothing.
         """
-        with self.termination:
+        with self.termination, interrupts_told(self._how_to_go_on):
             if not self.progress.history:
                 self.loader.set_epoch(self.progress.epoch, self.progress.batch)  # read meanwhile
                 if self.halves is not None:
@@ -241,14 +243,24 @@ class Trainer:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Let SIGTERM end at once what comes after the training, which a resume makes anew.
+        """Let a signal end at once what comes after the training, which a resume makes anew.
 
         Raises:
-            Preempted: It came.
+            Preempted: SIGTERM came.
+            Interrupted: Ctrl-C came.
         """
-        told = f"SIGTERM: trained and saved, but not finished; go on with --resume {self.folder}"
-        with self.termination, self.termination.at_once(told):
+        told = f"trained and saved, but not finished; go on with --resume {self.folder}"
+        with (
+            interrupts_told(lambda: told),
+            self.termination,
+            self.termination.at_once(f"SIGTERM: {told}"),
+        ):
             yield
+
+    def _how_to_go_on(self) -> str:
+        if not list_runs(self.folder):
+            return "nothing was saved yet; the same command begins anew"
+        return f"go on from the last run file with --resume {self.folder}"
 
     def _make_soups(self, halves: Halves) -> None:
         distributed.barrier()  # other processes' files

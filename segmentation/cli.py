@@ -27,7 +27,16 @@ from common.distributed import PATIENCE
 from common.outputs import start_logging
 from common.planner import add_plan_options
 from common.report import write_run_report
-from common.termination import EXIT_STATUS, Preempted, handed_to_children, requeued
+from common.termination import (
+    EXIT_STATUS,
+    Interrupted,
+    Preempted,
+    end_children,
+    end_interrupted,
+    handed_to_children,
+    interrupts_told,
+    requeued,
+)
 from common.trainer import write_csv
 from segmentation import checkpoints
 from segmentation.cards import write_cards
@@ -50,6 +59,7 @@ from segmentation.trainer import (
 
 _logger = logging.getLogger("segmentation")
 _AUTO = "--resume-auto"  # what "--resume auto" is to argparse
+_UNWINDING = 5.0  # seconds for processes that Ctrl-C reached too
 _LOGGERS = ("fvcore", "detectron2", "segmentation", "common")
 
 
@@ -111,6 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
     options = parse(arguments)
     try:
+        return _main(options)
+    except KeyboardInterrupt as error:
+        return end_interrupted(error)
+
+
+def _main(options: argparse.Namespace) -> int:
+    try:
         run = load_run(options.config_file, options.opts or [], options.allow_unsafe_config)
         if options.plan:
             return plan(run, options)
@@ -124,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.num_gpus * options.num_machines > 1:
         return _launch(run, options)
     try:
-        with requeued():
+        with requeued(), interrupts_told(lambda: _how_to_go_on(run, options)):
             work(run, options)
     except FAULTS as error:
         return _failed(error)
@@ -167,6 +184,9 @@ def _launch(run: RunConfig, options: argparse.Namespace) -> int:
                 args=(run, options, told),
                 timeout=PATIENCE,
             )
+    except KeyboardInterrupt as error:
+        end_children(_UNWINDING)
+        raise Interrupted(_how_to_go_on(run, options)) from error
     except ProcessException as error:
         if getattr(error, "exit_code", None) == EXIT_STATUS:
             return EXIT_STATUS
@@ -186,6 +206,14 @@ def _work_and_tell(run: RunConfig, options: argparse.Namespace, told: Any) -> No
     except Preempted as end:
         _logger.warning("%s", end)
         raise SystemExit(EXIT_STATUS) from end
+
+
+def _how_to_go_on(run: RunConfig, options: argparse.Namespace) -> str:
+    if options.eval_only:
+        return "nothing is lost; the same command begins anew"
+    if not checkpoints.is_run(run.output_dir):
+        return "nothing was saved yet; the same command begins anew"
+    return "go on from the last checkpoint with --resume"
 
 
 def _failed(error: object) -> int:

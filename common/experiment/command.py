@@ -20,6 +20,7 @@ from common.experiment.task import Task
 from common.experiment.work import finished, labels_of, read_label, work
 from common.options import OptionError
 from common.outputs import run_command
+from common.termination import Interrupted
 
 _logger = logging.getLogger("experiment")
 
@@ -78,8 +79,17 @@ def run(task: Task, arguments: Sequence[str] | None = None, executor: Any = None
 
     Raises:
         OptionError: Bad input, before any job runs; or jobs that failed, after all have ended.
+        Interrupted: Ctrl-C came; the jobs of this machine have saved and ended.
     """
     asked = build_parser(task).parse_args(arguments)
+    try:
+        return _run(task, asked, executor)
+    except KeyboardInterrupt as error:
+        jobs = "the cluster's jobs go on; " if asked.submitit else ""
+        raise Interrupted(f"{jobs}give the same command again to go on") from error
+
+
+def _run(task: Task, asked: argparse.Namespace, executor: Any) -> Path | None:
     experiment = _read(asked, task)
     if asked.list:
         sys.stdout.write("\n".join(labels_of(experiment)) + "\n")

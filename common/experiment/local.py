@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.termination import Preempted, Termination
+from common.termination import Preempted, Termination, deaf_to_interrupts
 
 PAUSE = 0.2
 Commands = Mapping[str, Sequence[str]]
@@ -31,7 +31,8 @@ def run_local(
         Exit statuses by label.
 
     Raises:
-        Preempted: SIGTERM came; the jobs were asked to save and to end.
+        Preempted: SIGTERM came; the jobs were asked to save and to end, and did.
+        KeyboardInterrupt: Ctrl-C came; they were asked by SIGTERM too.
     """
     waiting, free = list(commands), list(slots)
     found: dict[str, int] = {}
@@ -61,7 +62,7 @@ def run_local(
 
 def _started(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
+    with log.open("ab") as file, deaf_to_interrupts():
         return subprocess.Popen(list(command), stdout=file, stderr=subprocess.STDOUT)
 
 

@@ -75,7 +75,7 @@ def test_a_run_that_is_asked_to_end_before_it_trains_is_requeued_too(whole, tmp_
     assert "SIGTERM: ended outside of the training" in told and "Traceback" not in told
 
 
-def terminate_in_evaluation(task, number):
+def terminate_in_evaluation(task, number, sent=signal.SIGTERM):
     """Send the signal at the first batch of an evaluation; another batch is an end of its own."""
     owner, name = task.points["in an evaluation"]
     evaluate, evaluations, told = getattr(owner, name), [0], []
@@ -93,7 +93,7 @@ def terminate_in_evaluation(task, number):
             os._exit(98)
         if evaluations[0] == number:
             told.append(number)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
         return function(*given, **named)
 
     setattr(owner, name, wrapped)

@@ -1,0 +1,137 @@
+"""A signal to the process that leads others, by real processes: all end in seconds, and go on."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+from common.experiment.local import run_local
+from common.outputs import run_command
+from common.termination import EXIT_STATUS, INTERRUPTED
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 10  # what the end may take on a busy machine; the work would take a minute
+ENDS = [(signal.SIGTERM, EXIT_STATUS), (signal.SIGINT, INTERRUPTED)]
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="asks Linux which processes are alive"
+)
+
+JOB = """
+import pathlib, signal, sys, time
+
+def save(*given):
+    pathlib.Path(sys.argv[1] + ".saved").write_text("")
+    sys.exit(75)
+
+def interrupted(*given):
+    pathlib.Path(sys.argv[1] + ".interrupted").write_text("")
+
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, interrupted)
+pathlib.Path(sys.argv[1] + ".begun").write_text("")
+time.sleep(60)
+"""
+
+
+def alive(group):
+    """Return the processes of a group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(its_group) == group and state not in "ZX":
+            found.append(path.parent.name)
+    return found
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def lead(tmp_path):
+    """Fork a leader of a group of processes; what it tells goes into ``told.txt``."""
+    leaders = []
+
+    def start(work):
+        leader = os.fork()
+        if leader:
+            leaders.append(leader)
+            return leader
+        status = 99
+        try:
+            os.setsid()
+            os.chdir(tmp_path)
+            os.dup2(os.open("told.txt", os.O_WRONLY | os.O_CREAT), 2)
+            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+            logging.getLogger().handlers.clear()  # pytest's, which would keep it all
+            status = work()
+        except BaseException:  # noqa: BLE001 - the child must end here
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    yield start
+    for leader in leaders:  # where the test failed
+        if alive(leader):
+            os.killpg(leader, signal.SIGKILL)
+
+
+def status_of(leader):
+    """Wait for the leader and all of its group; return its exit status."""
+    end = time.monotonic() + SECONDS
+    while not (found := os.waitpid(leader, os.WNOHANG))[0]:
+        assert time.monotonic() < end, f"it lives on {SECONDS} seconds later"
+        time.sleep(0.02)
+    wait_until(lambda: not alive(leader), SECONDS)
+    return os.waitstatus_to_exitcode(found[1])
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "to_all"), [*((*end, False) for end in ENDS), (*ENDS[1], True)]
+)
+def test_jobs_save_and_end_with_the_process_that_started_them(tmp_path, lead, sent, status, to_all):
+    commands = {name: [sys.executable, "-c", JOB, name] for name in "ab"}
+    logs = {name: tmp_path / name / "log.txt" for name in commands}
+
+    def work():
+        return run_command(lambda: run_local(commands, logs, [[], []], "jobs"), ())
+
+    leader = lead(work)
+    wait_until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
+    (os.killpg if to_all else os.kill)(leader, sent)  # a terminal sends Ctrl-C to all
+    assert status_of(leader) == status
+    assert len(list(tmp_path.glob("*.saved"))) == 2
+    assert not list(tmp_path.glob("*.interrupted"))  # it would have ended in the midst of anything
+    told = (tmp_path / "told.txt").read_text() + "".join(x.read_text() for x in logs.values())
+    assert "Traceback" not in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "status"), ENDS)
+def test_an_experiment_that_is_ended_says_how_it_goes_on(tmp_path, lead, sent, status):
+    peers = [{"model": "toy", "name": "a"}, {"model": "toy", "name": "bb"}]
+    experiment = {"peers": peers, "seeds": [0], "train": {"epochs": 10**6}, "output": "out"}
+    (tmp_path / "exp.json").write_text(json.dumps(experiment))
+    command = [sys.executable, "-m", "tests.common.toy_experiment", "exp.json", "--jobs", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    leader = lead(lambda: os.execve(command[0], command, environment))
+    out = tmp_path / "out"
+    wait_until(lambda: len({path.parents[1] for path in out.rglob("run-*.pt")}) == 2)
+    os.killpg(leader, sent)
+    assert status_of(leader) == status
+    told = (tmp_path / "told.txt").read_text()
+    assert "give the same command again to go on" in told and "Traceback" not in told
+    saved = [log for log in out.rglob("log.txt") if "SIGTERM: saved after" in log.read_text()]
+    assert len(saved) == 2 and not any("Traceback" in log.read_text() for log in saved)
