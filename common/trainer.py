@@ -224,6 +224,12 @@ class Trainer:
                 One that comes in an evaluation ends it at once: a run file was written before.
             Interrupted: Ctrl-C came; it saves nothing.
         """
+        if self.progress.history and self.progress.epoch >= self.plan.epochs:
+            _logger.info(
+                "the run has finished its %d epochs; its last files and its report are made anew, "
+                "and a larger --epochs goes on with it",
+                self.progress.epoch,
+            )
         with self.termination, interrupts_told(self._how_to_go_on):
             if not self.progress.history:
                 self.loader.set_epoch(self.progress.epoch, self.progress.batch)  # read meanwhile

@@ -158,7 +158,11 @@ class TransferTrainer(TrainerBase):
         start_iter = self.start_iter if start_iter is None else start_iter
         max_iter = self.max_iter if max_iter is None else max_iter
         if start_iter >= max_iter and not self._due:
-            _logger.info("nothing to do: the run is at iteration %d of %d", start_iter, max_iter)
+            _logger.info(
+                "the run has finished, at iteration %d of %d; a larger SOLVER.MAX_ITER goes on "
+                "with it",
+                *(start_iter, max_iter),
+            )
             self._finish()
             return
         with self.termination, faults_untold():
