@@ -247,16 +247,25 @@ def collate(samples: Sequence[Any]) -> tuple[Any, list[BadSample]]:
     return fast_collate(found) if len(found) == len(samples) else None, bad
 
 
+def check_folder(options: argparse.Namespace) -> None:
+    """Refuse a data folder that is not there; what is read from elsewhere is not looked at.
+
+    Raises:
+        OptionError: Names it.
+    """
+    local = not options.dataset or options.dataset.startswith(("torch/", "wds/"))
+    remote = "://" in str(options.data)
+    if local and not remote and not options.dataset_download and not Path(options.data).exists():
+        raise OptionError(f"{options.data}: no such data folder; give the path of your dataset")
+
+
 def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> Dataset:
     """Open the training or validation split through timm's readers.
 
     Raises:
         OptionError: A folder that is missing or holds no images.
     """
-    local = not options.dataset or options.dataset.startswith(("torch/", "wds/"))
-    remote = "://" in str(options.data)
-    if local and not remote and not options.dataset_download and not Path(options.data).exists():
-        raise OptionError(f"{options.data}: no such data folder; give the path of your dataset")
+    check_folder(options)
     mode = options.input_img_mode or ("RGB" if channels == 3 else "L")
     split = options.train_split if training else options.val_split
     try:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from classification import outputs
 from classification.corruptions import Corrupted
-from classification.data import View, classes_of, open_dataset
+from classification.data import View, check_folder, classes_of, open_dataset
 from classification.evaluation import PeerEvaluator, Scores
 from classification.options import PEER_ALIASES, PeerSpec, parse, read_yaml
 from classification.peer import build_modules
@@ -72,6 +72,7 @@ class Classification:
                 f"push_to_hub {asked.push_to_hub}: the runs of an experiment are not pushed, their "
                 "files would replace one another; push one of them with classification/push.py"
             )
+        check_folder(asked)
         refuse_frozen(specs)
         return [spec.name for spec in specs]
 

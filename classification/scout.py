@@ -240,6 +240,7 @@ def _make_folder(options: argparse.Namespace) -> Path:
     name = options.experiment or f"{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(options.output or _HERE) / name
     make_writable(folder)
+    make_writable(Path(options.cache), "--cache")
     return folder
 
 

@@ -93,8 +93,9 @@ def inspect(
         except UNFIT as error:
             unfit[spec.name] = str(error)
     expected = classes or _most_common([candidate.classes for candidate in found])
+    whose = "the data have" if classes else "most others tell"
     for candidate in [c for c in found if c.classes != expected]:
-        unfit[candidate.spec.name] = f"tells {candidate.classes} classes, expected {expected}"
+        unfit[candidate.spec.name] = f"tells {candidate.classes} classes, {whose} {expected}"
         found.remove(candidate)
     refuse_unfit(unfit, len(specs), skip)
     return found

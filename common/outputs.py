@@ -285,8 +285,12 @@ def _new_folder(options: argparse.Namespace, names: Sequence[str]) -> Path:
     return Path(options.output or "output/train") / (options.experiment or f"{stamp}-{told}")
 
 
-def make_writable(folder: Path) -> None:
+def make_writable(folder: Path, option: str = "--output") -> None:
     """Make a folder, and try to write into it.
+
+    Args:
+        folder: Which.
+        option: That named it.
 
     Raises:
         OptionError: It cannot be written.
@@ -295,7 +299,9 @@ def make_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OptionError(f"--output: {error}; give a folder that can be written") from error
+        raise OptionError(
+            f"{option} {folder}: {error.strerror}; give a folder that can be written"
+        ) from error
 
 
 def log_table(rows: Sequence[Mapping[str, str]]) -> None:

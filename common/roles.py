@@ -117,7 +117,11 @@ def check_rule(rule: str, names: Sequence[str]) -> None:
         choices = f"{', '.join(RULES)}, {SELF}, {ONE_WAY}NAME"
         raise ValueError(f"unknown rule {rule!r}; choose from {choices}")
     if rule not in ("none", SELF) and len(names) < 2:
-        raise ValueError(f"rule {rule!r} needs two peers or more, got {len(names)}")
+        alone = f" ({names[0]})" if names else ""
+        raise ValueError(
+            f"rule {rule!r} needs two peers or more, got {len(names)}{alone}; give another, or "
+            "train one alone under rule 'none'"
+        )
 
 
 def compares_scores(rule: str, margin: float | None = None, gap_power: float = 0.0) -> bool:

@@ -246,7 +246,10 @@ def check_request(
 def _check_teams(models: int, sizes: Sequence[int]) -> None:
     for size in sizes:
         if not 2 <= size <= models:
-            raise ValueError(f"teams of {size} of {models} models; expected 2 to {models}")
+            raise ValueError(
+                f"--team-size {size}: there are {models} models to choose from; give more models, "
+                f"or a size of 2{f' to {models}' if models > 2 else ''}"
+            )
 
 
 def _check_predictor(predictor: str, usable: Sequence[str]) -> None:

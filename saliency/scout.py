@@ -233,6 +233,7 @@ def _make_folder(options: argparse.Namespace) -> Path:
     if options.experiment or not options.output:
         folder /= options.experiment or f"{datetime.now():%Y%m%d-%H%M%S}"
     make_writable(folder)
+    make_writable(options.cache, "--cache")
     return folder
 
 

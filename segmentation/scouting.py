@@ -237,6 +237,7 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
 def _make_folder(asked: argparse.Namespace) -> Path:
     folder = asked.output or _HERE / f"{datetime.now():%Y%m%d-%H%M%S}"
     make_writable(folder)
+    make_writable(asked.cache, "--cache")
     return folder
 
 

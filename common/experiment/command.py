@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from common.checkpoint import CheckpointError
 from common.experiment.corruptions import check_corruptions
 from common.experiment.local import run_local, run_submitit
 from common.experiment.plan import CONTROLS, START, Experiment, read_experiment
 from common.experiment.results import write_results
 from common.experiment.task import Task
 from common.experiment.work import finished, labels_of, read_label, work
-from common.options import OptionError
-from common.outputs import run_command
+from common.options import OptionError, check_least
+from common.outputs import make_writable, run_command
 from common.termination import Interrupted
 
 _logger = logging.getLogger("experiment")
@@ -94,6 +95,8 @@ def _run(task: Task, asked: argparse.Namespace, executor: Any) -> Path | None:
     if asked.list:
         sys.stdout.write("\n".join(labels_of(experiment)) + "\n")
         return None
+    if not asked.report:
+        make_writable(experiment.output, f"{asked.experiment}: output")
     if asked.only:
         if asked.threads:
             torch.set_num_threads(asked.threads)
@@ -111,17 +114,16 @@ def _run(task: Task, asked: argparse.Namespace, executor: Any) -> Path | None:
 def _read(asked: argparse.Namespace, task: Task) -> Experiment:
     """Read the experiment and try the options of every arm, before any work is done."""
     if not asked.experiment.is_file():
-        raise OptionError(f"{asked.experiment}: no such experiment file")
-    if asked.jobs < 1:
-        raise OptionError(f"--jobs is {asked.jobs}; expected 1 or more")
+        raise OptionError(f"{asked.experiment}: no such experiment file; expected one of YAML")
+    check_least(asked, {"jobs": 1, "threads": 1})
     experiment = read_experiment(task.read(asked.experiment), asked.experiment)
     check_corruptions(experiment.corruptions, task, asked.experiment)
     experiment = replace(experiment, device=asked.device)
     for seed in experiment.seeds:  # each may have starts and data of its own
         try:
             names = task.check(experiment.options(START, seed))
-        except OptionError as error:
-            raise OptionError(f"{asked.experiment}: {error}") from error
+        except (OptionError, CheckpointError) as error:
+            raise _named(asked.experiment, "", error) from error
     if len(names) != len(experiment.peers):
         raise OptionError(
             f"{asked.experiment}: {len(experiment.peers)} peers stand for {len(names)} models; an "
@@ -133,8 +135,13 @@ def _read(asked: argparse.Namespace, task: Task) -> Experiment:
                 _refuse_hidden(task, experiment, {**setting, **experiment.arms[arm].options}, names)
                 task.check(experiment.options(arm, seed, None, setting, names))
             except OptionError as error:
-                raise OptionError(f"{asked.experiment}: arm {arm!r}: {error}") from error
+                raise _named(asked.experiment, f"arm {arm!r}: ", error) from error
     return experiment
+
+
+def _named(path: Path, where: str, error: Exception) -> OptionError:
+    """Put the experiment's file before an error, once."""
+    return OptionError(f"{path}: {where}{str(error).removeprefix(f'{path}: ')}")
 
 
 def _refuse_hidden(

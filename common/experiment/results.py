@@ -55,7 +55,7 @@ def gather(experiment: Experiment) -> list[dict[str, Any]]:
     if {experiment.control} >= {row["arm"] for row in rows}:
         raise OptionError(
             f"{experiment.output}: nothing to compare yet; the control {experiment.control} and "
-            "one more arm must have finished a seed"
+            "one more arm must have finished a seed; without --report, jobs are run"
         )
     if experiment.control not in {row["arm"] for row in rows}:
         raise OptionError(f"the control {experiment.control} has not finished any seed yet")

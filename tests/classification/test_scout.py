@@ -287,13 +287,14 @@ def test_what_cannot_be_scouted_is_named_and_never_dropped_in_silence(
     [
         (["--team-size", "4..2"], "--team-size 4..2"),
         (["--team-size", "one"], "--team-size one"),
-        (["--team-size", "7"], "teams of 7 of 4 models"),
+        (["--team-size", "7"], "--team-size 7: there are 4 models to choose from"),
         (["--for", "nobody"], "--for nobody: 0 models"),
         (["--for", "vit_tiny_patch16_224"], "3 models are called so"),
         (["--num-classes", "7"], "knows 10 classes, not the 7"),
         (["--team-size", "2..3", "--most-teams", "0"], "--most-teams is 0"),
         (["--rule", "one_way:nobody"], "no peer is named"),
         (["--unlabelled", "/nowhere"], "no such data folder"),
+        (["--cache", __file__], f"--cache {__file__}: File exists; give a folder"),
         (["--predictor", "confidence-gap", "--model", "no_such_*"], "stands for no file"),
     ],
 )
@@ -305,7 +306,7 @@ def test_bad_input_ends_in_one_line(scouting, more, told, caplog):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--team-size", "5"], "teams of 5 of 4 models"),
+        (["--team-size", "5"], "--team-size 5: there are 4 models"),
         (["--rule", "one_way:z"], "no peer is named"),
         (["--predictor", "flips", "--unlabelled", "FLAT"], "predictor 'flips' cannot be used"),
     ],

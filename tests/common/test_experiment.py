@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.checkpoint import CheckpointError
 from common.experiment import hidden_by
 from common.experiment.command import run
 from common.experiment.local import ClusterJob, run_local, run_submitit
@@ -132,6 +133,37 @@ def test_options_of_every_arm_are_tried_before_any_work(tmp_path):
     with pytest.raises(OptionError, match=r"arm .typo.*temprature"):
         run(ToyTask(), [str(path)])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "change", "told"),
+    [
+        (["--threads", "0"], {}, "--threads is 0; expected 1 or more"),
+        ([], {"output": "exp.yaml/out"}, r"exp.yaml: output exp.yaml/out: Not a directory; give"),
+    ],
+)
+def test_what_no_job_could_do_is_refused_first(tmp_path, monkeypatch, more, change, told):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "exp.yaml"
+    path.write_text(json.dumps(content(**{"output": "out", **change})))
+    with pytest.raises(OptionError, match=told):
+        run(ToyTask(), ["exp.yaml", "--only", "none:0", *more])
+
+
+def test_a_peers_file_that_cannot_be_read_is_told_with_the_experiments(tmp_path, monkeypatch):
+    path = written(tmp_path)
+    for told in ("a.pt: no such file", f"{path}: a.pt: no such file"):  # the file's name once
+        monkeypatch.setattr(ToyTask, "check", raising(CheckpointError(told)))
+        with pytest.raises(OptionError) as caught:
+            run(ToyTask(), [str(path)])
+        assert str(caught.value) == f"{path}: a.pt: no such file"
+
+
+def raising(error):
+    def method(self, options):
+        raise error
+
+    return method
 
 
 def test_an_option_that_a_peer_has_of_its_own_is_refused_in_an_arm(tmp_path):

@@ -296,7 +296,7 @@ def test_what_does_not_fit_is_refused_by_name():
     found = survey(source, labels)
     with pytest.raises(ValueError, match="unknown rule"):
         Judge(found, "strongest")
-    with pytest.raises(ValueError, match="teams of 6 of 5 models"):
+    with pytest.raises(ValueError, match="--team-size 6: there are 5 models"):
         rank_teams(Judge(found), [6], "flips")
     with pytest.raises(ValueError, match="choose from"):
         rank_teams(Judge(found), [2], "luck")
@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_refused_by_name():
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"sizes": [2, 4]}, "teams of 4 of 3 models; expected 2 to 3"),
+        ({"sizes": [2, 4]}, "--team-size 4: there are 3 models .* or a size of 2 to 3"),
         ({"rule": "one_way:d"}, "no peer is named 'd'"),
         ({"predictor": "flips", "labelled": False}, "'flips' cannot be used; choose from kl, con"),
         (

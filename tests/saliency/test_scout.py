@@ -310,7 +310,7 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
     [
         (("--for", "z"), "--for z: no such model"),
         (("--rule", "fairest"), "fairest"),
-        (("--team-size", "9"), "teams of 9 of 3 models"),
+        (("--team-size", "9"), "--team-size 9: there are 3 models"),
         (("--max-bad-samples", "1"), "leaves no frame out"),
         (("--unlabelled", "/x"), "--unlabelled /x: not offered for saliency"),
         (("--kept-size", "0", "4"), "--kept-size"),
@@ -326,7 +326,7 @@ def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
 ):
     monkeypatch.setattr("saliency.scout.cached_answers", None)
     for more, told in (
-        (("--team-size", "2..4"), "teams of 4 of 3 models"),
+        (("--team-size", "2..4"), "--team-size 4: there are 3 models"),
         (("--team-size", "1"), "--team-size 1"),
         (("--rule", "one_way:z"), "no peer is named"),
     ):

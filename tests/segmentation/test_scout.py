@@ -363,7 +363,7 @@ def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
     monkeypatch.setattr("segmentation.scouting._ask", None)
     arguments = ["--config-file", str(models), "--output", str(tmp_path / "out")]
     for more, told in (
-        (["--team-size", "4"], "teams of 4 of 3 models"),
+        (["--team-size", "4"], "--team-size 4: there are 3 models"),
         (["--team-size", "1"], "--team-size 1"),
         (["--unlabelled", str(tmp_path), "--predictor", "flips"], "'flips' cannot be used"),
     ):
