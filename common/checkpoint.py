@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common import distributed
 from common.disk import atomic_write
 
 _logger = logging.getLogger(__name__)
@@ -122,8 +123,8 @@ def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
 
     Args:
         path: Of the file.
-        sums: Also compare the checksums that a torch file keeps of its parts; torch does not, so a
-            flipped bit would go unseen. For files of our own: not all writers keep true ones.
+        sums: Refuse a torch file with parts of another checksum than it keeps of them. For files of
+            our own: not all writers keep true ones, so of other files this is only told.
 
     Returns:
         What the file holds, on the CPU.
@@ -138,25 +139,33 @@ def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
         try:
             return dict(load_file(path))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: broken safetensors file ({error})") from error
+            reason = "it is empty" if not path.stat().st_size else str(error)
+            raise CheckpointError(_damaged(path, reason)) from error
     try:
         _refuse_inflated(path)
-        if sums:
-            _check_sums(path)
+        wrong = _wrong_part(path)
+        if sums and wrong:
+            raise CheckpointError(_damaged(path, wrong))
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_unsafe(path, str(error))) from error
+        damage = _damage(path)
+        told = _damaged(path, damage) if damage else _unsafe(path, str(error))
+        raise CheckpointError(told) from error
     except (
         RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
         AssertionError, ArithmeticError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error,
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: broken or truncated file ({reason}); fetch or write it again"
-        ) from error
+        raise CheckpointError(_damaged(path, _damage(path) or reason)) from error
+    if wrong and distributed.is_first():
+        _logger.warning(
+            "%s: read, but %s; most likely the file is damaged: copy or download it again (some "
+            "writers keep no true checksums)",
+            *(path, wrong),
+        )
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors"
@@ -170,9 +179,8 @@ def _refuse_inflated(path: Path) -> None:
     Raises:
         CheckpointError: A few kilobytes could fill the memory.
     """
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return
+    if not _is_zip(path):
+        return
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
     whole = sum(part.file_size for part in parts)
@@ -185,18 +193,49 @@ def _refuse_inflated(path: Path) -> None:
         )
 
 
-def _check_sums(path: Path) -> None:
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _wrong_part(path: Path) -> str:
+    """Name a part of a torch file with a wrong checksum, which torch does not compare, if any."""
+    if not _is_zip(path):
+        return ""
     with zipfile.ZipFile(path) as archive:
         part = archive.testzip()
-    if part is not None:
-        raise zipfile.BadZipFile(f"the checksum of {part} is wrong")
+    return "" if part is None else f"the checksum of its part {part} is wrong"
+
+
+def _damage(path: Path) -> str:
+    """Say what is plainly wrong with the bytes of a torch file that cannot be read, if anything."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not any(head):
+        return "it begins with zeros" if head else "it is empty"
+    if not _is_zip(path):
+        return ""
+    if not zipfile.is_zipfile(path):
+        return "its end is missing"
+    try:
+        return _wrong_part(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        return str(error)
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"{path}: truncated or damaged file ({reason}); copy, download or write it again"
 
 
 def _unsafe(path: Path, message: str) -> str:
     found = re.search(r"(?:Unsupported global: )?GLOBAL ([\w.]+)", message)
     if found is None:
-        reason = message.splitlines()[-1] if message else "not a torch file"
-        return f"{path}: not a checkpoint that can be read safely ({reason})"
+        with path.open("rb") as file:
+            head = file.read(24)
+        return (
+            f"{path}: not a checkpoint that can be read safely (it begins with {head!r}); it is "
+            "damaged or something else, a web page for instance: copy or download it again"
+        )
     return (
         f"{path}: refused, it asks to run {found.group(1)!r}, and checkpoints never execute code "
         "here; save its state_dict alone (torch.save(model.state_dict(), ...) or safetensors)"

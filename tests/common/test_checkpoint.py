@@ -72,11 +72,50 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path, suffix):
         read_file(path)
     save_weights(path, nn.Linear(200, 300).state_dict())
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=f"{path}: broken"):
+    with pytest.raises(CheckpointError, match=f"{path}: truncated or damaged file .* download"):
+        read_file(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"{path}: truncated or damaged file .it is empty"):
         read_file(path)
     path.write_bytes(b"<html>404 not found</html>")
-    with pytest.raises(CheckpointError, match=str(path)):
+    with pytest.raises(CheckpointError, match=f"{path}: .* download"):
         read_file(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: x[:-1], r"truncated or damaged file \(its end is missing\)"),
+        (lambda x: x[: len(x) // 2], r"truncated or damaged file \(its end is missing\)"),
+        (lambda x: bytes(len(x)), r"truncated or damaged file \(it begins with zeros\)"),
+        (lambda x: _flipped(x, b"OrderedDict"), r"\(the checksum of its part .*data.pkl is wrong"),
+        (lambda x: b"?" + x[1:], "is damaged or something else, a web page"),
+    ],
+)
+def test_what_is_wrong_with_a_torch_file_is_told(tmp_path, change, told):
+    path = tmp_path / "peer.pth"
+    torch.save(nn.Linear(200, 300).state_dict(), path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"{path}: .*{told}.* download"):
+        read_file(path)
+
+
+def test_a_flipped_bit_in_the_weights_is_told(tmp_path, caplog):
+    path, weights = tmp_path / "peer.pth", torch.arange(1000.0)
+    torch.save({"weight": weights}, path)
+    assert torch.equal(read_file(path)["weight"], weights) and not caplog.text
+    path.write_bytes(_flipped(path.read_bytes(), weights.numpy().tobytes()))
+    assert not torch.equal(read_file(path)["weight"], weights)
+    assert f"{path}: read, but the checksum of its part peer/data/0 is wrong" in caplog.text
+    with pytest.raises(CheckpointError, match="the checksum of its part peer/data/0 is wrong"):
+        read_file(path, sums=True)
+
+
+def _flipped(content, part):
+    """Flip a bit in the midst of a part."""
+    flipped, at = bytearray(content), content.index(part) + len(part) // 2
+    flipped[at] ^= 16
+    return bytes(flipped)
 
 
 def test_a_checkpoint_of_another_model_is_named():

@@ -48,7 +48,7 @@ def test_a_file_that_was_cut_off_is_refused(folder, tmp_path, share):
     whole = list_runs(folder)[-1].read_bytes()
     path = tmp_path / "run-00001-00000000.pt"
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError, match="broken or truncated"):
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
         load_run(path)
 
 
