@@ -98,6 +98,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     world = seat_world(start(options), options, len(specs))
     check_resumed(state)
     random_seed(options.seed, 0)
+    _logger.info("building %d peers: %s", len(specs), ", ".join(spec.name for spec in specs))
     modules, views = build_modules(specs, options)
     train_set, held_out = open_both(options, views[0].size[0], modules[0].num_classes)
     metadata = {
@@ -261,6 +262,7 @@ def _trainer(
     dtype = amp_dtype(options)
     transfer = transfer_of(options, group.names, group.frozen, world.shard)
     watch = progress_bars(bars and world.is_main)
+    steps = progress_bars(bars and world.is_main, lines=False)  # the trainer has its own
     evaluator = PeerEvaluator(
         held_out,
         [views[i] for i in here],
@@ -302,7 +304,7 @@ def _trainer(
         metadata=metadata,
         after_epoch=lambda: _share_statistics(group, options.dist_bn, world),
         on_baseline=lambda metrics: _compare_with_published(specs, metrics),
-        watch=lambda batches: watch(batches, "training"),
+        watch=lambda batches: steps(batches, "training"),
         names_of=loader.names_of,
         bad=loader.bad,
         halves=evaluator.halves if options.soup else None,

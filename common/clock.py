@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import operator
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+_logger = logging.getLogger(__name__)
+
 _Batch = TypeVar("_Batch")
 _END = object()
+_LINE_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,13 @@ class Pace:
         seconds: How long it took.
         waited: How much of that the loop waited for its batches, in seconds.
         samples: How many it saw.
+        batches: How many of them.
     """
 
     seconds: float
     waited: float
     samples: int
+    batches: int
 
     @property
     def samples_per_second(self) -> float:
@@ -34,6 +41,10 @@ class Pace:
     def data_share(self) -> float:
         """Share of the time that went into waiting for batches, in [0, 1]."""
         return self.waited / self.seconds if self.seconds else 0.0
+
+    def seconds_of(self, batches: int) -> float:
+        """Foretell how long further batches take; those of a stretch without any, no time."""
+        return batches * self.seconds / self.batches if self.batches else 0.0
 
 
 class LoopClock:
@@ -47,7 +58,8 @@ class LoopClock:
         self._begin()
 
     def _begin(self) -> None:
-        self._begun, self._waited, self._samples = time.perf_counter(), 0.0, 0
+        self._begun, self._waited = time.perf_counter(), 0.0
+        self._samples = self._batches = 0
 
     def around(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
         """Yield the batches, and count how long each is waited for, start-up included."""
@@ -63,9 +75,28 @@ class LoopClock:
     def saw(self, samples: int) -> None:
         """Count what a step learned from."""
         self._samples += samples
+        self._batches += 1
+
+    def look(self) -> Pace:
+        """Return the stretch since ``read`` was called last, or since the start; it goes on."""
+        seconds = time.perf_counter() - self._begun
+        return Pace(seconds, self._waited, self._samples, self._batches)
 
     def read(self) -> Pace:
         """Return the stretch since the last call, or since the start."""
-        pace = Pace(time.perf_counter() - self._begun, self._waited, self._samples)
+        pace = self.look()
         self._begin()
         return pace
+
+
+def with_lines(items: Iterable[_Batch], title: str) -> Iterator[_Batch]:
+    """Yield items, and log every half minute how many there were: what a bar shows a terminal."""
+    total = operator.length_hint(items, 0)
+    begun = told = time.perf_counter()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - told >= _LINE_SECONDS:
+            told = now
+            of = f" of {total}" if total else ""
+            _logger.info("%s: %d%s, %.2f s each", title, done, of, (now - begun) / done)

@@ -22,6 +22,7 @@ from common import distributed
 from common.board import Board
 from common.broken import WorkerDiedError, worker_deaths_told
 from common.checkpoint import CheckpointError, list_runs, load_run, newest_good_run
+from common.clock import with_lines
 from common.disk import remove_leftovers, write_text, writing_into
 from common.distributed import World
 from common.options import OptionError
@@ -241,9 +242,17 @@ def resumed_folder(options: argparse.Namespace) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def progress_bars(show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
-    """Return a wrapper that shows a bar over an iterable, on a terminal only."""
-    show = show and sys.stderr.isatty()
+def progress_bars(show: bool, lines: bool = True) -> Callable[[Iterable[Any], str], Iterable[Any]]:
+    """Return a wrapper that shows how far an iteration is.
+
+    Args:
+        show: Show a bar on a terminal, and elsewhere log lines.
+        lines: Whether to log such lines.
+    """
+    terminal = sys.stderr.isatty()
+    if show and lines and not terminal:
+        return with_lines
+    show = show and terminal
     return lambda batches, title: tqdm(
         batches, desc=title, leave=False, disable=not show, dynamic_ncols=True
     )

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -210,6 +211,7 @@ class Trainer:
         self.progress = Progress()
         self.termination = Termination()
         self._exported: dict[str, str] = {}  # digests of the best weights
+        self._stepped = False
         self._saved_at: tuple[int, int] | None = None
         self._spare: Path | None = None  # a run file that goes with the next one
 
@@ -236,6 +238,7 @@ class Trainer:
                 if self.halves is not None:
                     self._export("start", self._learners)
                 self.on_baseline(self._evaluate(0))
+            self._tell_begin()
             while self.progress.epoch < self.plan.epochs and self._somebody_learns():
                 self._train_epoch()
                 self._finish_epoch()
@@ -295,6 +298,17 @@ class Trainer:
     def _somebody_learns(self) -> bool:
         return len(self.peers.frozen) < len(self.peers)
 
+    def _tell_begin(self) -> None:
+        left = self.plan.epochs - self.progress.epoch
+        if left > 0 and self._somebody_learns():
+            _logger.info(
+                "training: %d epoch%s of %d optimizer steps; losses come every %d",
+                left,
+                "s" * (left > 1),
+                -(-len(self.loader) // self.plan.accumulate),
+                self.plan.log_every,
+            )
+
     def _train_epoch(self) -> None:
         epoch, batches = self.progress.epoch, len(self.loader)
         self.loader.set_epoch(epoch, self.progress.batch)
@@ -320,6 +334,7 @@ class Trainer:
             if not update:
                 continue
             self.progress.updates += 1
+            self._tell_first(clock)
             for peer in self.peers:
                 if peer.schedule is not None:
                     peer.schedule.step_update(num_updates=self.progress.updates)
@@ -334,6 +349,15 @@ class Trainer:
             _logger.warning(
                 "epoch %d had %d batches, expected %d", epoch, self.progress.batch, batches
             )
+
+    def _tell_first(self, clock: LoopClock) -> None:
+        """Say once that the steps have begun; nothing is read from the device for it."""
+        if not self._stepped and self.plan.log_every > 1:
+            pace = clock.look()
+            _logger.info(
+                "first step after %.1f s, of which %.1f waited for data", pace.seconds, pace.waited
+            )
+        self._stepped = True
 
     def _end_if_asked(self) -> None:
         if self.termination.agreed(self.world):
@@ -372,15 +396,19 @@ class Trainer:
             for peer in self.peers
         )
         _logger.info(
-            "epoch %d [%d/%d]  %s  %.0f samples/s  waited for data %.1f%%",
+            "epoch %d [%d/%d]  %s  %.0f samples/s  waited for data %.1f%%  eta %s",
             self.progress.epoch,
             self.progress.batch,
             len(self.loader),
             told,
             rate,
             100 * pace.data_share,
+            timedelta(seconds=round(pace.seconds_of(self._batches_left()))),
         )
         self._write(scalars)
+
+    def _batches_left(self) -> int:
+        return (self.plan.epochs - self.progress.epoch) * len(self.loader) - self.progress.batch
 
     def _finish_epoch(self) -> None:
         epoch = self.progress.epoch + 1
@@ -417,6 +445,7 @@ class Trainer:
     def _evaluate(self, epoch: int) -> Mapping[str, float]:
         if self.termination.agreed(self.world):
             raise Preempted(self._saved())
+        _logger.info("evaluating %s", f"epoch {epoch}" if epoch else "the start")
         metrics = self._measure()
         start = self.progress.history[0] if self.progress.history else metrics
         self._note(epoch, {**metrics, **self.guard.look(epoch, metrics, start)})

@@ -132,6 +132,7 @@ def run(
     state = _resumed_state(options, specs)
     check_resumed(state)
     torch.manual_seed(options.seed)
+    _logger.info("building %d peers: %s", len(specs), ", ".join(spec.name for spec in specs))
     modules, views = build_modules(specs)
     origins = _origins(specs, world, state)
     train_set, held_out = open_splits(options, world, bars)
@@ -155,7 +156,8 @@ def run(
     given = (_held_here(views, world), world, packed, watch)
     reading = {"bad": bad, "elsewhere": views}
     evaluator = build_evaluator(options, held_out, *given, **reading)
-    trainer = _trainer(options, group, loader, evaluator, world, watch)
+    steps = progress_bars(bars and world.is_main, lines=False)  # the trainer has its own
+    trainer = _trainer(options, group, loader, evaluator, world, steps)
     if options.soup:
         trainer.halves = video_halves(options, held_out, *given, **reading)
     trainer.config["origins"] = origins
@@ -355,7 +357,7 @@ def _trainer(
     loader: TrainLoader,
     evaluator: SaliencyEvaluator,
     world: World,
-    watch: Any,
+    steps: Any,
 ) -> Trainer:
     transfer = transfer_of(options, group.names, group.frozen, world.shard)
     return Trainer(
@@ -382,7 +384,7 @@ def _trainer(
         world=world,
         config=plain(options),
         after_epoch=lambda: share_statistics(group, world),
-        watch=lambda batches: watch(batches, "training"),
+        watch=lambda batches: steps(batches, "training"),
         names_of=loader.names_of,
         bad=loader.bad,
     )

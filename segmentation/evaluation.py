@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from common import distributed
 from common.broken import BadSamples, Counted, sound
+from common.clock import with_lines
 from common.distributed import World
 from common.termination import outlive_sigterm
 from segmentation.data import (
@@ -37,7 +37,6 @@ _logger = logging.getLogger(__name__)
 
 METRICS = ("mIoU", "fwIoU", "mACC", "pACC")
 ENSEMBLE = "ensemble"
-_LOG_SECONDS = 30
 _SEMANTIC = ("sem_seg", "cityscapes_sem_seg", "ade20k_panoptic_seg")
 
 
@@ -113,7 +112,9 @@ def evaluate_group(
     for evaluator in evaluators.values():
         evaluator.reset()
     with torch.no_grad(), evaluating(peers):
-        for inputs in _progress(test_samples(peers, records, world, tta, bad, corruption)):
+        for inputs in with_lines(
+            test_samples(peers, records, world, tta, bad, corruption), "evaluating images"
+        ):
             done += 1
             mean: Tensor | None = None
             for peer, sample in zip(peers, inputs, strict=True):
@@ -251,13 +252,3 @@ def evaluating(peers: Sequence[SegmentorPeer]) -> Iterator[None]:
     finally:
         for module, training in (pair for of_one in modes for pair in of_one):
             module.training = training
-
-
-def _progress(samples: Iterator[Any]) -> Iterator[Any]:
-    """Tell now and then how far an evaluation is."""
-    begun = told = time.monotonic()
-    for done, sample in enumerate(samples, 1):
-        yield sample
-        if time.monotonic() - told > _LOG_SECONDS:
-            told = time.monotonic()
-            _logger.info("evaluated %d images, %.2f s each", done, (told - begun) / done)

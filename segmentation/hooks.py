@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from common.disk import writing_into
 from common.distributed import World
 from common.termination import Preempted, Termination
 from segmentation.peer import SegmentorPeer
+
+_logger = logging.getLogger(__name__)
 
 
 class PeerSchedules(HookBase):
@@ -109,13 +113,22 @@ class Writers(hooks.PeriodicWriter):
     def __init__(self, folder: Path, *rest: Any, **named: Any) -> None:
         super().__init__(*rest, **named)
         self.folder = folder
+        self._begun = 0.0
+
+    def before_step(self) -> None:
+        """Look at the clock before the first iteration."""
+        super().before_step()
+        if self.trainer.iter == self.trainer.start_iter:
+            self._begun = time.perf_counter()
 
     def after_step(self) -> None:
-        """Write where the period is over.
+        """Tell the first iteration, and write where the period is over.
 
         Raises:
             OutputError: The folder cannot be written.
         """
+        if self.trainer.iter == self.trainer.start_iter:
+            _logger.info("first iteration after %.1f s", time.perf_counter() - self._begun)
         with writing_into(self.folder):
             super().after_step()
 

@@ -503,6 +503,7 @@ class TransferTrainer(TrainerBase):
         return summary_of(metrics)
 
     def _measure(self, iteration: int) -> dict[str, float]:
+        _logger.info("evaluating %s", f"iteration {iteration}" if iteration else "the start")
         with self.termination.at_once(preempted_at(iteration)):
             return self.evaluate()
 

@@ -70,6 +70,10 @@ def test_a_run_leaves_what_its_users_expect(finished):
     rows = (out / "summary.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["iteration", "0", "3", "6"]
     assert "fpn" in (out / "report.html").read_text()
+    told = (out / "log.txt").read_text()
+    phases = ["evaluating the start", "first iteration after", "evaluating iteration 3"]
+    assert all(told.count(phase) == 1 for phase in phases)
+    assert sorted(phases, key=told.index) == phases
 
 
 def test_a_soup_is_the_average_that_one_half_of_the_images_chose(finished, datasets):
