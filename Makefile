@@ -17,8 +17,9 @@ RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
 .PHONY: demo test test-all check clean pictures setup-segmentation
 
+# exec: a shell in between would not hand on the SIGTERM that make hands on
 demo: $(VENV)/.demo $(if $(filter segmentation,$(TASK)),$(VENV)/.detectron2)
-	$(RUN) -m $(TASK).demo $(if $(FULL),--full)
+	OMP_NUM_THREADS=1 exec $(VENV)/bin/python -m $(TASK).demo $(if $(FULL),--full)
 
 test: $(VENV)/.dev $(VENV)/.original
 	$(RUN) -m pytest -m "not slow" -n 2

@@ -24,6 +24,7 @@ from classification.options import read_yaml
 from classification.train import run
 from common.checkpoint import atomic_write
 from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
+from common.outputs import run_command
 from common.report import comparison_text, write_comparison
 from common.statistics import compared
 
@@ -222,4 +223,4 @@ def _settings() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, ()))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from classification.demo import OWN_CLASSES, pretrain
 from classification.digits import SOURCES, write_digits, write_splits
 from common.demo import side_by_side
+from common.outputs import run_command
 
 
 class Member(NamedTuple):
@@ -97,4 +98,4 @@ def _told(team: Mapping[str, Member]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, ()))

@@ -9,6 +9,8 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,8 +23,10 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
+from common.termination import Termination, deaf_to, end_children, interrupts_told
 
 COMMON = Path(__file__).parent
+_AGAIN = "give the same command again to go on; the runs that have finished stay"
 
 
 def parser(about: str, quick: int, full: int, output: str) -> argparse.ArgumentParser:
@@ -144,7 +148,8 @@ class SideBySide:
             What it returned, by key.
         """
         self.bar.set_description(title)
-        futures = {self.pool.submit(function, *given): key for key, given in jobs.items()}
+        with deaf_to(signal.SIGINT, signal.SIGTERM):  # of the processes that it starts
+            futures = {self.pool.submit(function, *given): key for key, given in jobs.items()}
         found = {}
         for future in as_completed(futures):
             found[futures[future]] = future.result()
@@ -154,27 +159,60 @@ class SideBySide:
 
 @contextmanager
 def side_by_side(jobs: int, total: int) -> Iterator[SideBySide]:
-    """Open processes for ``total`` runs, ``jobs`` at a time, with a bar of progress."""
-    context = multiprocessing.get_context("spawn")
+    """Open processes for ``total`` runs, ``jobs`` at a time, with a bar of progress.
+
+    They end with this one, whatever ends it. The runs that they were at begin anew.
+
+    Raises:
+        Preempted: SIGTERM came.
+        Interrupted: Ctrl-C came.
+    """
+    context, termination = multiprocessing.get_context("spawn"), Termination()
     with (
+        interrupts_told(lambda: _AGAIN),
+        termination,
+        termination.at_once(f"SIGTERM: {_AGAIN}"),
         ProcessPoolExecutor(
             jobs,
             mp_context=context,
             initializer=_begin,
             initargs=(multiprocessing.get_start_method(),),
         ) as pool,
+        _ended_where_this_fails(pool),
         tqdm(total=total, unit="run", smoothing=0.1) as bar,
     ):
         yield SideBySide(pool, bar)
 
 
+@contextmanager
+def _ended_where_this_fails(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Let nobody wait for runs whose results nobody wants any more."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_children()
+
+
 def _begin(start_method: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # of the processes that read data: being spawned itself, this one would spawn them, which takes
     # seconds of imports for every loader
     multiprocessing.set_start_method(start_method, force=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR)
+
+
+def _end_with_parent() -> None:
+    """End when the process that asks for runs has ended, by ``kill -9`` too; nobody else would."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @functools.cache

@@ -157,16 +157,17 @@ def requeued() -> Iterator[None]:
 
 
 @contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
-    """Start processes that Ctrl-C does not reach; this one ends them when it comes.
+def deaf_to(*signals: int) -> Iterator[None]:
+    """Start processes that signals do not reach; this one ends them when one comes.
 
-    A terminal sends it to all processes of a command, and what they would do and tell differs by
-    where each of them is. Windows knows no such thing; nothing changes there.
+    A terminal sends Ctrl-C to all processes of a command, some schedulers SIGTERM, and what they
+    would do and tell differs by where each of them is. Windows knows no such thing; nothing changes
+    there.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -185,6 +186,7 @@ def end_children(patience: float = 0.0) -> None:
         child.join(max(0.0, end - time.monotonic()))
     for child in children:
         child.kill()
+    for child in children:
         child.join()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.demo import side_by_side
+from common.outputs import run_command
 from saliency.demo import OWN_MOTIONS, pretrain, write_splits
 
 VIDEOS = {"pretrain": 48, "tune": 16, "val": 24}  # of tune an experiment holds some out
@@ -40,4 +41,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, ()))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
+from common.outputs import run_command
 from common.report import comparison_text, write_comparison
 from common.statistics import compared
 from segmentation import scenes
@@ -242,4 +243,4 @@ def _settings(names: Sequence[str], iterations: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, ()))

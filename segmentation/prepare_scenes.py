@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.demo import side_by_side
+from common.outputs import run_command
 from segmentation import scenes
 from segmentation.demo import GROUPS, OWN_DIGITS, pretrain, write_pretraining
 
@@ -48,4 +49,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.termination import Preempted, Termination, deaf_to_interrupts
+from common.termination import Preempted, Termination, deaf_to
 
 PAUSE = 0.2
 Commands = Mapping[str, Sequence[str]]
@@ -62,7 +63,7 @@ def run_local(
 
 def _started(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file, deaf_to_interrupts():
+    with log.open("ab") as file, deaf_to(signal.SIGINT):
         return subprocess.Popen(list(command), stdout=file, stderr=subprocess.STDOUT)
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from common.demo import side_by_side
 from common.experiment.local import run_local
 from common.outputs import run_command
 from common.termination import EXIT_STATUS, INTERRUPTED
+from tests.common.waiting import train_for_a_minute
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 10  # what the end may take on a busy machine; the work would take a minute
@@ -118,6 +121,40 @@ def test_jobs_save_and_end_with_the_process_that_started_them(tmp_path, lead, se
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("sent", "status", "to_all"),
+    [
+        (*ENDS[0], False),
+        *(
+            pytest.param(*end, to_all, marks=pytest.mark.slow)
+            for end in (*ENDS, (signal.SIGKILL, -signal.SIGKILL))
+            for to_all in (False, True)
+            if (end[0], to_all) not in ((signal.SIGTERM, False), (signal.SIGKILL, True))
+        ),
+    ],
+)
+def test_runs_side_by_side_end_with_the_process_that_asked_for_them(
+    tmp_path, lead, sent, status, to_all
+):
+    runs = {k: (tmp_path / f"{k}.begun",) for k in range(5)}
+
+    def work():
+        def ask():
+            with side_by_side(2, len(runs)) as workers:
+                workers.run("training", train_for_a_minute, runs)
+
+        return run_command(ask, ())
+
+    leader = lead(work)
+    wait_until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
+    (os.killpg if to_all else os.kill)(leader, sent)
+    assert status_of(leader) == status
+    assert len(list(tmp_path.glob("*.begun"))) == 2  # nobody took up what was still waiting
+    told = (tmp_path / "told.txt").read_text()
+    assert "Traceback" not in told
+    assert sent == signal.SIGKILL or "give the same command again" in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "status"), ENDS)
 def test_an_experiment_that_is_ended_says_how_it_goes_on(tmp_path, lead, sent, status):
@@ -135,3 +172,18 @@ def test_an_experiment_that_is_ended_says_how_it_goes_on(tmp_path, lead, sent, s
     assert "give the same command again to go on" in told and "Traceback" not in told
     saved = [log for log in out.rglob("log.txt") if "SIGTERM: saved after" in log.read_text()]
     assert len(saved) == 2 and not any("Traceback" in log.read_text() for log in saved)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_demo_hands_sigterm_on(tmp_path, lead):
+    python = tmp_path / "venv/bin/python"  # instead of the demo's
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/begun\nexec sleep 60\n')
+    python.chmod(0o755)
+    known = [word for name in (".demo", ".torch") for word in ("-o", f"{tmp_path}/venv/{name}")]
+    command = ["make", "-C", str(ROOT), *known, f"VENV={tmp_path}/venv", "demo"]
+    leader = lead(lambda: os.execvp(command[0], command))
+    wait_until((tmp_path / "begun").exists)
+    os.kill(leader, signal.SIGTERM)
+    assert status_of(leader) != 0
+    assert (tmp_path / "begun").read_text().strip() == "-m classification.demo"
