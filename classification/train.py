@@ -44,7 +44,7 @@ from common.outputs import (
 from common.peers import Peer, PeerGroup, UnreachedError, share_statistics
 from common.roles import NonFiniteError
 from common.score_temperatures import ScoreTemperatures
-from common.termination import requeued
+from common.termination import ended_at_once
 from common.trainer import Plan, Progress, Trainer
 
 _logger = logging.getLogger("train")
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("timm").setLevel(logging.WARNING)
 
     def work() -> None:
-        with requeued():
+        with ended_at_once():
             run(arguments)
 
     return run_command(work, FAULTS)

@@ -26,8 +26,6 @@ TOGETHER = 10.0
 """Seconds within which signals are one request: Slurm sends one to every process of a job, and what
 started a process (torchrun, ``timeout``) hands its own on."""
 
-
-_OUTSIDE = "ended outside of the training; go on by --resume, or begin anew"
 _logger = logging.getLogger("train")
 
 
@@ -140,18 +138,25 @@ class Termination:
 
 
 @contextmanager
-def requeued() -> Iterator[None]:
-    """Let a signal end a command before and after its training too, where nothing is lost by it.
+def ended_at_once(
+    told: str = "ended outside of the training; go on by --resume, or begin anew",
+    termination: Termination | None = None,
+) -> Iterator[None]:
+    """Let a signal end at once what is done inside, which a resume makes anew.
+
+    Args:
+        told: How to go on.
+        termination: That of the run; None: a new one.
 
     Raises:
         Preempted: SIGTERM came.
         Interrupted: Ctrl-C came.
     """
-    termination = Termination()
+    termination = termination or Termination()
     with (
-        interrupts_told(lambda: _OUTSIDE),
+        interrupts_told(lambda: told),
         termination,
-        termination.at_once(f"SIGTERM: {_OUTSIDE}"),
+        termination.at_once(f"SIGTERM: {told}"),
     ):
         yield
 

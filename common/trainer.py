@@ -11,7 +11,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +42,7 @@ from common.ledger import Ledger, Lessons
 from common.peers import Peer, PeerGroup
 from common.ranks import SavedRanks
 from common.soup import STATISTICS_BATCHES, Halves, Soup, Weights, make_soups, write_soup
-from common.termination import Preempted, Termination, interrupts_told
+from common.termination import Preempted, Termination, ended_at_once, interrupts_told
 from common.transfer import KnowledgeTransfer
 
 _logger = logging.getLogger(__name__)
@@ -250,21 +250,10 @@ class Trainer:
                 self._make_soups(self.halves)
         return self.progress
 
-    @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """Let a signal end at once what comes after the training, which a resume makes anew.
-
-        Raises:
-            Preempted: SIGTERM came.
-            Interrupted: Ctrl-C came.
-        """
+    def finishing(self) -> AbstractContextManager[None]:
+        """Let a signal end at once what comes after the training; see ``ended_at_once``."""
         told = f"trained and saved, but not finished; go on with --resume {self.folder}"
-        with (
-            interrupts_told(lambda: told),
-            self.termination,
-            self.termination.at_once(f"SIGTERM: {told}"),
-        ):
-            yield
+        return ended_at_once(told, self.termination)
 
     def _how_to_go_on(self) -> str:
         if not list_runs(self.folder):

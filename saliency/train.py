@@ -44,7 +44,7 @@ from common.outputs import (
 )
 from common.peers import Peer, PeerGroup, UnreachedError, share_statistics
 from common.roles import NonFiniteError
-from common.termination import requeued
+from common.termination import ended_at_once
 from common.trainer import Plan, Progress, Trainer, Writer
 from saliency import cards
 from saliency.check import check_data
@@ -96,7 +96,7 @@ def main(
     """Run the command line of a data set; bad input ends in one line, not in a traceback."""
 
     def work() -> None:
-        with requeued():
+        with ended_at_once():
             run(dataset, script, arguments)
 
     return run_command(work, FAULTS)

@@ -33,9 +33,9 @@ from common.termination import (
     Preempted,
     end_children,
     end_interrupted,
+    ended_at_once,
     handed_to_children,
     interrupts_told,
-    requeued,
 )
 from common.trainer import write_csv
 from segmentation import checkpoints
@@ -141,7 +141,7 @@ def _main(options: argparse.Namespace) -> int:
     if options.num_gpus * options.num_machines > 1:
         return _launch(run, options)
     try:
-        with requeued(), interrupts_told(lambda: _how_to_go_on(run, options)):
+        with ended_at_once(), interrupts_told(lambda: _how_to_go_on(run, options)):
             work(run, options)
     except FAULTS as error:
         return _failed(error)
@@ -198,7 +198,7 @@ def _launch(run: RunConfig, options: argparse.Namespace) -> int:
 
 def _work_and_tell(run: RunConfig, options: argparse.Namespace, told: Any) -> None:
     try:
-        with requeued():
+        with ended_at_once():
             work(run, options)
     except FAULTS as error:
         told.put(str(error))

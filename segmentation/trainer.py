@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +37,7 @@ from common.peers import Peer, PeerGroup, RemotePeer
 from common.ranks import SavedRanks, refuse_other_moments
 from common.seeding import generators_kept
 from common.soup import STATISTICS_BATCHES, Soup, Weights, make_soups, write_soup
-from common.termination import Preempted, Termination
+from common.termination import Preempted, Termination, ended_at_once
 from common.trainer import load_rng_state, rng_state, write_csv
 from common.transfer import KnowledgeTransfer
 from common.trials import AUTO, Trial, choose_layouts, to_layout
@@ -276,16 +276,10 @@ class TransferTrainer(TrainerBase):
         for samples in itertools.islice(stream, min(STATISTICS_BATCHES, self.max_iter)):
             yield make_batch(samples, self.world.device, self.ignore)
 
-    @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """Let SIGTERM end at once what comes after the training, which a resume makes anew.
-
-        Raises:
-            Preempted: It came.
-        """
-        told = "SIGTERM: trained and saved, but not finished; go on with --resume"
-        with self.termination, self.termination.at_once(told):
-            yield
+    def finishing(self) -> AbstractContextManager[None]:
+        """Let a signal end at once what comes after the training; see ``ended_at_once``."""
+        told = "trained and saved, but not finished; go on with --resume"
+        return ended_at_once(told, self.termination)
 
     def save(self, final: bool = False, due: bool = False) -> None:
         """Write a checkpoint of the run; every rank calls it.
