@@ -142,14 +142,19 @@ class Classification:
         options: Mapping[str, Any],
         files: Mapping[str, Path],
         corruptions: Sequence[tuple[str, int]],
+        temperatures: Mapping[str, float],
     ) -> list[dict[str, float]]:
         """Measure exported weights on the test set, under one corruption after the other."""
         asked, modules, views, test = _exported(options, files)
-        world = begin(asked)
-        return [
-            _scores(asked, modules, views, Corrupted(test, *one), world).metrics(list(files), None)
-            for one in corruptions
-        ]
+        world, classes = begin(asked), _class_names(test, modules[0].num_classes)
+        fitted = [temperatures[name] for name in files] if temperatures else []
+        rows = []
+        for one in corruptions:
+            spoilt = Corrupted(test, *one)
+            scores = _scores(asked, modules, views, spoilt, world, temperatures=fitted)
+            found = measured(scores, list(files), None, classes, temperatures=fitted)
+            rows.append(found.metrics)
+        return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

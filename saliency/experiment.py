@@ -129,8 +129,9 @@ class Saliency:
         options: Mapping[str, Any],
         files: Mapping[str, Path],
         corruptions: Sequence[tuple[str, int]],
+        temperatures: Mapping[str, float],
     ) -> list[dict[str, float]]:
-        """Measure exported weights on the test set, under one corruption after the other."""
+        """Measure exported weights on the test set, under each corruption; maps have no ECE."""
         asked, modules, views, names = _exported(options, files)
         asked.metrics = [self.metric]  # no other is told, and some take longer than the models
         videos, world = test_videos(asked), start_world(asked.device)

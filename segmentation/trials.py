@@ -197,6 +197,7 @@ class Segmentation:
         options: Mapping[str, Any],
         files: Mapping[str, Path],
         corruptions: Sequence[tuple[str, int]],
+        temperatures: Mapping[str, float],
     ) -> list[dict[str, float]]:
         """Measure weights on the test set, under one corruption after the other."""
         hush()
@@ -205,12 +206,10 @@ class Segmentation:
         else:
             peers = self._started(options, files)
         dataset, most = peers[0].cfg.DATASETS.TEST[0], int(options.get(_BAD, 0))
-        world = current_world(peers[0].cfg.MODEL.DEVICE)
-        rows = [
-            evaluate_group(peers, dataset, world, bad=allowed(most), corruption=one)
+        return [
+            measured(peers, dataset, allowed(most), temperatures or None, one)[0].metrics
             for one in corruptions
         ]
-        return [{k: v for k, v in row.items() if k.split("/")[1] in METRICS} for row in rows]
 
     def _started(
         self, options: Mapping[str, Any], files: Mapping[str, Path]
@@ -278,6 +277,7 @@ def measured(
     dataset: str,
     bad: BadSamples,
     temperatures: Mapping[str, float] | None = None,
+    corruption: tuple[str, int] | None = None,
 ) -> tuple[Measured, PixelRecord]:
     """Measure peers and their ensemble on a dataset; broken files are left out, and counted.
 
@@ -286,6 +286,7 @@ def measured(
         dataset: A registered name.
         bad: Counts broken files.
         temperatures: By peer, and of the ensemble; the calibration error is told at them too.
+        corruption: Spoils every image; see ``evaluate_group``.
 
     Returns:
         mIoU and its like, in percent, each class's IoU where there is one, and the calibration
@@ -294,7 +295,7 @@ def measured(
     hush()
     world = current_world(peers[0].cfg.MODEL.DEVICE)
     pixels = PixelRecord(dataset, temperatures)
-    rows = evaluate_group(peers, dataset, world, bad=bad, watch=pixels)
+    rows = evaluate_group(peers, dataset, world, bad=bad, watch=pixels, corruption=corruption)
     names = [peer.name for peer in peers]
     found = Measured({k: v for k, v in rows.items() if k.split("/")[1] in METRICS})
     for name in names:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from common.experiment.task import Task
+from common.experiment.task import CALIBRATION, RECALIBRATED, TEMPERATURE, Task
 from common.options import OptionError, near
 
 MILD = 3
@@ -34,10 +34,21 @@ class CorruptingTask(Protocol):
         options: Mapping[str, Any],
         files: Mapping[str, Path],
         corruptions: Sequence[Corruption],
+        temperatures: Mapping[str, float],
     ) -> list[dict[str, float]]:
-        """Measure weights on the test set under each corruption; return metrics as ``Measured``.
+        """Measure weights on the test set under each corruption.
 
         What becomes of a sample depends on the sample and the corruption alone.
+
+        Args:
+            options: Of the training script.
+            files: The peers' weights.
+            corruptions: One after the other.
+            temperatures: Of those peers (and the ensemble), as fitted on the held-out part, which
+                nothing spoils; empty where the task fits none.
+
+        Returns:
+            Metrics as of ``Measured``, a row a corruption.
         """
 
 
@@ -106,22 +117,32 @@ def measure_corruptions(
     options: Mapping[str, Any],
     files: Mapping[str, Path],
     corruptions: Sequence[Corruption],
+    clean: Mapping[str, float],
 ) -> dict[str, float]:
     """Measure weights under all corruptions.
 
+    Args:
+        task: Whose they are.
+        options: Of its training script.
+        files: The peers' weights.
+        corruptions: As the experiment asks.
+        clean: What was measured of these weights on the test set as it is: their temperatures.
+
     Returns:
         ``PEER/METRIC@LABEL`` for every corruption, and ``PEER/METRIC@corrupted``, their mean; of
-        the ensemble too, where the task measures one.
+        the calibration errors and of the ensemble too, where the task measures them.
 
     Raises:
         TypeError: The task measures none (``check_corruptions`` tells a user so).
     """
     if not isinstance(task, CorruptingTask):
         raise TypeError(f"{type(task).__name__} measures no corruptions")
-    rows = task.measure_corrupted(options, files, corruptions)
+    fitted = {who: clean.get(f"{who}/{TEMPERATURE}") for who in (*files, ENSEMBLE)}
+    temperatures = {who: value for who, value in fitted.items() if value is not None}
+    rows = task.measure_corrupted(options, files, corruptions, temperatures)
     found: dict[str, float] = {}
-    for who in (*files, ENSEMBLE):
-        key = f"{who}/{task.metric}"
+    metrics = (task.metric, CALIBRATION, RECALIBRATED)
+    for key in (f"{who}/{metric}" for metric in metrics for who in (*files, ENSEMBLE)):
         if key not in rows[0]:
             continue
         for corruption, row in zip(corruptions, rows, strict=True):

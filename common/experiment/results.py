@@ -75,8 +75,8 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
         the primary weights and of the others, ``calibration`` of the calibration error,
         ``recalibrated`` of what is left of it at temperatures fitted on the held-out part, which
         ``temperatures`` has, ``beside`` of the task's other metrics; ``robustness`` has one of the
-        mean over all corruptions, with families of its own, and by corruption summaries that
-        nothing corrects.
+        mean over all corruptions, with families of its own, by corruption summaries that nothing
+        corrects, and the mean calibration errors where they are known.
     """
     names = list(found[0]["epochs"])
     arms = [arm for arm in experiment.arms if any(row["arm"] == arm for row in found)]
@@ -104,16 +104,19 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
         return {
             "mean": compare(primary, of + CORRUPTED, lower),
             "each": {label: uncorrected(primary, of + label, lower) for label in labels},
+            "calibration": error(f"{CALIBRATION}@{CORRUPTED}"),
+            "recalibrated": error(f"{RECALIBRATED}@{CORRUPTED}"),
         }
+
+    def error(metric: str) -> dict[str, Any] | None:
+        """Compare a calibration error, where all runs tell it."""
+        known = all(f"{names[0]}/{metric}" in one["metrics"] for one in told)
+        return compare(primary, metric, True) if known else None
 
     primary = experiment.primary
     histories = {arm: [row["history"] for row in found if row["arm"] == arm] for arm in arms}
     told = [metrics for row in found for metrics in (row[primary], row[START]["test"])]
-    known = {
-        metric
-        for metric in (CALIBRATION, RECALIBRATED)
-        if all(f"{names[0]}/{metric}" in one["metrics"] for one in told)
-    }
+    recalibrated = error(RECALIBRATED)
     return {
         "names": names,
         "primary": primary,
@@ -124,9 +127,9 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
             for which in MEASURES
             if which != primary
         },
-        "calibration": compare(primary, CALIBRATION, True) if CALIBRATION in known else None,
-        "recalibrated": compare(primary, RECALIBRATED, True) if RECALIBRATED in known else None,
-        "temperatures": _temperatures(found, primary, names) if RECALIBRATED in known else None,
+        "calibration": error(CALIBRATION),
+        "recalibrated": recalibrated,
+        "temperatures": _temperatures(found, primary, names) if recalibrated else None,
         "robustness": robustness() if experiment.corruptions else None,
         "beside": {
             metric: compare(primary, metric, lower)
@@ -261,6 +264,12 @@ def run_rows(task: Task, found: Sequence[Found]) -> list[dict[str, Any]]:
     return rows
 
 
+def spoilt_errors(robustness: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the summaries of the calibration errors on the spoilt test set, if there are any."""
+    both = [robustness[x] for x in ("calibration", "recalibrated")] if robustness else []
+    return [one for one in both if one]
+
+
 def comparison_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List every tested difference, with its interval and p-values."""
     rows = []
@@ -271,6 +280,7 @@ def comparison_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
         *(("calibration", analysis[x]) for x in ("calibration", "recalibrated") if analysis[x]),
         *((analysis["primary"], beside) for beside in analysis["beside"].values()),
         *([("robustness", robustness["mean"])] if robustness else []),
+        *(("robustness", one) for one in spoilt_errors(robustness)),
         *((("robustness", one) for one in robustness["each"].values()) if robustness else ()),
     ):
         tested = [

@@ -110,12 +110,15 @@ def _corrupt(experiment: Experiment, task: Task, found: dict[str, Any]) -> None:
     measured: list[tuple[dict[str, Path], dict[str, float]]] = []
     for what in ("test",) if arm == START else MEASURES:
         files = starts if arm == START else _weights(experiment, task, found, what)
+        clean = without_corruptions(found[what]["metrics"])
         same = [metrics for other, metrics in measured if _are_equal(files, other)]
         metrics = (
-            same[0] if same else measure_corruptions(task, options, files, experiment.corruptions)
+            same[0]
+            if same
+            else measure_corruptions(task, options, files, experiment.corruptions, clean)
         )
         measured.append((files, metrics))
-        found[what]["metrics"] = {**without_corruptions(found[what]["metrics"]), **metrics}
+        found[what]["metrics"] = {**clean, **metrics}
     found["corruptions"] = [label_of(one) for one in experiment.corruptions]
 
 

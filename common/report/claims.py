@@ -52,7 +52,10 @@ def claims(summaries: Summaries, *, primary: bool) -> list[str]:
 
 def _claim(arm: str, against: str, what: str, effect: Row, summary: Mapping[str, Any]) -> str:
     verdict = "better" if effect["mean"] > 0 else "worse"
-    measure = _CALIBRATED.get(summary["metric"], f"in {in_words(summary['metric'])}")
+    clean, _, corruption = summary["metric"].partition("@")
+    measure = f"in {in_words(summary['metric'])}"
+    if clean in _CALIBRATED:
+        measure = _CALIBRATED[clean] + " on the corrupted test set" * bool(corruption)
     return (
         f"{arm} is {verdict} {measure} than {against} for {TARGET_NAMES.get(what, what)}: "
         f"{interval_text(effect, summary)} (p {p_text(effect['p'])}, corrected "

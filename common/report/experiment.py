@@ -165,7 +165,7 @@ def _summaries(analysis: Analysis) -> list[Mapping[str, Any]]:
     further = (
         analysis["calibration"],
         analysis["recalibrated"],
-        robustness and robustness["mean"],
+        *(robustness[x] for x in ("mean", "calibration", "recalibrated") if robustness),
     )
     return [analysis["test"], *(summary for summary in further if summary)]
 
@@ -462,7 +462,28 @@ def _robustness_section(analysis: Analysis) -> list[Section]:
             folded("p-values", p_table(mean, analysis["together"])),
             peers_table(mean),
             long_table("Every corruption", caption, ["Arm", *each], rows),
+            *_spoilt_calibration(robustness),
         )
+    ]
+
+
+def _spoilt_calibration(robustness: Mapping[str, Any]) -> list[Html]:
+    """Show the calibration errors on the spoilt test set, as far as they are known."""
+    caption = (
+        "expected calibration error in percent, mean over the corruptions and over seeds. Less is "
+        f"better. Gain over {robustness['mean']['control']}: positive is better calibrated."
+    )
+    fitted = (
+        " Each peer at its temperature above, fitted on the held-out part, which nothing spoils."
+    )
+    titles = {
+        "calibration": ("Calibration on the corrupted test set", ""),
+        "recalibrated": ("Calibration on the corrupted test set, at a fitted temperature", fitted),
+    }
+    return [
+        _calibration_table(title, f"{title}: {caption}{more}", robustness[which])
+        for which, (title, more) in titles.items()
+        if robustness[which]
     ]
 
 

@@ -118,6 +118,18 @@ def test_an_experiment_measures_peers_of_different_views(digits, tmp_path):
         for who in ("a", "b", "ensemble"):
             each = [metrics[f"{who}/top1@{label}"] for label in ("jpeg-3", "darker-5")]
             assert metrics[f"{who}/top1@corrupted"] == pytest.approx(np.mean(each))
+        for key in ("ece", "ece_calibrated"):
+            each = [metrics[f"a/{key}@{label}"] for label in ("jpeg-3", "darker-5")]
+            assert metrics[f"a/{key}@corrupted"] == pytest.approx(np.mean(each))
     files = {name: tmp_path / f"out/seed-3/none/run/{name}/last.safetensors" for name in ("b", "a")}
-    (again,) = task.measure_corrupted(experiment.options("none", 3), files, [("darker", 5)])
-    assert again["b/top1"] == last["b/top1@darker-5"]
+    options, dark = experiment.options("none", 3), [("darker", 5)]
+    fitted = {name: last[f"{name}/temperature"] for name in "ab"}
+    (again,) = task.measure_corrupted(options, files, dark, fitted)
+    for key in ("top1", "ece", "ece_calibrated"):
+        assert again[f"b/{key}"] == last[f"b/{key}@darker-5"]
+    (plain,) = task.measure_corrupted(options, files, dark, {"a": 1.0, "b": 1.0})
+    for name in "ab":  # files in another order than temperatures
+        assert plain[f"{name}/ece_calibrated"] == pytest.approx(plain[f"{name}/ece"], abs=1e-4)
+    assert again["b/ece_calibrated"] != pytest.approx(plain["b/ece_calibrated"], abs=1e-4)
+    (bare,) = task.measure_corrupted(options, files, dark, {})
+    assert bare["a/ece"] == plain["a/ece"] and "a/ece_calibrated" not in bare

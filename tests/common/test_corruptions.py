@@ -30,7 +30,7 @@ class Spoilt(ToyTask):
         super().__init__()
         self.asked = []
 
-    def measure_corrupted(self, options, files, corruptions):
+    def measure_corrupted(self, options, files, corruptions, temperatures):
         self.asked.append((sorted(files), list(corruptions)))
         modules = {
             name: built({"name": name, "model": str(file), "width": 16 if name == "bb" else 8})
@@ -43,6 +43,51 @@ class Spoilt(ToyTask):
             }
             for _, severity in corruptions
         ]
+
+
+class Calibrated(Spoilt):
+    """It tells calibration errors, which on the spoilt set are the severity over temperature."""
+
+    def _measured(self, modules, seed):
+        found = super()._measured(modules, seed)
+        for i, name in enumerate(modules):
+            told = {"ece": 5.0, "ece_calibrated": 2.0, "temperature": 2.0 + i}
+            found.metrics |= {f"{name}/{key}": value for key, value in told.items()}
+        return found
+
+    def measure_corrupted(self, options, files, corruptions, temperatures):
+        rows = super().measure_corrupted(options, files, corruptions, temperatures)
+        for row, (_, severity) in zip(rows, corruptions, strict=True):
+            for name in files:
+                row[f"{name}/ece"] = float(severity)
+                row[f"{name}/ece_calibrated"] = severity / temperatures[name]
+        return rows
+
+
+def test_calibration_on_the_spoilt_set_is_told_at_the_clean_temperatures(tmp_path):
+    task = Calibrated()
+    asked = [{"other": 2}, {"more": 4}]
+    path = written(tmp_path, corruptions=asked, controls=["none", "best"], compare=[])
+    experiment = read_experiment(task.read(path), path)
+    for label in labels_of(experiment):
+        metrics = work(experiment, task, label)["test" if "start" in label else "last"]["metrics"]
+        assert [metrics[f"bb/ece@{x}"] for x in ("other-2", "more-4", "corrupted")] == [2, 4, 3]
+        assert metrics["a/ece_calibrated@corrupted"] == 3 / 2  # the temperature of a
+        assert metrics["bb/ece_calibrated@corrupted"] == pytest.approx(1)
+    write_results(experiment, task)
+    rows = list(csv.DictReader((tmp_path / "out/comparisons.csv").open()))
+    told = {row["metric"] for row in rows if row["of"] == "robustness"}
+    assert {"ece@corrupted", "ece_calibrated@corrupted"} <= told
+    report = (tmp_path / "out/report.html").read_text()
+    title = "Calibration on the corrupted test set"
+    assert title in report and f"{title}, at a fitted temperature" in report
+    analysis = json.loads((tmp_path / "out/analysis.json").read_text())
+    assert [family["size"] for family in analysis["robustness"]["recalibrated"]["families"]]
+    assert not any(f["primary"] for f in analysis["robustness"]["calibration"]["families"])
+    analysis["robustness"]["recalibrated"]["gains"]["best"]["mean"]["shown"] = True
+    told = [line for line in experiment_sentences(analysis) if "best is" in line]
+    fitted = "calibrated, each at a temperature fitted on the held-out part, on the corrupted"
+    assert len(told) == 1 and fitted in told[0]
 
 
 def test_what_is_asked():
@@ -107,6 +152,7 @@ def test_weights_are_measured_under_each_and_told(tmp_path):
     gain = np.mean(np.subtract(of_best, of_none))
     assert float(found["top1@corrupted"]["mean"]) == pytest.approx(gain)
     report = (tmp_path / "out/report.html").read_text()
+    assert "Calibration on the corrupted" not in report  # this task measures none
     assert "Robustness to corruptions" in report and "the mean over other-2 and more-3" in report
     analysis = json.loads((tmp_path / "out/analysis.json").read_text())
     analysis["robustness"]["mean"]["gains"]["best"]["mean"]["shown"] = True

@@ -61,8 +61,10 @@ def test_an_experiment_measures_as_if_the_files_were_spoilt(own_datasets, tmp_pa
     last = work(experiment, task, "none:3")["last"]["metrics"]
     for metrics in (start, last):
         for who in ("fpn", "deeplab", "ensemble"):
-            each = [metrics[f"{who}/mIoU@{label}"] for label in ("gaussian_noise-5", "darker-4")]
-            assert metrics[f"{who}/mIoU@corrupted"] == pytest.approx(np.mean(each))
+            for key in ("mIoU", "ece", "ece_calibrated"):
+                labels = ("gaussian_noise-5", "darker-4")
+                each = [metrics[f"{who}/{key}@{label}"] for label in labels]
+                assert metrics[f"{who}/{key}@corrupted"] == pytest.approx(np.mean(each))
     assert start["fpn/mIoU@darker-4"] != last["fpn/mIoU@darker-4"]
     for record in load_datasets(["scenes_val"]):
         file = record["file_name"]
@@ -72,7 +74,9 @@ def test_an_experiment_measures_as_if_the_files_were_spoilt(own_datasets, tmp_pa
     before = {name: tmp_path / f"out/seed-3/start/{name}.pth" for name in files}
     found = task.measure(experiment.options("none", 3), files, before).metrics
     for who in ("fpn", "deeplab", "ensemble"):
-        assert found[f"{who}/mIoU"] == last[f"{who}/mIoU@gaussian_noise-5"]
+        assert found[f"{who}/temperature"] == last[f"{who}/temperature"] != 1
+        for key in ("mIoU", "ece", "ece_calibrated"):
+            assert found[f"{who}/{key}"] == last[f"{who}/{key}@gaussian_noise-5"]
 
 
 @pytest.mark.parametrize(
