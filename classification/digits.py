@@ -34,7 +34,7 @@ class Source(NamedTuple):
         read: Returns the images [count, 28, 28] in [0, 1] and their classes.
         test: How many images are for the test; the rest is for training.
         tune_per_class: How many of the rest the peers are fine-tuned on.
-        longer: How many times as many epochs a peer is pretrained, for as many steps.
+        longer: How many times as many epochs a peer is pretrained, for about as many steps.
     """
 
     read: Callable[[], tuple[Tensor, list[int]]]
@@ -66,7 +66,7 @@ def _uci() -> tuple[Tensor, list[int]]:
 
 SOURCES = {
     "mnist": Source(_mnist, test=2500, tune_per_class=50),
-    # a third to pretrain on and half to fine-tune on
+    # a third to pretrain on, half as many to fine-tune on
     "uci": Source(_uci, test=964, tune_per_class=25, longer=3),
 }
 MNIST = SOURCES["mnist"]
@@ -125,8 +125,8 @@ def write_splits(
 ) -> None:
     """Link one seed's folders: ``validation``, ``tune`` and one to pretrain each peer on.
 
-    The test images (2500 of MNIST's) are shared. ``tune`` has as many of each class (50). A peer's
-    pretraining images are all of its own classes that are not for the test, and 6 % of the rest.
+    The test images (2500 of MNIST's) are shared. ``tune`` has as many of each class (50). Of the
+    rest, a peer is pretrained on all of its own classes, and on 6 % of the others.
 
     Args:
         digits: From ``write_digits``.
@@ -145,11 +145,14 @@ def write_splits(
     tune = []
     for label in range(CLASSES):
         tune += [item for item in pool if item[0] == label][: source.tune_per_class]
+    # what a peer has learned before says nothing of how sure it is of an image: it must be new
+    taken = set(tune)
+    rest = [item for item in pool if item not in taken]
     parts = {"tune": tune}
     for name, own in skews.items():
-        drawn = torch.rand(len(pool), generator=generator).tolist()
+        drawn = torch.rand(len(rest), generator=generator).tolist()
         parts[f"pretrain-{name}"] = [
-            item for item, x in zip(pool, drawn, strict=True) if item[0] in own or x < FOREIGN
+            item for item, x in zip(rest, drawn, strict=True) if item[0] in own or x < FOREIGN
         ]
     for part, items in parts.items():
         _link(items, folder / part / "train")
