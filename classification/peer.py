@@ -228,7 +228,7 @@ def build_peers(
         module.to(device=world.device, dtype=dtype)
         to_layout(module, options.channels_last)
         if options.sync_bn and world.shards > 1:
-            module = convert_sync_batchnorm(module, world.replicas)
+            module = convert_sync_batchnorm(module)  # ``distribute`` tells it its processes
         rest: dict[str, Any] = {"frozen": spec.frozen}
         if not spec.frozen:
             optimizer = _optimizer(spec, module, run, world)

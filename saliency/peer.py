@@ -262,7 +262,7 @@ def build_peers(
         module.to(world.device)
         to_layout(module, options.channels_last)
         if run.sync_bn and world.shards > 1:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module, world.replicas)
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # ``distribute``: with whom
         rest: dict[str, Any] = {"frozen": spec.frozen}
         if not spec.frozen:
             optimizer = _optimizer(spec, module)

@@ -24,6 +24,7 @@ from classification.peer import (
     classify,
     scaled_lr,
 )
+from common import peers
 from common.distributed import World
 from common.options import OptionError
 from common.peers import PeerGroup, share_statistics
@@ -231,6 +232,21 @@ def test_synchronised_batch_norm_keeps_its_activation(monkeypatch):
         peers, _ = build_peers(specs, modules, views, run, replace(HERE, size=2), 10)
         assert isinstance(peers[0].module.bn1, nn.SyncBatchNorm)
         torch.testing.assert_close(peers[0].module.eval()(images), expected)
+
+
+def build_synchronised(world):
+    peers.DistributedDataParallel = lambda module, **rest: module  # torch's refuses it on a CPU
+    world = replace(world, replicas=torch.distributed.new_group([0, 1]))
+    asked = ["--peer", "test_efficientnet,img_size=32", "--peer", TINY, "--num-classes", "5"]
+    run, specs = parse(["/data", *asked, "--no-pretrained", "--sync-bn", "--model-ema"])
+    modules, views = build_modules(specs, run)
+    (one, _), _ = build_peers(specs, modules, views, run, world, 10)
+    assert one.module.bn1.process_group is world.replicas
+    assert isinstance(one.average.module.bn1, nn.SyncBatchNorm)
+
+
+def test_synchronised_batch_norm_among_replicas_is_averaged_too():
+    launch(build_synchronised, 2)
 
 
 def test_modules_kept_elsewhere_come_and_go_back():

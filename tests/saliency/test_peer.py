@@ -1,9 +1,11 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from common import peers
 from common.distributed import World
 from common.options import OptionError
 from common.transfer import KnowledgeTransfer
@@ -21,6 +23,7 @@ from saliency.peer import (
     log_map,
     sample_loss,
 )
+from tests.launch import launch
 from tests.saliency.toy import Deep, Flat
 
 
@@ -254,6 +257,21 @@ def test_a_peers_own_span_goes_before_the_runs_decay():
     modules, views = build_modules(specs)
     (peer,) = build_peers(specs, modules, views, run, World(0, 1, 0, torch.device("cpu")), 40)
     assert peer.average.decay == 0.95
+
+
+def build_synchronised(world):
+    peers.DistributedDataParallel = lambda module, **rest: module  # torch's refuses it on a CPU
+    world = replace(world, replicas=torch.distributed.new_group([0, 1]))
+    deep = "tests.saliency.toy:Deep"
+    run, specs = options_of(deep, deep + ",name=two", rest=("--sync-bn", "--model-ema"))
+    modules, views = build_modules(specs)
+    one, _ = build_peers(specs, modules, views, run, world, 40)
+    assert one.module.body[1].process_group is world.replicas
+    assert isinstance(one.average.module.body[1], nn.SyncBatchNorm)
+
+
+def test_synchronised_batch_norm_among_replicas_is_averaged_too():
+    launch(build_synchronised, 2)
 
 
 def test_a_recipe_averages_and_lets_the_averages_teach():
