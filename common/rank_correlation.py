@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,8 @@ class RankCorrelation:
         rho: In [-1, 1]; NaN where one side does not vary, or there are fewer than ``FEWEST``.
         low: Lower end of the bootstrap interval; NaN as ``rho``.
         high: Upper end.
-        p: Share of permutations with a correlation as far from 0, two-sided; NaN as ``rho``.
-        p_models: The same, where models instead of outcomes change places; NaN where not asked.
+        p: Share of permutations with a correlation as far from 0, two-sided; NaN as ``rho``, and
+            where outcomes share models and none can change places.
         count: Outcomes.
     """
 
@@ -32,7 +32,6 @@ class RankCorrelation:
     low: float
     high: float
     p: float
-    p_models: float
     count: int
 
 
@@ -40,6 +39,8 @@ def rank_correlation(
     predicted: Sequence[float],
     realised: Sequence[float],
     *,
+    within: Sequence[int] | None = None,
+    models: Sequence[Collection[int]] | None = None,
     relabel: Relabel | None = None,
     relabellings: int = 1000,
     level: float = 0.95,
@@ -47,109 +48,106 @@ def rank_correlation(
 ) -> RankCorrelation:
     """Correlate the order of predictions with that of outcomes.
 
-    The permutation test and the bootstrap treat the outcomes as independent. Pairs that share a
-    model are not: then ``relabel`` gives the test of Mantel, which moves whole models.
+    Outcomes that share a model are not independent. So whole models are drawn for the interval, an
+    outcome as often as the product of its models, and whole models change places for p: the test of
+    Mantel. Ranks are those of all outcomes, whatever is drawn.
 
     Args:
         predicted: One an outcome, finite.
         realised: The outcomes, finite.
+        within: A group for each; ranks are taken in each group, less their mean there, so that what
+            groups differ in does not count.
+        models: Whose each outcome is; None: each is of models of its own.
         relabel: Returns the predictions that the same outcomes would have had, had the models
-            carried each other's names in an order that it draws.
+            carried each other's names in an order that it draws. Without it outcomes change places
+            (in their group), where they share no models.
         relabellings: How often it is asked.
-        level: Of the percentile interval.
+        level: Of the percentile interval. With models that matter much, and twelve of them, the
+            interval of nothing excluded 0 in 8 to 10 % of simulations, not in 5.
         seed: Of all draws.
 
     Raises:
         ValueError: Lengths that differ, or values that are not finite.
 
-    Source: Spearman, 1904; Mantel, "The detection of disease clustering", Cancer Research, 1967.
+    Source: Spearman, 1904; Mantel, "The detection of disease clustering", Cancer Research, 1967;
+    Snijders and Borgatti, "Non-parametric standard errors and tests for network statistics",
+    Connections, 1999 (the bootstrap of nodes).
     """
     x, y = np.asarray(predicted, dtype=float), np.asarray(realised, dtype=float)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"{len(predicted)} predictions for {len(realised)} outcomes")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("predictions and outcomes must be finite")
-    if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
-        nothing = math.nan
-        return RankCorrelation(nothing, nothing, nothing, nothing, nothing, len(x))
+    groups = np.zeros(len(x)) if within is None else np.asarray(within)
+    parts = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    a, b = _ranks(x[None], parts)[0], _ranks(y[None], parts)[0]
+    rho = float(_correlation(a, b, np.ones((1, len(x))), parts)[0])
+    if len(x) < FEWEST or not math.isfinite(rho):
+        return RankCorrelation(math.nan, math.nan, math.nan, math.nan, len(x))
     random = np.random.default_rng(seed)
-    rho = float(_spearman(x[None], y[None])[0])
-    orders = random.permuted(np.tile(np.arange(len(x)), (_DRAWS, 1)), axis=1)
-    p = _tail(_spearman(x[None].repeat(_DRAWS, 0), y[orders]), rho)
-    drawn = random.integers(len(x), size=(_DRAWS, len(x)))
-    resampled = _spearman(x[drawn], y[drawn])
-    low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    p_models = math.nan
+    whose = models or [{i} for i in range(len(x))]
+    drawn = _correlation(a, b, _times_drawn(whose, random), parts)
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    p = math.nan
     if relabel is not None:
         moved = np.array([relabel(random) for _ in range(relabellings)], dtype=float)
-        p_models = _tail(_spearman(moved, y[None].repeat(relabellings, 0)), rho)
-    return RankCorrelation(rho, float(low), float(high), p, p_models, len(x))
+        p = _tail(_plain(_ranks(moved, parts), b), rho)
+    elif sum(map(len, whose)) == len(set().union(*whose)):
+        p = _tail(_plain(a, _shuffled(b, parts, random)), rho)
+    return RankCorrelation(rho, float(low), float(high), p, len(x))
 
 
-def correlation_within(
-    predicted: Sequence[float],
-    realised: Sequence[float],
-    groups: Sequence[int],
-    *,
-    level: float = 0.95,
-    seed: int = 0,
-) -> RankCorrelation:
-    """Correlate orders inside groups alone: what groups differ in does not count.
-
-    Ranks are taken in each group, less their mean there, and correlated over all. The permutation
-    test exchanges outcomes inside groups; the bootstrap draws whole groups.
-
-    Args:
-        predicted: One an outcome, finite.
-        realised: The outcomes, finite.
-        groups: Which group each belongs to.
-        level: Of the percentile interval.
-        seed: Of all draws.
-
-    Returns:
-        NaNs where nothing varies inside the groups; ``p_models`` is never known.
-    """
-    x, y, which = (np.asarray(v, dtype=float) for v in (predicted, realised, groups))
-    parts = [np.flatnonzero(which == group) for group in np.unique(which)]
-    a = [_centred(x[part]) for part in parts]
-    b = [_centred(y[part]) for part in parts]
-    products = np.array(
-        [[(u * v).sum(), (u * u).sum(), (v * v).sum()] for u, v in zip(a, b, strict=True)]
-    )
-    rho = float(_ratio(products.sum(axis=0)))
-    nothing = math.nan
-    if len(x) < FEWEST or not math.isfinite(rho):
-        return RankCorrelation(nothing, nothing, nothing, nothing, nothing, len(x))
-    random = np.random.default_rng(seed)
-    crossed = np.zeros(_DRAWS)
-    for u, v in zip(a, b, strict=True):
-        orders = random.permuted(np.tile(np.arange(len(v)), (_DRAWS, 1)), axis=1)
-        crossed += v[orders] @ u
-    total = products.sum(axis=0)
-    drawn = products[random.integers(len(parts), size=(_DRAWS, len(parts)))].sum(axis=1)
-    low, high = np.nanquantile(_ratio(drawn), [(1 - level) / 2, (1 + level) / 2])
-    p = _tail(crossed / math.sqrt(total[1] * total[2]), rho)
-    return RankCorrelation(rho, float(low), float(high), p, nothing, len(x))
+def _ranks(values: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Rank the columns of every row [k, n] within their group, less the mean there."""
+    ranks = np.empty_like(values)
+    for part in parts:
+        ranks[:, part] = stats.rankdata(values[:, part], axis=1) - (len(part) + 1) / 2
+    return ranks
 
 
-def _centred(values: np.ndarray) -> np.ndarray:
-    ranks = stats.rankdata(values)
-    return ranks - ranks.mean()
+def _times_drawn(whose: Sequence[Collection[int]], random: np.random.Generator) -> np.ndarray:
+    """Draw as many models as there are, with replacement; return how often each outcome is seen."""
+    every = {model: i for i, model in enumerate(sorted(set().union(*whose)))}
+    counts = random.multinomial(len(every), np.full(len(every), 1 / len(every)), size=_DRAWS)
+    return np.stack([counts[:, [every[m] for m in own]].prod(axis=1) for own in whose], axis=1)
 
 
-def _ratio(products: np.ndarray) -> np.ndarray:
-    size = np.sqrt(products[..., 1] * products[..., 2])
-    found = np.full(size.shape, np.nan)
-    return np.divide(products[..., 0], size, out=found, where=size > 0)
+def _correlation(
+    a: np.ndarray, b: np.ndarray, times: np.ndarray, parts: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Correlate two rows of ranks [n], each outcome counted as often as a row of [k, n] says."""
+    products = np.zeros((3, len(times)))
+    for part in parts:
+        w, u, v = times[:, part].astype(float), a[part], b[part]
+        total = np.maximum(w.sum(axis=1), 1)
+        mean_u, mean_v = w @ u / total, w @ v / total
+        products += [
+            w @ (u * v) - total * mean_u * mean_v,
+            w @ (u * u) - total * mean_u**2,
+            w @ (v * v) - total * mean_v**2,
+        ]
+    return _ratio(products[0], products[1] * products[2])
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Correlate the ranks of rows [k, n]; NaN for a row that does not vary."""
-    a, b = stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)
-    a -= a.mean(axis=1, keepdims=True)
-    b -= b.mean(axis=1, keepdims=True)
-    size = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-    return np.divide((a * b).sum(axis=1), size, out=np.full(len(a), np.nan), where=size > 0)
+def _plain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Correlate ranks [k, n] or [n] with others, of which each outcome counts once."""
+    return _ratio((a * b).sum(axis=-1), (a * a).sum(axis=-1) * (b * b).sum(axis=-1))
+
+
+def _ratio(product: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    varies = squares > 1e-9  # ranks are at least a half apart
+    found = np.full(np.broadcast(product, squares).shape, np.nan)
+    return np.divide(product, np.sqrt(np.where(varies, squares, 1)), out=found, where=varies)
+
+
+def _shuffled(
+    ranks: np.ndarray, parts: Sequence[np.ndarray], random: np.random.Generator
+) -> np.ndarray:
+    """Exchange ranks [n] inside their groups, many times: [k, n]."""
+    moved = np.tile(ranks, (_DRAWS, 1))
+    for part in parts:
+        moved[:, part] = random.permuted(moved[:, part], axis=1)
+    return moved
 
 
 def _tail(drawn: np.ndarray, rho: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.rank_correlation import correlation_within, rank_correlation
+from common.rank_correlation import rank_correlation
 from common.scouting import Judge, Team
 
 _logger = logging.getLogger("scout")
@@ -233,25 +233,7 @@ def compare(
     return {
         "controlled": bool(realised) and realised[0].controlled,
         "runs": rows,
-        "correlations": {
-            name: {
-                "teams": asdict(_over_teams(name, rows, realised, judges)),
-                "members": asdict(
-                    rank_correlation(
-                        [x for row in rows for x in row["predicted"][name]],
-                        [x for row in rows for x in row["gains"]],
-                    )
-                ),
-                "partners": asdict(
-                    correlation_within(
-                        [x for row in rows for x in row["predicted"][name]],
-                        [x for row in rows for x in row["gains"]],
-                        [i for one in realised for i in one.members],
-                    )
-                ),
-            }
-            for name in names
-        },
+        "correlations": {name: _correlations(name, rows, realised, judges) for name in names},
     }
 
 
@@ -280,20 +262,47 @@ class _Judges:
         return self._teams[key]
 
 
-def _over_teams(
+def _correlations(
     name: str, rows: Sequence[Mapping[str, Any]], realised: Sequence[Realised], judges: _Judges
-) -> Any:
-    """Correlate over teams; where the rule names no model, also with models that change places."""
+) -> dict[str, Any]:
+    """Correlate over teams, over their members, and over the partners of each single model.
+
+    Models change places for p, where the rule names none of them.
+    """
     used = sorted({i for one in realised for i in one.members})
-
-    def relabel(random: np.random.Generator) -> list[float]:
-        other = dict(zip(used, random.permutation(used).tolist(), strict=True))
-        return [judges.team(one, [other[i] for i in one.members]).gain(name) for one in realised]
-
     predicted = name in judges.of(realised[0]).usable  # the ensemble is of the runs' teams alone
-    movable = predicted and all(":" not in one.rule for one in realised)
-    return rank_correlation(
-        [_mean(row["predicted"][name]) for row in rows],
-        [row["gain"] for row in rows],
-        relabel=relabel if movable and len(used) > 3 else None,
-    )
+    movable = predicted and len(used) > 3 and all(":" not in one.rule for one in realised)
+
+    def by_member(random: np.random.Generator) -> list[tuple[float, ...]]:
+        other = dict(zip(used, random.permutation(used).tolist(), strict=True))
+        found = []
+        for one in realised:
+            members = [other[i] for i in one.members]
+            told = judges.team(one, members).predicted[name]
+            found.append(tuple(told[sorted(members).index(i)] for i in members))
+        return found
+
+    def of_teams(random: np.random.Generator) -> list[float]:
+        return [_mean(team) for team in by_member(random)]
+
+    def of_members(random: np.random.Generator) -> list[float]:
+        return [value for team in by_member(random) for value in team]
+
+    teams = [one.members for one in realised]
+    each: dict[str, Any] = {
+        "predicted": [x for row in rows for x in row["predicted"][name]],
+        "realised": [x for row in rows for x in row["gains"]],
+        "models": [team for team in teams for _ in team],
+        "relabel": of_members if movable else None,
+    }
+    found = {
+        "teams": rank_correlation(
+            [_mean(row["predicted"][name]) for row in rows],
+            [row["gain"] for row in rows],
+            models=teams,
+            relabel=of_teams if movable else None,
+        ),
+        "members": rank_correlation(**each),
+        "partners": rank_correlation(**each, within=[i for team in teams for i in team]),
+    }
+    return {over: asdict(one) for over, one in found.items()}

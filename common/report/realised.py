@@ -24,11 +24,9 @@ from common.report.page import (
 from common.report.plots import COLORS, draw, name_axis, zero_line
 
 CAUTION = (
-    "Teams that share a model are not independent: the interval and the first p take them to be, "
-    "and are too sure. The p by models moves whole models instead, and is the one to look at. "
-    "Members of one team are not independent either, for they are trained together: the interval "
-    "under Members takes them to be, and is too narrow. "
-    "Several predictors were compared; nothing is corrected for that."
+    "Teams that share a model are not independent: p moves whole models, and intervals draw whole "
+    "models, which leaves them a little too narrow; p is the one to look at. Several predictors "
+    "were compared; nothing is corrected for that."
 )
 SAME_DATA = (
     "Predictions were made on samples on which the runs were evaluated too, their gains measured "
@@ -94,37 +92,30 @@ def realised_lead(outcome: Mapping[str, Any]) -> str:
     )
     if not is_finite(found["rho"]):
         return f"{start} cannot be tested on so few teams, or on ones that do not differ."
-    p = found["p_models"] if is_finite(found["p_models"]) else found["p"]
+    p = found["p"]
     verdict = "does not order them beyond chance"
-    if p < 0.05:
+    if not is_finite(p):
+        verdict = "cannot be tested, for models of a rule that names one cannot change places"
+    elif p < 0.05:
         right = found["rho"] > 0
         verdict = "orders them better than chance" if right else "orders them the wrong way round"
-    return (
-        f"{start} {verdict}: rank correlation {number(found['rho'], sign=True)} "
-        f"[{number(found['low'], sign=True)}, {number(found['high'], sign=True)}], p {p:.3f}."
-    )
+    return f"{start} {verdict}: rank correlation {_interval(found)}, p {number(p, 3)}."
 
 
 def correlation_rows(outcome: Mapping[str, Any]) -> list[list[str]]:
     """Return a row of text a predictor, under ``HEAD``."""
     rows = []
     for name, found in outcome["realised"]["correlations"].items():
-        teams, partners = found["teams"], found["partners"]
         rows.append(
             [
                 name + " (ranked by)" * (name == outcome["predictor"]),
-                _interval(teams),
-                _p(teams["p"]),
-                _p(teams["p_models"]),
-                _interval(found["members"]),
-                _interval(partners),
-                _p(partners["p"]),
+                *(text for over in found.values() for text in (_interval(over), _p(over["p"]))),
             ]
         )
     return rows
 
 
-HEAD = ["Predictor", "Teams", "p", "p by models", "Members", "Partners of a model", "p "]
+HEAD = ["Predictor", "Teams", "p", "Members", "p ", "Partners of a model", "p  "]
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -143,9 +134,9 @@ def _correlation_table(outcome: Mapping[str, Any]) -> Html:
     caption = (
         f"Spearman's rank correlation with the mean gain of a team, over {first['teams']['count']} "
         f"teams, and with each member's own gain, over {first['members']['count']}; with 95 % "
-        "bootstrap intervals, which take members of one team for independent. p: share of "
-        "permutations as far from 0. Partners of a model: the "
-        "gains of one model with different partners alone, which is what --for asks; pooled."
+        "intervals of a bootstrap of models. p: share of orders of the models as far from 0; none "
+        "where models cannot change places. Partners of a model: the gains of one model with "
+        "different partners alone, which is what --for asks; pooled."
     )
     return data_table(caption, HEAD, correlation_rows(outcome))
 
@@ -160,8 +151,8 @@ def _correlation_figure(correlations: Mapping[str, Mapping[str, Any]]) -> Html:
             alt = "; ".join(f"{name}: {_interval(one)}" for name, one in found.items())
             panels.append(Panel(_correlation_plot(found), alt, title))
     caption = (
-        "Rank correlation of what a predictor said with what was gained; bars are 95 % bootstrap "
-        "intervals. 1: orders them rightly, 0: says nothing, -1: the wrong way round."
+        "Rank correlation of what a predictor said with what was gained; bars are 95 % intervals "
+        "of a bootstrap of models. 1: the right order, 0: says nothing, -1: the wrong way round."
     )
     return figure_tag(panels, caption)
 

@@ -374,7 +374,7 @@ def test_predictions_are_compared_with_finished_runs(trained, digits, tmp_path, 
     assert {"flips", "right-kl", "ensemble"} <= told["correlations"].keys()
     assert told["correlations"]["kl"]["teams"]["count"] == 4
     page = (tmp_path / "test" / "report.html").read_text()
-    assert "p by models" in page and page.count("<figure") == 2
+    assert "orders of the models" in page and page.count("<figure") == 2
     assert found["same_data"]
     shutil.copytree(digits, tmp_path / "own")
     for other in ([str(tmp_path / "own")], ["--held-out", "0.1"], ["--val-split", "train"]):

@@ -50,11 +50,11 @@ def test_nothing_is_minus_nothing(tmp_path):
     assert "-0.00" not in written(tmp_path)[1].text
 
 
-def test_the_page_says_that_members_of_one_team_are_not_independent(tmp_path):
+def test_the_page_says_that_teams_that_share_a_model_are_not_independent(tmp_path):
     page = written(tmp_path)[1]
-    assert "Members of one team are not independent either" in page.text
+    assert "Teams that share a model are not independent" in page.text
     caption = next(title for title in page.tables if title.startswith("Spearman"))
-    assert "take members of one team for independent" in caption
+    assert "of a bootstrap of models" in caption and "share of orders of the models" in caption
 
 
 def test_a_comparison_on_what_the_runs_were_evaluated_on_is_told(tmp_path, caplog):
