@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import warnings
 from types import ModuleType
+
+from common.quiet import hush_imports
 
 HOW_TO_GET_IT = (
     "segmentation needs Detectron2, and it is not installed. Either, from PyPI alone:\n"
@@ -39,8 +40,7 @@ def mend() -> None:
     """Apply the mends that this machine needs; without Detectron2, nothing is done."""
     if not available("detectron2"):
         return
-    # Detectron2's and fvcore's own use, at import; nothing that a user could change.
-    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+    hush_imports()
     _without_compiled_code()
     _meta_internal_cityscapes()
     _without_deformable_attention()
