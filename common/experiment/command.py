@@ -220,6 +220,8 @@ def _executor(asked: argparse.Namespace, experiment: Experiment) -> Any:
         "gpus_per_node": asked.gpus,
         "mem_gb": asked.mem_gb,
         "slurm_partition": asked.partition,
+        # submitit asks sbatch alone, and from there srun takes it no more, since Slurm 22.05
+        "slurm_srun_args": [f"--cpus-per-task={asked.cpus}"],
     }
     executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
     return executor

@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -460,6 +461,25 @@ def test_local_processes_do_the_same_and_a_failed_job_is_named(tmp_path, whole):
         run(ToyTask(), [str(path), "--jobs", "2"])
     result = json.loads((tmp_path / "out/seed-0/none/result.json").read_text())
     assert result["last"] == whole[1]["none", 0]["last"]
+
+
+def test_a_clusters_job_gets_the_cpus_that_it_asks_for(tmp_path, monkeypatch):
+    """From sbatch's options alone srun takes one CPU, since Slurm 22.05."""
+    wanted = {}
+
+    class Refused(FakeExecutor):
+        def __init__(self, folder, cluster):
+            super().__init__()
+
+        def update_parameters(self, **options):
+            wanted.update(options)
+            raise OptionError("seen enough")
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Refused))
+    with pytest.raises(OptionError, match="seen enough"):
+        run(ToyTask(), [str(written(tmp_path)), "--submitit", "--cpus", "5"])
+    assert wanted["cpus_per_task"] == 5
+    assert wanted["slurm_srun_args"] == ["--cpus-per-task=5"]
 
 
 @pytest.mark.slow
