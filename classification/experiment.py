@@ -25,7 +25,14 @@ from classification.data import View, check_folder, classes_of, open_dataset
 from classification.evaluation import PeerEvaluator, Scores
 from classification.options import PEER_ALIASES, PeerSpec, parse, read_yaml
 from classification.peer import build_modules
-from classification.train import FAULTS, check_classes, check_same_classes, open_both, run
+from classification.train import (
+    FAULTS,
+    check_apart,
+    check_classes,
+    check_same_classes,
+    open_both,
+    run,
+)
 from classification.train import start as begin
 from common import experiment
 from common.broken import BadSamples
@@ -95,6 +102,7 @@ class Classification:
         train_set, held_out = open_both(asked, channels, count)
         test = _test_set(asked, channels, count)
         check_same_classes(train_set, test)
+        check_apart(open_dataset(asked, True, channels), test, asked, "make two split folders")
         names, classes = [spec.name for spec in specs], _class_names(test, count)
         scores, temperatures = _calibrate(asked, modules, views, held_out, world)
         found = {"held_out": measured(scores, names, None, classes)}

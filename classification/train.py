@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils import random_seed
 from torch.utils.data import Dataset
 
@@ -23,6 +24,7 @@ from classification.plan import tell_plan
 from classification.publish import check_push, deliver
 from classification.trials import choose_ways
 from common import distributed
+from common.apart import WAY_OUT, in_both, told_shared
 from common.broken import BadSampleError, BadSamples
 from common.checkpoint import CheckpointError
 from common.disk import OutputError
@@ -197,7 +199,8 @@ def open_both(
     """Open what is trained on, and what is evaluated on: the validation split, or a held-out part.
 
     Raises:
-        OptionError: Data that is missing, of other classes, or that cannot be split.
+        OptionError: Data that is missing, of other classes, that cannot be split, or without
+            ``--held-out`` the same images in both.
     """
     train_set = open_dataset(options, True, channels)
     check_classes(train_set, num_classes)
@@ -209,6 +212,7 @@ def open_both(
         return split_held_out(train_set, options.held_out, options.seed)
     held_out = open_dataset(options, False, channels)
     check_same_classes(train_set, held_out)
+    check_apart(train_set, held_out, options, "make two split folders, or give --held-out SHARE")
     return train_set, held_out
 
 
@@ -240,6 +244,35 @@ def check_same_classes(train_set: Any, held_out: Any) -> None:
             "training and validation data number their classes differently; in one of them only: "
             f"{', '.join(alone[:6])}; complete the folders, or number them with --class-map"
         )
+
+
+def check_apart(train_set: Any, measured: Any, options: argparse.Namespace, way_out: str) -> None:
+    """Refuse to measure on images that are trained on.
+
+    Of folders the images are compared, of tar files the files, of all other data the names of the
+    splits.
+
+    Raises:
+        OptionError: Names an image or the split, and the way out.
+    """
+    one, other = images_at(train_set), images_at(measured)
+    if one is not None and other is not None:
+        shared = in_both(one, other)
+        told = told_shared(shared, len(one)) if shared else ""
+    else:
+        same = options.train_split == options.val_split
+        told = f"--train-split and --val-split are both {options.val_split!r}" if same else ""
+    if told:
+        raise OptionError(f"{options.data}: {told}; {way_out}: {WAY_OUT}")
+
+
+def images_at(dataset: Any) -> list[str] | None:
+    """Return the images of folders, or the tar file that they are in; None for all other data."""
+    files = cards.files_of(dataset)
+    if files is not None:
+        return list(files.paths)
+    reader = getattr(dataset, "reader", None)
+    return [str(reader.root)] if isinstance(reader, ReaderImageInTar) else None
 
 
 def _trainer(

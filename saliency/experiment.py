@@ -28,7 +28,14 @@ from saliency.evaluation import flatten
 from saliency.layouts import VideoSet, open_dataset
 from saliency.options import PeerSpec, parse, read_yaml
 from saliency.peer import build_modules
-from saliency.train import FAULTS, build_evaluator, check_videos, open_splits, run
+from saliency.train import (
+    FAULTS,
+    build_evaluator,
+    check_apart,
+    check_videos,
+    open_splits,
+    run,
+)
 
 SCRIPT = "train"
 
@@ -85,8 +92,9 @@ class Saliency:
             save_weights(files[spec.name], module.state_dict())
         names = [spec.name for spec in specs]
         _, held_out = open_splits(asked, world, bars=False)
-        found = {}
-        for what, videos in (("held_out", held_out), ("test", test_videos(asked))):
+        test, found = test_videos(asked), {}
+        check_apart(open_dataset(asked.dataset, asked.data_root, "train"), test)
+        for what, videos in (("held_out", held_out), ("test", test)):
             found[what], frames = measured(asked, videos, modules, views, names, world)
         for name in names:
             atomic_write(_frames(files[name]), lambda to, x=frames[name]: torch.save({"cc": x}, to))

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from common import distributed, recipes
+from common.apart import WAY_OUT, in_both, told_shared
 from common.broken import BadSamples
 from common.checkpoint import CheckpointError
 from common.disk import OutputError, write_text
@@ -187,7 +188,7 @@ def open_splits(options: argparse.Namespace, world: World, bars: bool) -> tuple[
         parts, and the validation split is not touched.
 
     Raises:
-        DataError: Shows what is wrong.
+        DataError: Shows what is wrong, or a frame that is in both splits.
         OptionError: A held-out part that leaves nothing to train on.
     """
     names = ("train",) if options.held_out else ("train", "val")
@@ -199,7 +200,28 @@ def open_splits(options: argparse.Namespace, world: World, bars: bool) -> tuple[
     on_main(world, look, (DataError,))
     if options.held_out:
         return split_held_out(splits[0], options.held_out, options.seed)
+    check_apart(*splits)
     return splits[0], splits[1]
+
+
+def check_apart(trained: VideoSet, measured: VideoSet) -> None:
+    """Refuse to measure on frames that are trained on.
+
+    Raises:
+        DataError: Names a frame, and the way out.
+    """
+    one, other = (frames_of(videos) for videos in (trained, measured))
+    shared = in_both(one, other)
+    if shared:
+        raise DataError(
+            f"{trained.root}: {told_shared(shared, len(one))}; make two folders of different "
+            f"videos: {WAY_OUT}"
+        )
+
+
+def frames_of(videos: VideoSet) -> list[str]:
+    """List all frames."""
+    return [video.path(frame) for video in videos.videos for frame in video.frames]
 
 
 def check_videos(

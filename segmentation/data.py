@@ -18,6 +18,7 @@ from detectron2.structures import Instances
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.apart import WAY_OUT, in_both, told_shared
 from common.broken import (
     BadSample,
     BadSamples,
@@ -354,6 +355,26 @@ def load_datasets(names: Sequence[str]) -> list[dict[str, Any]]:
         if "sem_seg_file_name" not in record:
             raise DataError(f"{record['file_name']}: has no labels of a semantic segmentation")
     return records
+
+
+def check_apart(trained: Sequence[str], measured: Sequence[str], way_out: str) -> None:
+    """Refuse to measure on images that are trained on.
+
+    Args:
+        trained: Registered names of what is trained on.
+        measured: Registered names of what is measured on.
+        way_out: What to do.
+
+    Raises:
+        DataError: Names an image and the datasets.
+    """
+    one, other = ([x["file_name"] for x in load_datasets(names)] for names in (trained, measured))
+    shared = in_both(one, other)
+    if shared:
+        raise DataError(
+            f"DATASETS.TRAIN {', '.join(trained)}, DATASETS.TEST {', '.join(measured)}: "
+            f"{told_shared(shared, len(one))}; {way_out}: {WAY_OUT}"
+        )
 
 
 def _records(name: str) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ from segmentation.data import (
     SharedMapper,
     allowed,
     build_train_loader,
+    check_apart,
     check_classes,
     load_datasets,
 )
@@ -121,6 +122,8 @@ class TransferTrainer(TrainerBase):
         self.bad = allowed(run.transfer.MAX_BAD_SAMPLES)
         self.soups: list[Soup] = []
         records = load_datasets(run.cfg.DATASETS.TRAIN)
+        sets = run.cfg.DATASETS
+        check_apart(sets.TRAIN, sets.TEST, "name different ones, or give TRANSFER.HELD_OUT")
         self.dataset = DatasetFromList(records, copy=False)  # one copy for all workers
         self.layouts: dict[str, bool] = {} if record is None else record.get("layouts", {})
         seed_all_rng(self.seed)  # of weights that no file gives

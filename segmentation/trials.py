@@ -32,7 +32,7 @@ from segmentation import checkpoints
 from segmentation.cli import begin, end_logging, hush, train
 from segmentation.config import PEER_PREFIX, RunConfig, load_content, read_yaml, recipe_keys
 from segmentation.corruptions import SEVERITIES
-from segmentation.data import allowed, check_classes, classes_of, load_datasets
+from segmentation.data import allowed, check_apart, check_classes, classes_of, load_datasets
 from segmentation.errors import FAULTS
 from segmentation.evaluation import ENSEMBLE, METRICS, evaluate_group
 from segmentation.held_out import hold_out
@@ -254,6 +254,7 @@ class Segmentation:
         for name in {*run.cfg.DATASETS.TEST, *held.TRAIN, *held.TEST} - self._seen:
             load_datasets([name])
             self._seen.add(name)
+        check_apart(run.cfg.DATASETS.TRAIN, run.cfg.DATASETS.TEST, "name different ones")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from classification.data import (
 )
 from classification.models import create_classifier
 from classification.options import parse
-from classification.train import check_same_classes
+from classification.train import check_apart, check_same_classes, images_at, open_both
 from common.broken import BadSamples
 from common.distributed import World
 from common.options import OptionError
@@ -235,6 +235,37 @@ def test_a_missing_split_is_not_read_from_the_others(digits, tmp_path):
     with pytest.raises(OptionError, match="no folder for split 'fit'"):
         open_dataset(options_of(tmp_path, "--train-split", "fit"), True, 3)
     assert len(open_dataset(options_of(tmp_path / "train"), False, 3)) == 400
+
+
+@pytest.mark.parametrize("split", ["flat", "named", "link"])
+def test_what_is_trained_on_is_not_measured_on(digits, tmp_path, split):
+    data, more = digits, ["--val-split", "train"]
+    if split == "flat":  # timm reads the whole folder for both
+        data, more = digits / "train", []
+    if split == "link":
+        data, more = tmp_path, []
+        for name in ("train", "validation"):
+            (tmp_path / name).symlink_to(digits / "train")
+    with pytest.raises(OptionError, match=r"400 of 400 files to train on .* give --held-out SHARE"):
+        open_both(options_of(data, *more), 3, 10)
+    train, held_out = open_both(options_of(data, *more, "--held-out", "0.2"), 3, 10)
+    assert not set(images_at(train)) & set(images_at(held_out))
+
+
+def test_other_data_are_told_apart_by_their_split(digits):
+    options, samples = options_of(digits), [(0, 0)]  # of no files at all
+    check_apart(samples, samples, options, "")
+    options.val_split = options.train_split
+    with pytest.raises(OptionError, match="--train-split and --val-split are both 'train'; do x"):
+        check_apart(samples, samples, options, "do x")
+
+
+def test_a_tar_file_is_not_measured_on_too(digits, tmp_path):
+    path = tmp_path / "all.tar"
+    with tarfile.open(path, "w") as file:
+        file.add(digits / "train", arcname=".")
+    with pytest.raises(OptionError, match=r"1 of 1 files .*all\.tar the first"):
+        open_both(options_of(path), 3, 10)
 
 
 def test_a_class_map_that_is_missing_is_named(digits):

@@ -293,6 +293,16 @@ def test_what_ships_is_understood():
         assert len(experiment.seeds) >= 5 and "none" in experiment.arms
 
 
+def test_a_test_set_that_is_trained_on_is_refused_before_any_training(digits, tmp_path):
+    path = small(digits / "train", tmp_path)  # no split folders: timm reads all of it for both
+    task = Classification()
+    experiment = read_experiment(task.read(path), path)
+    with pytest.raises(OptionError, match="400 of 400 files to train on are measured on too"):
+        work(experiment, task, "start:3")
+    with pytest.raises(OptionError, match="start:3 first"):
+        work(experiment, task, "none:3")
+
+
 def test_faults_end_in_one_line(digits, tmp_path, caplog):
     assert main([str(small(digits, tmp_path, arms={"x": {"temprature": 1}}))]) == 1
     assert "arm 'x'" in caplog.text and "temperature" in caplog.text

@@ -109,7 +109,7 @@ FOREIGN = {
         ([("name=c", "name=d")], "holds the peers a, b, c; this run has a, b, d"),
         (["--peer", "test_vit,name=d"], "holds the peers a, b, c; this run has a, b, c, d"),
         ([("adamw", "sgd"), ALLOWED], "state of AdamW, not of SGD"),
-        (["--val-split", "train", ALLOWED], "measured on 200 validation images, there are 400"),
+        (["--held-out", "0.25", ALLOWED], "measured on 200 validation images, there are 100"),
         (["--val-split", "train"], "--val-split 'validation' -> 'train'"),
         ([("embed_dim=24", "embed_dim=36")], "kwargs of peer 1 (a) {'patch_size': 8"),
     ],

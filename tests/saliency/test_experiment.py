@@ -13,6 +13,7 @@ from common.checkpoint import read_weights
 from common.experiment import read_experiment
 from common.experiment.work import labels_of, work
 from common.options import OptionError
+from saliency.errors import DataError
 from saliency.experiment import Saliency, main, moved
 from saliency.held_out import split_held_out
 from saliency.layouts import open_dataset
@@ -78,6 +79,21 @@ def test_training_never_sees_the_held_out_videos_or_the_test_set(data, tmp_path)
 def test_the_share_is_checked(data, tmp_path, share):
     with pytest.raises(OptionError, match="--held-out"):
         run("dhf1k", "train", arguments(data, tmp_path, f"--held-out={share}"), bars=False)
+
+
+def test_what_is_trained_on_is_not_measured_on(tmp_path):
+    root = write_dataset(tmp_path / "data", {f"training/{k}": 2 for k in range(4)})
+    (root / "testing").symlink_to(root / "training")
+    told = "8 of 8 files to train on are measured on too"
+    with pytest.raises(DataError, match=told):
+        run("hollywood2", "train", arguments(root, tmp_path), bars=False)
+    path = small(root, tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["train"]["dataset"] = "hollywood2"
+    path.write_text(yaml.safe_dump(content))
+    task = Saliency()
+    with pytest.raises(DataError, match=told):
+        work(read_experiment(task.read(path), path), task, "start:3")
 
 
 def small(data, folder, **more):

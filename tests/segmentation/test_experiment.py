@@ -282,6 +282,10 @@ def test_an_experiment_in_which_nobody_learns_is_refused(datasets, tmp_path):
             "SOLVER.MOMENTUM 0.5 would not reach peer",
         ),
         ({"tune": {"SOLVER.MOMENTUM": [0.5]}}, "give PEER.deeplab.SOLVER.MOMENTUM in the arm too"),
+        (
+            {"train": {"DATASETS": {"TRAIN": ["scenes_train"], "TEST": ["scenes_train"]}}},
+            "10 of 10 files to train on are measured on too",
+        ),
         ({"peers": [{"NAME": "a"}, {"NAME": "b"}]}, "has no CONFIG"),
         ({"seeds": [3, 4], "arms": {"x": {"PEER.a.SOLVER.BASE_LR": 1}}}, "no such peer"),
     ],

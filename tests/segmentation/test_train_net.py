@@ -582,6 +582,7 @@ def test_peers_of_two_moments_are_refused(finished, datasets, tmp_path):
         (["DATASETS.TRAIN", "('nothing_train',)"], "unknown dataset 'nothing_train'; choose from"),
         (["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], "no dataset: set DATASETS.TRAIN"),
         (["DATASETS.TRAIN", "('scenes_other',)"], "has scenes_train, scenes_val; make demo"),
+        (["DATASETS.TEST", "('scenes_val', 'scenes_train')"], "10 of 10 files to train on are"),
         (["DATASETS.TEST", "('ade20k_sem_seg_val',)"], "have other classes"),
         (
             ["PEER.fpn.MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7"],
