@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.amp import GradScaler
+
 from common.checkpoint import CheckpointError
 from common.distributed import World, gather_objects
 
@@ -60,20 +62,29 @@ class SavedRanks:
         )
         return None
 
-    def scaler(self, world: World, shared: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the state of the loss scaling to go on with.
+    def load_scaler(self, scaler: GradScaler, world: World, shared: Mapping[str, Any]) -> None:
+        """Go on with the run's loss scaling; of a run without one it begins anew, which is told.
 
         Where each peer had a scale of its own and they now share one, or the reverse: the smallest,
         at which no peer overflowed.
 
         Args:
+            scaler: Takes it up, where it scales at all.
             world: Where this process stands.
             shared: The state of the run's main process.
         """
         if self.seats == world.seats:
-            return self.ranks[world.seat * self.shards].get("scaler", shared)
-        states = [rank.get("scaler", shared) for rank in self.ranks]
-        return min(states, key=lambda state: state.get("scale", 0.0))
+            state = self.ranks[world.seat * self.shards].get("scaler", shared)
+        else:
+            states = [rank.get("scaler", shared) for rank in self.ranks]
+            state = min(states, key=lambda state: state.get("scale", 0.0))
+        if state:
+            scaler.load_state_dict(dict(state))
+        elif scaler.is_enabled() and world.is_main:
+            _logger.warning(
+                "the run did not scale its loss; float16 needs it: the scale begins anew at %g",
+                scaler.get_scale(),
+            )
 
 
 def refuse_other_moments(*moment: int) -> None:

@@ -603,8 +603,7 @@ class Trainer:
         self._position_schedules()
         saved_ranks = SavedRanks(state["ranks"], state.get("seats", 1))
         if optimizer:
-            scaling = saved_ranks.scaler(self.world, state["scaler"])
-            self.engine.scaler.load_state_dict(dict(scaling))
+            saved_ranks.load_scaler(self.engine.scaler, self.world, state["scaler"])
         share = saved_ranks.of_share(self.world)
         cut, had = self._cut(), saved.get("cut", self._cut())
         if self.progress.batch and had != cut:

@@ -537,7 +537,7 @@ class TransferTrainer(TrainerBase):
             self._spare = record["file"]
         self.history, self.lessons = list(record["history"]), list(record["lessons"])
         ranks = SavedRanks(record["ranks"], record.get("seats", 1))
-        self.engine.scaler.load_state_dict(dict(ranks.scaler(self.world, record["scaler"])))
+        ranks.load_scaler(self.engine.scaler, self.world, record["scaler"])
         if "finite" in record:
             self.finite.load_state_dict(record["finite"])
         if "bad" in record:

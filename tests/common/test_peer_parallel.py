@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 from common import distributed
 from common.checkpoint import CheckpointError, load_run, read_weights
@@ -239,7 +240,7 @@ def test_broken_weights_end_all_ranks_and_are_not_saved(tmp_path):
 
 
 def scaling(*scales):
-    return [{"scaler": {"scale": scale}} for scale in scales]
+    return [{"scaler": GradScaler("cpu", init_scale=scale).state_dict()} for scale in scales]
 
 
 @pytest.mark.parametrize(
@@ -253,4 +254,14 @@ def scaling(*scales):
     ],
 )
 def test_the_scale_to_go_on_with(ranks, seats, world, scale):
-    assert SavedRanks(ranks, seats).scaler(world, {"scale": 16.0})["scale"] == scale
+    scaler = GradScaler("cpu")
+    SavedRanks(ranks, seats).load_scaler(scaler, world, scaling(16.0)[0]["scaler"])
+    assert scaler.get_scale() == scale
+
+
+def test_a_scale_begins_anew_where_the_run_had_none(caplog):
+    for scaler in (GradScaler("cpu", init_scale=64.0), GradScaler("cpu", enabled=False)):
+        SavedRanks([{"scaler": {}}]).load_scaler(scaler, HERE, {})
+    assert scaler.state_dict() == {}
+    (told,) = caplog.messages
+    assert told.endswith("the scale begins anew at 64")

@@ -66,6 +66,19 @@ def test_resume_from_every_run_file_equals_the_uninterrupted_run(tmp_path, rule,
         assert_same(final(again), expected)
 
 
+def test_a_run_in_float32_goes_on_in_float16(tmp_path, caplog):
+    first = make_trainer(tmp_path, epochs=1)
+    first.fit()
+    again = make_trainer(tmp_path, epochs=2, amp_dtype=torch.float16)
+    again.resume(load_run(tmp_path))
+    assert "did not scale its loss" in caplog.text
+    again.fit()
+    assert again.engine.scaler.is_enabled() and again.progress.epoch == 2
+    back = make_trainer(tmp_path, epochs=3)
+    back.resume(load_run(tmp_path))
+    assert back.fit().epoch == 3
+
+
 SCRIPT = """
 import sys, torch
 from pathlib import Path

@@ -102,13 +102,13 @@ class ToyEvaluator:
         pass
 
 
-def make_trainer(folder, peers=None, rule="best", loader=None, world=HERE, **plan):
+def make_trainer(folder, peers=None, rule="best", loader=None, world=HERE, amp_dtype=None, **plan):
     peers = peers or make_peers(3, dropout=0.3)
     transfer = KnowledgeTransfer(rule, names=peers.names, frozen=peers.frozen)
     plan = {"epochs": 3, "log_every": 2, **plan}
     return Trainer(
         peers=peers,
-        engine=JointEngine(peers, transfer, torch.device("cpu")),
+        engine=JointEngine(peers, transfer, torch.device("cpu"), amp_dtype),
         transfer=transfer,
         loader=loader or ToyLoader(),
         evaluator=ToyEvaluator(),
