@@ -123,7 +123,7 @@ def start_world(device: str) -> World:
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     if world.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # sets torch's newer name too, not vice versa
         torch.backends.cudnn.benchmark = True
     return world
 

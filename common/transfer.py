@@ -484,16 +484,23 @@ def _minus_off_diagonal(weight: Tensor) -> Tensor:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Keep TF32 out of the contraction: a KL is a small difference of large sums."""
+    """Keep TF32 out of the contraction: a KL is a small difference of large sums.
+
+    Matrix products ask torch's newer setting alone, where there is one (from 2.9 on). To ask the
+    older one fails where somebody set the newer; to set it would make "medium" "high" for good.
+    """
     if device.type != "cuda":
         yield
         return
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    newer = hasattr(matmul, "fp32_precision")
+    setting, exact = ("fp32_precision", "ieee") if newer else ("allow_tf32", False)
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, exact)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        setattr(matmul, setting, before)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common.roles import assign_roles
-from common.transfer import KnowledgeTransfer, PeerOutput, confidence, pairwise_kl
+from common.transfer import KnowledgeTransfer, PeerOutput, _full_precision, confidence, pairwise_kl
 
 GOLDEN = json.loads(Path(__file__).with_name("objective_golden.json").read_text())["cases"]
 RULES = ["best", "better", "better_sum", "mixture", "mutual", "one_way:1", "none"]
@@ -279,3 +280,31 @@ def test_shapes_that_differ_are_named():
     outputs[1].logits = outputs[1].logits[:, :4]
     with pytest.raises(ValueError, match=r"logits of one shape, got a: \[6, 5\], b: \[6, 4\]"):
         KnowledgeTransfer(names=["a", "b"])(outputs)
+
+
+NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+GPU = torch.device("cuda")  # only named: the settings are there without one
+
+
+@pytest.mark.skipif(not NEWER, reason="this torch has but one name for TF32")
+def test_tf32_is_kept_out_and_comes_back_whoever_allowed_it():
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"  # to read allow_tf32 raises from here on
+        with _full_precision(GPU):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        torch.set_float32_matmul_precision("medium")
+        with _full_precision(GPU):
+            assert matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "medium" and matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
+def test_tf32_is_kept_out_where_torch_has_its_older_name_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    with _full_precision(GPU):
+        assert vars(torch.backends.cuda.matmul) == {"allow_tf32": False}
+    assert vars(torch.backends.cuda.matmul) == {"allow_tf32": True}
