@@ -10,7 +10,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ RUN_FORMAT = 1
 RUN_KEYS = {"peers", "progress", "ranks", "config"}
 WEIGHT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model", "weights", "module")
 _RUN_FILE = re.compile(r"run-(\d{5})-(\d{8})\.pt")
+_HOLLOW = 2**20  # bytes that a tensor may claim without having them
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -148,6 +149,7 @@ def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
             raise CheckpointError(_damaged(path, wrong))
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_hollow(path, content)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -191,6 +193,44 @@ def _refuse_inflated(path: Path) -> None:
             f"torch compresses nothing ({_listed(packed, 3) or 'its parts overlap'}); save the "
             "weights with torch.save or as safetensors"
         )
+
+
+def _refuse_hollow(path: Path, content: Any) -> None:
+    """Refuse tensors that claim more than the file stores of them: expanded, sparse, of no data.
+
+    To copy one, or to compare it, takes the memory that it claims. No model loads its weights into
+    such a one; a small one is let pass.
+
+    Raises:
+        CheckpointError: Names where in the file it is.
+    """
+    seen, left = set(), [("", content)]  # containers may hold one another
+    while left:
+        name, value = left.pop()
+        if id(value) in seen:
+            continue
+        if isinstance(value, Tensor):
+            claimed = value.numel() * value.element_size()
+            if claimed > _HOLLOW and claimed > _stored(value):
+                raise CheckpointError(
+                    f"{path}: refused, {name} claims {claimed} bytes, and the file holds "
+                    f"{_stored(value)} of them; save its contiguous() dense copy"
+                )
+        elif isinstance(value, (Mapping, list, tuple, set, argparse.Namespace)):
+            seen.add(id(value))
+            left += [(f"{name}.{k}" if name else str(k), x) for k, x in _items(value)]
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    return value.items() if isinstance(value, Mapping) else enumerate(value)
+
+
+def _stored(x: Tensor) -> int:
+    """Return the bytes behind a tensor; 0 where it is no plain one on the CPU."""
+    plain = x.layout is torch.strided and x.device.type == "cpu" and not x.is_nested
+    return x.untyped_storage().nbytes() if plain else 0
 
 
 def _is_zip(path: Path) -> bool:

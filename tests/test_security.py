@@ -1,5 +1,6 @@
 """No path unpickles, evaluates or unpacks without bounds what a user was given by others."""
 
+import argparse
 import ast
 import copy
 import io
@@ -435,6 +436,42 @@ def test_a_compressed_torch_file_is_refused_before_it_is_unpacked(tmp_path):
     for sums in (False, True):
         with pytest.raises(CheckpointError, match="torch compresses nothing"):
             read_file(path, sums=sums)
+
+
+def endless():
+    """Two containers that hold each other, and a tensor in one of them."""
+    one = [torch.zeros(1).expand(10**10)]
+    one.append({"up": one})
+    return one
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: torch.zeros(1).expand(10**10), "model.w"),
+        (lambda: torch.zeros(9).as_strided((3, 10**9), (3, 0)), "model.w"),
+        (lambda: torch.zeros(2**19).unfold(0, 2**18, 1), "model.w"),
+        (lambda: torch.sparse_coo_tensor(size=(10**10,)), "model.w"),
+        (lambda: torch.empty(10**10, device="meta"), "model.w"),
+        (lambda: (0, argparse.Namespace(x=torch.zeros(1).expand(10**10))), "model.w.1.x"),
+        (endless, "model.w.0"),
+    ],
+)
+def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path, make, name):
+    path = tmp_path / "w.pth"
+    torch.save({"model": {"w": make()}}, path)
+    says = f"w.pth: refused, {name} claims [0-9]+ bytes, and the file holds [0-9]+ of them"
+    with pytest.raises(CheckpointError, match=says):
+        read_file(path)
+
+
+def test_tensors_that_share_or_are_small_and_expanded_are_read(tmp_path):
+    table = torch.rand(2**10, 2**10)
+    kept = {"tied": table, "twice": table, "part": table[:, 1:].t(), "ids": table[0, :1].expand(99)}
+    kept |= {"none": torch.zeros(0, 10**6), "row": torch.arange(512).expand(1, -1)}
+    torch.save(kept, tmp_path / "w.pth")
+    for name, value in read_file(tmp_path / "w.pth").items():
+        assert torch.equal(value, kept[name]), name
 
 
 def test_parts_of_a_torch_file_that_overlap_are_refused(tmp_path):
