@@ -50,6 +50,9 @@ OF_RECIPE = {
     "model_ema_span": "MODEL_EMA_SPAN",
 }
 _NOT_OFFERED = {"transfer_classes": "all", "gap_power": 0.0, "calibrate_scores": "off"}
+# Where the published script of segmentation differs from the two others: its KL moves no teacher
+# (nor a student, which would be no transfer at all).
+_OF_TASK = {"paper": {"detach_teacher": True}}
 # What one data stream and one loop cannot do in two ways.
 SHARED_KEYS = (
     "DATASETS.TRAIN",
@@ -309,7 +312,7 @@ def recipe_keys(recipe: str) -> dict[str, Any]:
         ValueError: No such recipe, or one that wants what segmentation does not offer.
     """
     keys = {}
-    for name, value in recipes.values_of(recipe).items():
+    for name, value in {**recipes.values_of(recipe), **_OF_TASK.get(recipe, {})}.items():
         if name in OF_RECIPE:
             keys[OF_RECIPE[name]] = 0.0 if name == "margin" and value is None else value
         elif value != _NOT_OFFERED[name]:
