@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.datasets import DatasetFolder
 
 from classification import huggingface, outputs
+from classification.data import classes_of
 from classification.held_out import Part
 from classification.options import PeerSpec
 from common.card import (
@@ -61,11 +62,13 @@ class Images:
         train: How many to train on.
         held_out: How many to measure on.
         files: The lineage's rows of both.
+        labels: Names of the classes, by number; empty where the data do not tell them.
     """
 
     train: int
     held_out: int
     files: Mapping[str, str]
+    labels: Sequence[str] = ()
 
 
 def images_of(train_set: Any, held_out: Any, world: World) -> Images:
@@ -77,7 +80,9 @@ def images_of(train_set: Any, held_out: Any, world: World) -> Images:
         world: Where this process stands.
     """
     files = data_rows(files_of(train_set), files_of(held_out)) if world.leads else {}
-    return Images(len(train_set), len(held_out), files)
+    numbers = classes_of(train_set) or {}
+    labels = [str(name) for name in sorted(numbers, key=lambda name: numbers[name])]
+    return Images(len(train_set), len(held_out), files, labels)
 
 
 def files_of(dataset: Any) -> Files | None:
@@ -175,6 +180,7 @@ def describe(
         loading_hub='timm.create_model("hf-hub:{repo}", pretrained=True)'
         if timm_builds(spec.model)
         else "",
+        labels=images.labels,
     )
 
 

@@ -19,7 +19,7 @@ from classification.cards import timm_builds
 from classification.hub import NETWORK_ERRORS
 from classification.options import EXPORT, PeerSpec
 from classification.outputs import reload
-from common.card import CARD, README, card_text, file_sum, from_json
+from common.card import CARD, README, Card, card_text, file_sum, from_json
 from common.checkpoint import read_metadata
 from common.disk import write_text, writing_into
 from common.options import OptionError
@@ -27,6 +27,9 @@ from common.options import OptionError
 _logger = logging.getLogger("publish")
 
 _VIEW = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_OF_PUBLISHED = (
+    "tag license description origin_url paper_name paper_ids notes label_names label_descriptions"
+).split()
 _AS_TEXT = ("interpolation", "crop_mode")
 
 
@@ -144,11 +147,26 @@ def write_layout(
     view = {key: described[key] if key in _AS_TEXT else json.loads(described[key]) for key in _VIEW}
     module = reload(model, source, described)
     told = from_json(card.read_text(encoding="utf-8"), card)
+    module.pretrained_cfg = claims_of(module.pretrained_cfg, told)
+    labels = {"label_names": list(told.labels)} if told.labels else None
     with writing_into(folder):
-        save_for_hf(module, folder, safe_serialization=True, data_config=view)
+        save_for_hf(module, folder, model_config=labels, safe_serialization=True, data_config=view)
     weights = folder / "model.safetensors"
     text = card_text(told, which, weights.name, file_sum(weights), repo=repo, analysis=analysis)
     write_text(folder / README, text)
+
+
+def claims_of(config: Mapping[str, Any], card: Card) -> dict[str, Any]:
+    """Leave out of timm's config of an architecture what is not so of these weights.
+
+    Its tag, licence and origin are those of published weights; where the peer did not start from
+    them, they would be a claim that nobody made. Descriptions of other classes go too.
+    """
+    published = card.front.get("base_model") or card.front.get("license")
+    left_out = set() if published else set(_OF_PUBLISHED)
+    if set(card.labels) - set(config.get("label_descriptions") or ()):
+        left_out.add("label_descriptions")
+    return {key: value for key, value in config.items() if key not in left_out}
 
 
 def deliver(

@@ -79,6 +79,7 @@ class Card:
         versions: Of the software, and the day.
         loading: Code that loads a file; ``{file}`` stands for its name.
         loading_hub: Code that loads it from the hub; ``{repo}`` stands for the repository.
+        labels: Names of the classes, by number; empty where they are not known.
     """
 
     peer: str
@@ -91,6 +92,7 @@ class Card:
     versions: Mapping[str, str]
     loading: str
     loading_hub: str
+    labels: Sequence[str] = ()
 
 
 def to_json(card: Card) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -15,11 +16,11 @@ import yaml
 from classification.cards import files_of, front, images_of, origin
 from classification.experiment import Classification
 from classification.options import parse
-from classification.publish import check_push
+from classification.publish import check_push, claims_of
 from classification.push import main as push_main
 from classification.push import push
 from classification.train import main, open_both, run
-from common.card import Files, told_files
+from common.card import Files, from_json, told_files
 from common.checkpoint import load_run, read_weights
 from common.options import OptionError
 from tests.classification.test_train import arguments_of, vit
@@ -134,6 +135,9 @@ def test_stock_timm_loads_the_folder_with_equal_logits(trained, tmp_path, which)
         module = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         same = timm.create_model("vit_tiny_patch16_224", img_size=size, **KWARGS).eval()
         same.load_state_dict(read_weights(folder / name / f"{which}.safetensors"), strict=True)
+        assert module.pretrained_cfg["label_names"] == [str(k) for k in range(10)]
+        told = json.loads((out / "config.json").read_text())["pretrained_cfg"]
+        assert not {"tag", "license", "origin_url", "paper_ids"} & set(told)  # as its card says
         images = torch.randn(3, 3, size, size)
         assert torch.equal(module(images), same(images))
         view = timm.data.resolve_model_data_config(module)
@@ -276,6 +280,16 @@ def test_published_weights_give_base_model_and_licence():
     other = front({"base_model": None, "license": "dinov3-license"})
     assert (other["license"], other["license_name"]) == ("other", "dinov3-license")
     assert front({"license": "unknown"})["license"] is None
+
+
+def test_the_config_claims_what_published_weights_claim_and_no_more(trained):
+    card = from_json((trained[0] / "b" / "card.json").read_text(), "")
+    config = {"license": "mit", "tag": "x", "classifier": "fc", "label_descriptions": {"0": "nil"}}
+    assert claims_of(config, card) == {"classifier": "fc"}
+    started = replace(card, front={**card.front, "base_model": "timm/x", "license": "mit"})
+    assert claims_of(config, started) == {"license": "mit", "tag": "x", "classifier": "fc"}
+    few = replace(started, labels=["0"])
+    assert claims_of(config, few) == config
 
 
 def train_in_seat(world, arguments):
