@@ -308,6 +308,29 @@ def _refuse_whole_folder(dataset: Dataset, options: argparse.Namespace, split: s
         )
 
 
+def mode_of(options: argparse.Namespace, channels: int) -> str:
+    """Return the mode that images are read in, for models of so many channels.
+
+    Raises:
+        OptionError: A mode that is none, or of other channels.
+    """
+    if not options.input_img_mode:
+        return "RGB" if channels == 3 else "L"
+    mode = options.input_img_mode
+    try:
+        bands = len(Image.new(mode, (1, 1)).getbands())
+    except (ValueError, KeyError) as error:
+        raise OptionError(
+            f"--input-img-mode {mode}: no mode of PIL; give L, RGB or RGBA"
+        ) from error
+    if bands != channels:
+        raise OptionError(
+            f"--input-img-mode {mode} has {bands} channels, the models take {channels}; leave "
+            f"it out, or give --in-chans {bands} to models that can be built so"
+        )
+    return mode
+
+
 def classes_of(dataset: Dataset) -> dict[str, int] | None:
     """Return class names to indices where the dataset tells them."""
     return getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(
@@ -331,7 +354,8 @@ class TrainLoader:
         bad: Counts broken images; None: by itself, and none is allowed.
 
     Raises:
-        OptionError: Fewer samples than a batch, or broken ones allowed of a stream.
+        OptionError: Fewer samples than a batch, images of other channels, or broken ones allowed of
+            a stream.
     """
 
     def __init__(
@@ -350,6 +374,7 @@ class TrainLoader:
         self.world = world
         self.epoch, self.start = 0, 0
         self._given = 0
+        mode_of(options, view.size[0])
         dataset.transform = _train_transform(view, options)
         self.dataset = dataset
         if self.streaming:
@@ -599,7 +624,7 @@ def eval_loader(
         dataset.set_loader_cfg(num_workers=options.workers)
         source = dataset
     else:
-        mode = options.input_img_mode or ("RGB" if view.size[0] == 3 else "L")
+        mode = mode_of(options, view.size[0])
         blank = dataset.transform(Image.new(mode, (view.size[2], view.size[1])))
         source = _Shard(dataset, world.shard, world.shards, blank)
         if len(source) == 0:

@@ -33,6 +33,8 @@ from common.scouting import refuse_unfit
 
 _logger = logging.getLogger("scout")
 
+# What decides which pixels a model sees, beside its own view.
+_READ = ("input_img_mode", "input_key", "target_key", "class_map")
 UNFIT = (ModelError, CheckpointError, OptionError)
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -181,8 +183,12 @@ def choose_samples(dataset: Dataset, options: argparse.Namespace, most: int | No
 
 
 def _fingerprint(dataset: Dataset, indices: Sequence[int], options: argparse.Namespace) -> str:
-    """Hash names, sizes and labels of the files; where there are no files, the split's name."""
-    digest = hashlib.sha256()
+    """Hash names, sizes, times of change and labels of the files, and how they are read.
+
+    Where there are no files, the split's name.
+    """
+    how = {name: getattr(options, name) for name in _READ}
+    digest = hashlib.sha256(repr(how).encode())
     samples = getattr(getattr(dataset, "reader", None), "samples", None)
     if samples is None:
         _logger.warning("cached logits trust the name of this data, for its files are not known")
@@ -192,7 +198,8 @@ def _fingerprint(dataset: Dataset, indices: Sequence[int], options: argparse.Nam
         return digest.hexdigest()
     root = dataset.reader.root
     for path, label in (samples[i] for i in indices):
-        told = os.path.relpath(path, root), os.path.getsize(path), label
+        file = os.stat(path)
+        told = os.path.relpath(path, root), file.st_size, file.st_mtime_ns, label
         digest.update(f"{told}\n".encode())
     return digest.hexdigest()
 

@@ -194,14 +194,15 @@ def _blank(record: dict[str, Any]) -> np.ndarray:
 
 
 def _fingerprint(records: Sequence[dict[str, Any]], each: int, seed: int) -> str:
-    """Hash names and sizes of the files."""
+    """Hash names, sizes and times of change of the files."""
     digest = hashlib.sha256(f"{each} {seed}".encode())
     for record in records:
         for key in ("file_name", "sem_seg_file_name"):
             if key not in record:
                 continue
             path = record[key]
-            told = Path(path).parent.name, Path(path).name, os.path.getsize(path)
+            file = os.stat(path)
+            told = Path(path).parent.name, Path(path).name, file.st_size, file.st_mtime_ns
             digest.update(f"{told}\n".encode())
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from classification.held_out import Part
 from classification.models import ModelError, models_meant
@@ -391,6 +392,25 @@ def test_predictions_are_compared_with_finished_runs(trained, digits, tmp_path, 
     (tmp_path / "cd" / "xc" / "last.safetensors").unlink()
     with pytest.raises(OptionError, match="did not finish: xc"):
         scout(["--realised", control, *runs, *more], bars=False)
+
+
+def test_images_that_change_or_are_read_otherwise_are_computed_anew(digits, scouting, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    for path in data.rglob("*.png"):
+        Image.open(path).save(path, compress_level=0)  # so that the size says nothing
+    asked = [str(data), *scouting[1:]]
+    before = scout(asked, bars=False)["models"]
+    assert scout(asked, bars=False)["models"] == before
+    for path in data.rglob("*.png"):
+        size = path.stat().st_size
+        ImageOps.invert(Image.open(path)).save(path, compress_level=0)
+        assert path.stat().st_size == size
+    assert scout(asked, bars=False)["models"] != before
+    with pytest.raises(OptionError, match="L has 1 channels, the models take 3"):
+        scout([*asked, "--input-img-mode", "L"], bars=False)
+    with pytest.raises(OptionError, match="--input-img-mode X: no mode of PIL"):
+        scout([*asked, "--input-img-mode", "X"], bars=False)
 
 
 def test_runs_are_asked_for_with_an_equals_sign_too(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,10 @@ def test_pixels_are_drawn_alike_from_those_with_a_label(datasets):
     first, again, other = (draw_pixels("scenes_val", 64, 2, seed, plain) for seed in (0, 0, 1))
     assert torch.equal(first.where, again.where) and first.key == again.key
     assert first.key != other.key
+    file, was = first.records[0]["file_name"], os.stat(first.records[0]["file_name"])
+    os.utime(file)  # another content may have the same size
+    assert draw_pixels("scenes_val", 64, 2, 0, plain).key != first.key
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
     assert first.where.shape == (2, 64)
     for record, where, labels, weight in zip(
         first.records, first.where, first.labels, first.weight, strict=True
