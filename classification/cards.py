@@ -104,21 +104,33 @@ def origin(spec: PeerSpec, module: nn.Module) -> Origin:
         with its sum).
     """
     found: Origin = {"base_model": None, "license": None, "files": []}
-    if spec.checkpoint is not None:
-        several = isinstance(spec.checkpoint, (list, tuple))
-        files = spec.checkpoint if several else [spec.checkpoint]
-        return {**found, "files": [told_sum(Path(file)) for file in files]}
-    prefix = next((prefix for prefix in _FOLDERS if spec.model.startswith(prefix)), "")
-    where = spec.model.removeprefix(prefix).removeprefix("hf-hub:")
-    if prefix and Path(where).is_dir():
-        files = sorted(file for signs in _WEIGHTS for file in Path(where).glob(signs))
+    files = start_files(spec)
+    if files is not None:
         return {**found, "files": [told_sum(file) for file in files]}
+    prefix, where = _place(spec)
     if prefix == huggingface.PREFIX or where != spec.model:
         return {**found, "base_model": where.split("@")[0]}
     if not spec.takes_published_weights:
         return found
     cfg = module.pretrained_cfg
     return {**found, "base_model": cfg.get("hf_hub_id"), "license": cfg.get("license")}
+
+
+def start_files(spec: PeerSpec) -> list[Path] | None:
+    """List the files that a peer starts from; None: it starts from none of this machine's own."""
+    if spec.checkpoint is not None:
+        several = isinstance(spec.checkpoint, (list, tuple))
+        return [Path(file) for file in (spec.checkpoint if several else [spec.checkpoint])]
+    prefix, where = _place(spec)
+    if prefix and Path(where).is_dir():
+        return sorted(file for signs in _WEIGHTS for file in Path(where).glob(signs))
+    return None
+
+
+def _place(spec: PeerSpec) -> tuple[str, str]:
+    """Split a model's name into what says that it is a folder or a repository, and the rest."""
+    prefix = next((prefix for prefix in _FOLDERS if spec.model.startswith(prefix)), "")
+    return prefix, spec.model.removeprefix(prefix).removeprefix("hf-hub:")
 
 
 def write_cards(

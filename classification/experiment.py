@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import timm
 import torch
 import yaml
 from timm.utils import random_seed
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from classification import outputs
+from classification.cards import files_of, start_files
 from classification.corruptions import Corrupted
 from classification.data import View, check_folder, classes_of, open_dataset
 from classification.evaluation import PeerEvaluator, Scores
@@ -37,6 +39,7 @@ from classification.train import start as begin
 from common import experiment
 from common.broken import BadSamples
 from common.calibration import TemperatureFit, expected_calibration_error
+from common.card import file_sum, names_sum
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.corrupt import SEVERITIES
 from common.distributed import World
@@ -65,6 +68,7 @@ class Classification:
     metric = "top1"
     lower_is_better = False
     suffix = ".safetensors"
+    hosts: ClassVar = {"timm": timm.__version__}
     severities: ClassVar = {name: len(amounts) for name, amounts in SEVERITIES.items()}
 
     def read(self, path: Path) -> Any:
@@ -89,6 +93,18 @@ class Classification:
         """Say which options of an arm a peer's own would hide; see ``common.experiment.Task``."""
         return hidden_by(peer, own, PEER_ALIASES)
 
+    def sources(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """Say what a run rests on; see ``common.experiment.Task``."""
+        asked, specs = _parsed(options)
+        train, test = (
+            open_dataset(asked, training, asked.in_chans or 3) for training in (True, False)
+        )
+        check_apart(train, test, asked, "make two split folders")
+        found = {str(file): file_sum(file) for spec in specs for file in start_files(spec) or ()}
+        for what, dataset in ((asked.train_split, train), (asked.val_split, test)):
+            found[f"{asked.data}, {what}"] = names_sum(files_of(dataset))
+        return found
+
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
         """Write each peer's weights as they are before training; measure them."""
         asked, specs = _parsed(options)
@@ -102,7 +118,6 @@ class Classification:
         train_set, held_out = open_both(asked, channels, count)
         test = _test_set(asked, channels, count)
         check_same_classes(train_set, test)
-        check_apart(open_dataset(asked, True, channels), test, asked, "make two split folders")
         names, classes = [spec.name for spec in specs], _class_names(test, count)
         scores, temperatures = _calibrate(asked, modules, views, held_out, world)
         found = {"held_out": measured(scores, names, None, classes)}

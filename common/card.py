@@ -28,6 +28,7 @@ CAVEAT = (
     "without them may gain as much. Only an experiment with controls, over seeds, can tell the "
     "two apart."
 )
+_NO_SUM = "no sum: these data are no list of files"
 NO_EXPERIMENT = "No such experiment was given for this file."
 
 
@@ -92,7 +93,7 @@ class Card:
     versions: Mapping[str, str]
     loading: str
     loading_hub: str
-    labels: Sequence[str] = ()
+    labels: Sequence[str] = field(default_factory=list)
 
 
 def to_json(card: Card) -> str:
@@ -451,7 +452,14 @@ def told_files(files: Files | None) -> str:
         files: None, or none: the data are a stream, or no files of their own.
     """
     if files is None or not files.paths:
-        return "no sum: these data are no list of files"
+        return _NO_SUM
+    return f"{names_sum(files)} at the run's end; their content was not read"
+
+
+def names_sum(files: Files | None) -> str:
+    """Tell the sum of names and sizes alone; see ``told_files``."""
+    if files is None or not files.paths:
+        return _NO_SUM
     lines, size, lost = [], 0, 0
     for path, name in _named(files).items():
         try:
@@ -464,10 +472,7 @@ def told_files(files: Files | None) -> str:
             lines.append(f"{own} {name}\0".encode("utf-8", "surrogateescape"))
     digest = hashlib.sha256(b"".join(sorted(lines))).hexdigest()
     missing = f", {lost} of them not found" if lost else ""
-    return (
-        f"sum of names and sizes {_sum(digest)}: {len(lines)} files{missing}, {size} bytes at the "
-        "run's end; their content was not read"
-    )
+    return f"sum of names and sizes {_sum(digest)}: {len(lines)} files{missing}, {size} bytes"
 
 
 def _named(files: Files) -> dict[str, str]:

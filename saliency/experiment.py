@@ -12,16 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 import yaml
 from torch import Tensor, nn
 
 from common import experiment
+from common.card import file_sum, names_sum
 from common.checkpoint import atomic_write, read_file, save_weights
 from common.distributed import World
 from common.experiment import Measured, Trained, hidden_by, refuse_frozen, unchanged
 from common.options import OptionError
 from common.outputs import start_world
+from saliency.cards import files_of
 from saliency.clips import ClipView
 from saliency.corruptions import SEVERITIES
 from saliency.evaluation import flatten
@@ -47,6 +50,7 @@ class Saliency:
     metric = "cc"
     lower_is_better = False
     suffix = ".pth"
+    hosts: Mapping[str, str] = {"opencv": cv2.__version__}
     others: Mapping[str, bool] = {
         "kldiv": True,
         "similarity": False,
@@ -82,6 +86,18 @@ class Saliency:
         """Say which options of an arm a peer's own would hide; see ``common.experiment.Task``."""
         return hidden_by(peer, own, {})
 
+    def sources(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """Say what a run rests on; see ``common.experiment.Task``."""
+        asked, specs = _parsed(options)
+        splits = [open_dataset(asked.dataset, asked.data_root, name) for name in ("train", "val")]
+        check_apart(*splits)
+        given = [x for spec in specs for x in (spec.checkpoint, spec.options.backbone) if x]
+        files = [Path(str(x)) for x in given if Path(str(x)).is_file()]
+        found = {str(file): file_sum(file) for file in files}
+        for videos in splits:
+            found[f"{asked.data_root}, {videos.split}"] = names_sum(files_of(videos))
+        return found
+
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
         """Write each peer's weights as they are before training; measure them."""
         asked, specs = _parsed(options)
@@ -93,7 +109,6 @@ class Saliency:
         names = [spec.name for spec in specs]
         _, held_out = open_splits(asked, world, bars=False)
         test, found = test_videos(asked), {}
-        check_apart(open_dataset(asked.dataset, asked.data_root, "train"), test)
         for what, videos in (("held_out", held_out), ("test", test)):
             found[what], frames = measured(asked, videos, modules, views, names, world)
         for name in names:

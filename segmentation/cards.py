@@ -80,10 +80,11 @@ def write_cards(trainer: TransferTrainer) -> None:
 def files_told(trainer: TransferTrainer) -> dict[str, str]:
     """Return the lineage's rows of the images and annotations, of training and evaluation."""
     measured = load_datasets([trainer.run.cfg.DATASETS.TEST[0]])
-    return data_rows(_files(trainer.dataset), _files(measured))
+    return data_rows(files_of(trainer.dataset), files_of(measured))
 
 
-def _files(records: Iterable[Mapping[str, Any]]) -> Files:
+def files_of(records: Iterable[Mapping[str, Any]]) -> Files:
+    """Return the images and annotations of records."""
     return Files([record[key] for record in records for key in ("file_name", "sem_seg_file_name")])
 
 

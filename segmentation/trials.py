@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import torch
 from detectron2.utils.env import seed_all_rng
 
 from common import experiment
 from common.broken import BadSamples
+from common.card import file_sum, names_sum
 from common.checkpoint import atomic_write, read_file
 from common.disk import remove_leftovers
 from common.experiment import (
@@ -29,6 +31,7 @@ from common.experiment import (
 )
 from common.options import OptionError
 from segmentation import checkpoints
+from segmentation.cards import files_of
 from segmentation.cli import begin, end_logging, hush, train
 from segmentation.config import PEER_PREFIX, RunConfig, load_content, read_yaml, recipe_keys
 from segmentation.corruptions import SEVERITIES
@@ -76,6 +79,7 @@ class Segmentation:
     metric = METRIC
     lower_is_better = False
     suffix = ".pth"
+    hosts: Mapping[str, str] = {"detectron2": detectron2.__version__}
     others: Mapping[str, bool] = {"pACC": False}
     severities: Mapping[str, int] = SEVERITIES
     flips = "labelled pixels of the test images that turned right, and wrong"
@@ -129,6 +133,16 @@ class Segmentation:
             for key in own
             if key in places and f"{alone}{key}" not in own
         }
+
+    def sources(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """Say what a run rests on; see ``common.experiment.Task``."""
+        run = self._run(options)
+        sets = run.cfg.DATASETS
+        given = [Path(peer.cfg.MODEL.WEIGHTS).expanduser() for peer in run.peers]
+        found = {str(file): file_sum(file) for file in given if file.is_file()}
+        for key, names in (("TRAIN", sets.TRAIN), ("TEST", sets.TEST)):
+            found[f"DATASETS.{key} {', '.join(names)}"] = names_sum(files_of(load_datasets(names)))
+        return found
 
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:
         """Write each peer's weights as they are before training; measure them."""

@@ -17,6 +17,7 @@ from common.experiment.corruptions import check_corruptions
 from common.experiment.local import run_local, run_submitit
 from common.experiment.plan import CONTROLS, START, Experiment, read_experiment
 from common.experiment.results import write_results
+from common.experiment.sources import check_sources
 from common.experiment.task import Task
 from common.experiment.work import finished, labels_of, read_label, work
 from common.options import OptionError, check_least
@@ -159,9 +160,12 @@ def run_jobs(
     """Run all jobs that are not finished: first the starts, then the arms.
 
     Raises:
-        OptionError: Names the jobs that failed, once all have ended.
+        OptionError: Starts or data changed since a seed was begun, before any job runs. Or names
+            the jobs that failed, once all have ended.
     """
     labels = labels_of(experiment)
+    if any(finished(experiment, *read_label(x, experiment)) is None for x in labels):
+        check_sources(experiment, task, experiment.seeds)
     starts = [label for label in labels if label.startswith(f"{START}:")]
     for title, wave in (("starts", starts), ("arms", labels[len(starts) :])):
         left = [x for x in wave if finished(experiment, *read_label(x, experiment)) is None]

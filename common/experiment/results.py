@@ -11,6 +11,7 @@ import numpy as np
 from common.demo import write_json
 from common.experiment.corruptions import CORRUPTED, label_of
 from common.experiment.plan import MEASURES, START, Experiment
+from common.experiment.sources import merged
 from common.experiment.task import CALIBRATION, RECALIBRATED, TEMPERATURE, Task
 from common.experiment.work import finished
 from common.options import OptionError
@@ -147,6 +148,8 @@ def analyse(experiment: Experiment, task: Task, found: Sequence[Found]) -> dict[
         "cost": {arm: _cost([row["cost"] for row in found if row["arm"] == arm]) for arm in arms},
         "about": {arm: experiment.arms[arm].about for arm in arms},
         "settings": _settings(experiment),
+        "sources": merged(row[START].get("sources", {}) for row in found),
+        "versions": merged(one.get("versions", {}) for row in found for one in (row[START], row)),
         "missing": [
             f"{arm}:{seed}"
             for arm in experiment.arms

@@ -131,6 +131,7 @@ class Task(Protocol):
             that has none may leave this out.
         flips: What ``fixed`` and ``broken`` count, if not samples that turned right and wrong. May
             be left out.
+        hosts: Versions of the libraries that it runs on, by name. May be left out.
     """
 
     module: str
@@ -156,6 +157,16 @@ class Task(Protocol):
 
         Returns:
             By option where the peer's value stands, and the way out.
+        """
+
+    def sources(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """Say what a run rests on: files to start from, training data and test set.
+
+        Returns:
+            Of each the sum, by what it is called in the options.
+
+        Raises:
+            OptionError: Files are missing, or some are both trained on and in the test set.
         """
 
     def start(self, options: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Measured]:

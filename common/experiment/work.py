@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from common import recipes
+from common.card import versions
 from common.checkpoint import list_runs
 from common.demo import write_json
 from common.experiment.corruptions import label_of, measure_corruptions, without_corruptions
 from common.experiment.plan import MEASURES, START, Experiment
+from common.experiment.sources import check_sources
 from common.experiment.task import Measured, Task, Trained
 from common.options import OptionError
 from common.peers import RESERVED_NAMES
@@ -79,12 +81,14 @@ def work(experiment: Experiment, task: Task, label: str) -> dict[str, Any]:
         The content of its ``result.json``.
 
     Raises:
-        OptionError: No such job, or an arm whose starts are not there yet.
+        OptionError: No such job, an arm whose starts are not there yet, or starts or data that
+            changed since another seed was begun.
     """
     arm, seed = read_label(label, experiment)
     found = finished(experiment, arm, seed)
     if found is not None:
         return found
+    rests_on = check_sources(experiment, task, [seed])
     found = _trained(experiment, arm, seed)
     if found is None:
         do = _start if arm == START else _train
@@ -92,6 +96,8 @@ def work(experiment: Experiment, task: Task, label: str) -> dict[str, Any]:
             "arm": arm,
             "seed": seed,
             "asked": _asked(experiment, arm, seed),
+            "versions": versions(**getattr(task, "hosts", {})),
+            **({"sources": rests_on} if arm == START else {}),
             **do(experiment, task, arm, seed),
         }
         write_json(experiment.result(arm, seed), found)

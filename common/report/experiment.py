@@ -142,8 +142,19 @@ def write_experiment(path: Path | str, title: str, analysis: Analysis) -> Path:
         *comparison_teaching(summary),
         section("Cost", _cost_table(analysis)),
         settings_section(analysis["settings"]),
+        *_sources_section(analysis),
     ]
     return write_page(path, title, first, sections)
+
+
+def _sources_section(analysis: Analysis) -> list[Section]:
+    """Show the sums of what the runs rest on, and the versions, where they were kept."""
+    rows = [*analysis.get("sources", {}).items(), *analysis.get("versions", {}).items()]
+    if not rows:
+        return []
+    about = "As at each seed's start; where seeds or arms differ, all is told."
+    table = data_table(about, ["What", "Which"], rows, words=True)
+    return [section("Files and versions", folded("Sums and versions", table))]
 
 
 def experiment_sentences(analysis: Analysis) -> list[str]:

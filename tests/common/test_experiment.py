@@ -2,14 +2,17 @@
 
 import csv
 import json
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from common.checkpoint import CheckpointError
+from common.card import file_sum
+from common.checkpoint import CheckpointError, save_weights
 from common.experiment import hidden_by
 from common.experiment.command import run
 from common.experiment.local import ClusterJob, run_local, run_submitit
@@ -20,7 +23,7 @@ from common.options import OptionError
 from common.report import experiment_sentences, write_experiment
 from common.statistics import paired_interval
 from common.trainer import Trainer
-from tests.common.toy_experiment import ToyTask
+from tests.common.toy_experiment import ToyTask, built
 
 PATH = Path("exp.yaml")
 PEERS = [{"model": "toy", "name": "a"}, {"model": "toy", "name": "bb", "width": 16}]
@@ -89,6 +92,36 @@ def test_temperatures_for_all_arms_are_for_those_whose_rule_compares_scores():
     assert told["known"] is None  # the recipe's own
     assert told["own"] == "epoch"  # which the training script refuses
     assert experiment.options("start", 0).get("calibrate_scores") is None
+
+
+def test_seeds_of_different_starts_are_not_mixed(tmp_path):
+    starts = [tmp_path / name for name in ("a.safetensors", "bb-0.safetensors", "bb-1.safetensors")]
+    for k, file in enumerate(starts):
+        entry = PEERS[min(k, 1)]
+        save_weights(file, {name: x + k for name, x in built(entry).state_dict().items()})
+    peers = [
+        {**PEERS[0], "model": str(starts[0])},
+        {**PEERS[1], "model": str(tmp_path / "bb-{seed}.safetensors")},
+    ]
+    path = written(tmp_path, peers=peers, controls=["none"], arms={"best": {}})
+    done(path)
+    analysis = json.loads(run(ToyTask(), [str(path)]).with_name("analysis.json").read_text())
+    assert analysis["sources"] == {
+        str(file): file_sum(file) for file in starts
+    }  # each seed its own
+    assert analysis["versions"]["torch"] == torch.__version__
+    page = (tmp_path / "out/report.html").read_text()
+    assert file_sum(starts[0]) in page and "Files and versions" in page
+    shutil.copy(starts[1], tmp_path / "bb-2.safetensors")
+    save_weights(starts[0], {name: x + 1 for name, x in built(PEERS[0]).state_dict().items()})
+    assert run(ToyTask(), [str(path)])  # all is finished: nothing is mixed
+    path.write_text(path.read_text().replace('"seeds": 2', '"seeds": 3'))
+    for more in ([], ["--only", "start:2"]):
+        with pytest.raises(
+            OptionError, match=r"a\.safetensors: changed since seed 0 .* put it back"
+        ):
+            run(ToyTask(), [str(path), *more])
+    assert not (tmp_path / "out/seed-2").exists()
 
 
 def test_seed_and_rank_fill_texts_anywhere():

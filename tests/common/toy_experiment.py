@@ -2,11 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from common import experiment
+from common.card import file_sum
 from common.checkpoint import load_run, newest_good_run, read_weights, save_weights
 from common.engine import JointEngine
 from common.experiment import Measured, Trained
@@ -72,6 +74,10 @@ class ToyTask:
 
     def hidden(self, peer, train, own):
         return experiment.hidden_by(peer, own, {"rate": "lr"})
+
+    def sources(self, options):
+        models = [entry["model"] for entry in options["peers"]]
+        return {model: file_sum(Path(model)) for model in models if model != "toy"}
 
     def start(self, options, files):
         modules = {entry["name"]: built(entry) for entry in options["peers"]}
