@@ -30,7 +30,7 @@ START = "model_start.pth"
 SOUP = "model_soup.pth"
 FINAL = "model_final.pth"
 LAST = "last_checkpoint"  # where Detectron2 looks for a file's name
-_RECORD_OF = re.compile(r"run_(\d{7,})\.pt")
+_FILE = re.compile(r"(?:model_(\d{7,})(?:_after)?\.pth|run_(\d{7,})\.pt)")
 _PEER_KEYS = {"model", "optimizer", "scheduler", "iteration"}
 _LEARNING = "unaveraged"  # the weights that learn, where "model" is their average
 _KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "history", "lessons"}
@@ -39,23 +39,25 @@ _KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "his
 def save_peers(
     folder: Path,
     peers: Iterable[SegmentorPeer],
+    file: str,
     iterations: int,
     kept: Callable[[str], Mapping[str, Any]] = lambda name: {},
 ) -> None:
     """Write the checkpoints of the peers that are here; they count once the record names them.
 
-    A file that an earlier record names is not written again, so that a kill costs nothing.
+    So that a kill costs nothing, no file that a record names is written again: what an evaluation
+    changed has a name of its own.
 
     Args:
         folder: Of the run.
         peers: Frozen ones are not written: they stay what they were.
+        file: Their name, from ``file_of``.
         iterations: That are finished.
         kept: Gives by a peer's name what else its file shall hold.
     """
     for peer in peers:
         if peer.optimizer is not None:
-            path = folder / peer.name / file_of(iterations)
-            _save_peer(path, peer, iterations - 1, kept(peer.name))
+            _save_peer(folder / peer.name / file, peer, iterations - 1, kept(peer.name))
 
 
 def save_record(
@@ -68,13 +70,13 @@ def save_record(
     Args:
         folder: Of the run.
         learning: Names of the peers that have checkpoints.
-        state: Tensors and plain containers, with ``peers``, the names of all, and ``iteration``,
-            the iterations finished.
+        state: Tensors and plain containers, with ``peers``, the names of all, ``iteration``, the
+            iterations finished, and the peers' ``file``.
         keep: How many resumable checkpoints stay; 0: all.
         final: Also give the peers' files the name that Detectron2 gives a run's last.
     """
-    file = file_of(state["iteration"])
-    record = {"format": FORMAT, "file": file, **state}
+    file = state["file"]
+    record = {"format": FORMAT, **state}
     for path in (folder / _record_of(file), folder / RECORD):
         atomic_write(path, lambda to: torch.save(record, to))
     if final:
@@ -82,22 +84,28 @@ def save_record(
     else:
         _tag(folder, learning, file)
     for name in learning:
-        _prune(sorted((folder / name).glob("model_[0-9]*.pth")), file, keep)
-    _prune(_older_records(folder), _record_of(file), keep)
+        _prune(folder / name, file, keep)
+    _prune(folder, _record_of(file), keep)
 
 
-def _prune(files: Sequence[Path], newest: str, keep: int) -> None:
-    """Remove files of other checkpoints, in order, than of the newest and those before it."""
-    end = [path.name for path in files].index(newest) + 1
-    for path in [*files[end:], *(files[: max(end - keep, 0)] if keep else ())]:
-        path.unlink(missing_ok=True)
+def _prune(folder: Path, newest: str, keep: int) -> None:
+    """Remove files of other moments than the newest's and those before it, and its other one."""
+    moments = _moments(folder, newest.split("_")[0])
+    last = moments[folder / newest]
+    before = sorted({moment for moment in moments.values() if moment <= last})
+    kept = before[-keep:]  # 0: all
+    for path, moment in moments.items():
+        if moment not in kept or (moment == last and path.name != newest):
+            path.unlink(missing_ok=True)
 
 
 def drop(folder: Path, learning: Sequence[str], file: str) -> None:
-    """Remove a checkpoint that is not the newest."""
+    """Remove a checkpoint that is not the newest, with what is there of its moment."""
     (folder / _record_of(file)).unlink(missing_ok=True)
     for name in learning:
-        (folder / name / file).unlink(missing_ok=True)
+        for path, moment in _moments(folder / name).items():
+            if moment == _moment(file):
+                path.unlink(missing_ok=True)
 
 
 def finish(folder: Path, learning: Sequence[str], record: Mapping[str, Any]) -> None:
@@ -109,19 +117,37 @@ def finish(folder: Path, learning: Sequence[str], record: Mapping[str, Any]) -> 
     _tag(folder, learning, FINAL)
 
 
-def file_of(iterations: int) -> str:
-    """Return the name of the checkpoint after so many iterations."""
-    return f"model_{iterations - 1:07d}.pth"  # Detectron2 counts from 0
+def file_of(iterations: int, evaluated: bool = False) -> str:
+    """Return the name of the checkpoint after so many iterations.
+
+    Args:
+        iterations: That are finished.
+        evaluated: Of the one that has what the guard did by an evaluation there.
+    """
+    after = "_after" if evaluated else ""
+    return f"model_{iterations - 1:07d}{after}.pth"  # Detectron2 counts from 0
+
+
+def _moment(file: str) -> int | None:
+    """Return Detectron2's number in the name of a checkpoint or record; None: it is neither."""
+    found = _FILE.fullmatch(file)
+    return None if found is None else int(found[1] or found[2])
+
+
+def _moments(folder: Path, kind: str = "model") -> dict[Path, int]:
+    """List a peer's checkpoints, or with ``run`` the records of single ones, by their numbers."""
+    found = ((path, _moment(path.name)) for path in folder.glob(f"{kind}_[0-9]*"))
+    known = [(path, moment) for path, moment in found if moment is not None]
+    return dict(sorted(known, key=lambda each: (each[1], each[0])))
 
 
 def _record_of(file: str) -> str:
-    return file.replace("model_", "run_").replace(".pth", ".pt")
+    return f"run_{_moment(file):07d}.pt"  # one for all of a moment
 
 
 def _older_records(folder: Path) -> list[Path]:
     """List the records of single checkpoints, oldest first; the newest one is ``RECORD`` too."""
-    found = (path for path in folder.glob("run_*.pt") if _RECORD_OF.fullmatch(path.name))
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("run_")))
+    return list(_moments(folder, "run"))
 
 
 def _save_peer(path: Path, peer: SegmentorPeer, iteration: int, kept: Mapping[str, Any]) -> None:
@@ -173,7 +199,7 @@ def fault_of_best(folder: Path, name: str, iterations: int) -> str:
     if not path.is_file():
         return "is gone"
     try:
-        found = read_file(path).get("iteration")
+        found = read_file(path, sums=True).get("iteration")
     except CheckpointError:
         return "cannot be read"
     return "" if found == iterations - 1 else "is of a later moment than the run's record"
@@ -187,12 +213,16 @@ def weights_at(folder: Path, name: str, iterations: int) -> Mapping[str, Any] | 
         name: Of the peer.
         iterations: That were finished; 0: the start's.
     """
-    path = folder / name / (file_of(iterations) if iterations else START)
-    try:
-        content = read_file(path, sums=True)
-    except CheckpointError:
-        return None
-    return content.get("model") if content.get("iteration") == iterations - 1 else None
+    # what the guard took back in the second one was not the best
+    files = [file_of(iterations, after) for after in (False, True)] if iterations else [START]
+    for file in files:
+        try:
+            content = read_file(folder / name / file, sums=True)
+        except CheckpointError:
+            continue
+        if content.get("iteration") == iterations - 1:
+            return content.get("model")
+    return None
 
 
 def check_starts(folder: Path, names: Sequence[str]) -> None:
@@ -332,7 +362,7 @@ def load(
 
 def _older(path: Path) -> str:
     """Tell what else there is to go on or to start from."""
-    names = [old.name for old in sorted(path.parent.glob("model_[0-9]*.pth")) if old != path]
+    names = [old.name for old in _moments(path.parent) if old != path]
     if not names:
         return ""
     return (

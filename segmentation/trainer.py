@@ -141,7 +141,7 @@ class TransferTrainer(TrainerBase):
         self._data: Iterator[Any] = iter(())
         self.termination = Termination()
         self._due = False  # the evaluation of where the run stands
-        self._written = 0  # iterations finished when the peers' files were written
+        self._file = ""  # the peers' files that the last record names
         self._spare = ""  # a checkpoint's file that goes with the next one
         seed_all_rng(self.seed + self.world.rank)
         if record is None:
@@ -309,15 +309,16 @@ class TransferTrainer(TrainerBase):
                 "scaler": self.engine.scaler.state_dict(),
             }
         )
-        changed = self._written != done or self.guard.bounds.policy == "rollback"
-        if self.world.leads and changed:
-            checkpoints.save_peers(self.folder, self.peers.here, done, self.guard.kept)
-        self._written, self._due = done, due
+        file = self._file_at(done, due)
+        if self.world.leads and file != self._file:
+            checkpoints.save_peers(self.folder, self.peers.here, file, done, self.guard.kept)
+        self._file, self._due = file, due
         distributed.barrier()
         if self.world.is_main:
             state = {
                 "peers": self.peers.names,
                 "iteration": done,
+                "file": file,
                 "max_iter": self.max_iter,
                 "seed": self.seed,
                 "origins": self.origins,
@@ -335,13 +336,22 @@ class TransferTrainer(TrainerBase):
                 "due": due,
             }
             keep, learning = self.run.transfer.KEEP, self.run.learning
-            file, spare = checkpoints.file_of(done), due and not self._saves_at(done)
-            keep += bool(keep) and (spare or self._spare not in ("", file))
+            spare = due and not self._saves_at(done)
+            goes = self._spare not in ("", checkpoints.file_of(done))
+            keep += bool(keep) and (spare or goes)
             checkpoints.save_record(self.folder, learning, state, keep, final)
-            if self._spare not in ("", file):
+            if goes:
                 checkpoints.drop(self.folder, learning, self._spare)
             self._spare = file if spare else ""
         distributed.barrier()
+
+    def _file_at(self, done: int, due: bool) -> str:
+        """Name the peers' files; another than the last record's where they have changed since."""
+        before, after = (checkpoints.file_of(done, evaluated) for evaluated in (False, True))
+        if self._file not in (before, after):
+            return before
+        evaluated = self._due and not due
+        return after if evaluated and self.guard.bounds.policy == "rollback" else self._file
 
     def _saves_at(self, done: int) -> bool:
         period = self.run.cfg.SOLVER.CHECKPOINT_PERIOD
@@ -531,7 +541,8 @@ class TransferTrainer(TrainerBase):
         files = {name: self.folder / name / checkpoints.BEST for name in self.best}
         files = {name: path for name, path in files.items() if path.is_file()}
         self.guard.load_state_dict(record.get("guard"), kept, files)
-        self.start_iter = self.iter = self._written = int(record["iteration"])
+        self.start_iter = self.iter = int(record["iteration"])
+        self._file = record["file"]
         self._due = record.get("due", False)
         if self._due and not self._saves_at(self.start_iter):
             self._spare = record["file"]

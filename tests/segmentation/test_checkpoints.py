@@ -11,13 +11,14 @@ from segmentation import checkpoints
 PEERS = ("a", "b")
 
 
-def save(folder, iteration, keep=3):
-    file = checkpoints.file_of(iteration)
+def save(folder, iteration, keep=3, evaluated=False):
+    file = checkpoints.file_of(iteration, evaluated)
     for name in PEERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
         content = {"model": {}, "optimizer": {}, "scheduler": {}, "iteration": iteration - 1}
         torch.save(content, folder / name / file)
-    state = dict.fromkeys(checkpoints._KEYS - {"format"}) | {"iteration": iteration}
+    state = dict.fromkeys(checkpoints._KEYS - {"format"})
+    state |= {"iteration": iteration, "file": file}
     checkpoints.save_record(folder, PEERS, state, keep)
 
 
@@ -93,3 +94,31 @@ def test_a_checkpoint_for_an_evaluation_alone_goes_with_the_next(tmp_path):
         save(tmp_path, iteration)
     checkpoints.drop(tmp_path, PEERS, checkpoints.file_of(3))
     assert names_in(tmp_path) == files_of(2, 4)
+
+
+def test_what_an_evaluation_changed_takes_the_place_of_its_moment(tmp_path):
+    for iteration in (2, 4):
+        save(tmp_path, iteration)
+        save(tmp_path, iteration, evaluated=True)
+    changed = [name.replace(".pth", "_after.pth") for name in files_of(2, 4)]
+    assert names_in(tmp_path) == sorted(changed) and found(tmp_path) == 4
+    assert checkpoints.weights_at(tmp_path, "a", 2) == {}
+    assert checkpoints.weights_at(tmp_path, "a", 3) is None
+    orphan = tmp_path / "a" / checkpoints.file_of(6, evaluated=True)
+    orphan.touch()  # of a run that was killed before its record
+    save(tmp_path, 6)
+    assert not orphan.exists()
+    save(tmp_path, 8)
+    left = [name for name in changed if "0003" in name]
+    assert names_in(tmp_path) == sorted([*left, *files_of(6, 8)])
+
+
+def test_a_flipped_bit_in_a_best_file_is_seen(tmp_path):
+    path = tmp_path / "a" / checkpoints.BEST
+    path.parent.mkdir()
+    torch.save({"model": {"w": torch.full((999,), 7.0)}, "iteration": 3}, path)
+    assert checkpoints.fault_of_best(tmp_path, "a", 4) == ""
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((99,), 7.0).numpy().tobytes()) + 80] ^= 1
+    path.write_bytes(content)
+    assert checkpoints.fault_of_best(tmp_path, "a", 4) == "cannot be read"

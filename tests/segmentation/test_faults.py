@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
 
 from common.termination import EXIT_STATUS, INTERRUPTED
+from segmentation import checkpoints
 from segmentation.cli import main
 from segmentation.config import load_run
 from segmentation.data import read_labels
@@ -260,3 +261,74 @@ def test_a_best_file_of_a_lost_moment_is_mended_or_measured_anew(tmp_path, datas
     assert f"{best['deeplab']} is of a later moment than the run's record; the b" in caplog.text
     again.train()
     assert again.best == {"fpn": [9.0, 3], "deeplab": [9.0, 3]}
+
+
+def guarded(folder, resume=False):
+    """A run whose fpn is worse whenever it is not what it was at the start."""
+    guard = {"GUARD": "rollback", "GUARD_PATIENCE": 1, "GUARD_METRIC_DROP": 0.5}
+    folder.mkdir(exist_ok=True)
+    options = ["TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "4"]
+    trainer = TransferTrainer(load_run([write_run(folder, **guard)], options), resume)
+
+    def evaluate():
+        best = folder / "out" / "fpn" / "model_best.pth"
+        held = torch.load(best, weights_only=True)["model"] if best.exists() else None
+        fpn = trainer.peers[0].module.state_dict()
+        same = held is None or all(torch.equal(x, held[key]) for key, x in fpn.items())
+        return {"fpn/mIoU": 50.0 if same else 40.0, "deeplab/mIoU": 50.0 + len(trainer.history)}
+
+    trainer.evaluate = evaluate
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def guarded_whole(tmp_path_factory, scenes_root):
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(scenes_root))
+        trainer = guarded(folder)
+        trainer.train()
+    assert [event["iteration"] for event in trainer.guard.events] == [2, 4]
+    assert [row["iteration"] for row in trainer.history] == [0, 2, 2, 4, 4]
+    return folder, trainer
+
+
+@pytest.mark.parametrize("iteration", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("point", ["second", "record"])
+def test_what_the_guard_did_is_not_lost_with_a_record(
+    guarded_whole, datasets, tmp_path, monkeypatch, point, iteration
+):
+    """Killed between the files of the save after an evaluation: each peer's one, and the record."""
+    folder, whole = guarded_whole
+    run = tmp_path / "run"
+    trainer = guarded(run)
+    written, calls = checkpoints._save_peer, []
+
+    def save_peer(path, peer, number, kept):
+        if number == iteration - 1:
+            calls.append(peer.name)
+            if point == "second" and calls == ["fpn", "deeplab", "fpn", "deeplab"]:
+                raise KeyboardInterrupt
+        written(path, peer, number, kept)
+
+    def save_record(folder, learning, state, *rest):
+        if state["iteration"] == iteration and not state["due"]:
+            raise KeyboardInterrupt
+        kept(folder, learning, state, *rest)
+
+    kept = checkpoints.save_record
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_save_peer", save_peer)
+        patch.setattr(checkpoints, "save_record", save_record)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    again = guarded(run, resume="auto")
+    assert again.start_iter == iteration
+    again.train()
+    assert again.guard.events == whole.guard.events and again.history == whole.history
+    for name in again.peers.names:
+        one, two = (
+            torch.load(path / "out" / name / "model_final.pth", weights_only=True)["model"]
+            for path in (folder, run)
+        )
+        assert all(torch.equal(x, two[key]) for key, x in one.items()), name
