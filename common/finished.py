@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _NOT_SETTING = _TRANSFER | frozenset(
         "recovery_interval in_place resume val_interval no_resume_opt plan gpu_mem soup"
     ).split()
 )
+_DATA = ("data", "data_root")
 _REPEATED = frozenset(("seed", "data"))  # a mean may go over these
 
 Parse = Callable[[Sequence[str]], tuple[argparse.Namespace, Sequence[Any]]]
@@ -98,6 +100,7 @@ def read_run(
     before, after = read_ends(folder / "summary.csv", names, metric)
     left_out = {*_NOT_SETTING, *not_setting, *own}
     told = plain(options)
+    told |= {name: place_of(told[name]) for name in _DATA if name in told}
     setting = {name: x for name, x in told.items() if name not in left_out}
     transfer = {name: x for name, x in told.items() if name in _TRANSFER}
     return ReadRun(
@@ -118,7 +121,15 @@ def read_run(
 
 def _model(spec: Any, at_start: Collection[str]) -> str:
     mine = {name: x for name, x in plain(spec.options).items() if name in at_start}
-    return as_text([spec.model, spec.checkpoint, mine])
+    several = isinstance(spec.checkpoint, (list, tuple))
+    files = [place_of(x) for x in spec.checkpoint] if several else place_of(spec.checkpoint)
+    return as_text([place_of(spec.model), files, mine])
+
+
+def place_of(value: Any) -> Any:
+    """Return the one name of what lies on this machine; all else as it is."""
+    there = isinstance(value, (str, Path)) and value and os.path.exists(value)
+    return os.path.realpath(value) if there else value
 
 
 def _trained(spec: Any, by: Collection[str]) -> dict[str, str]:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.finished import ReadRun, as_text, as_texts, read_ends, require_ends, require_files
+from common.finished import (
+    ReadRun,
+    as_text,
+    as_texts,
+    place_of,
+    read_ends,
+    require_ends,
+    require_files,
+)
 from segmentation import checkpoints
 from segmentation.config import SHARED_KEYS, PeerConfig, RunConfig, flat, load_content, read_yaml
 from segmentation.held_out import hold_out, part_of, sources
@@ -54,7 +62,7 @@ def read_run(folder: Path) -> ReadRun:
         run,
         run.peers,
         [
-            as_text({k: value for k, value in _own(peer).items() if at_start(k)})
+            as_text({k: place_of(value) for k, value in _own(peer).items() if at_start(k)})
             for peer in run.peers
         ],
         [_trained(peer) for peer in run.peers],

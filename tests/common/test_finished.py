@@ -68,6 +68,20 @@ def test_the_same_start_is_one_model_however_trained_and_another_view_makes_anot
     assert finished[0].trained[0] == finished[3].trained[0] != finished[2].trained[0]
 
 
+def test_a_file_and_data_are_the_same_by_whatever_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt", "data"):
+        (tmp_path / name).touch()
+    runs = []
+    for title, before in (("x", ""), ("y", "./"), ("z", f"{tmp_path}/../{tmp_path.name}/")):
+        parse = write_run(tmp_path / title, data=f"{before}data")
+        options, specs = parse(())
+        moved = [Spec(s.name, "net", f"{before}{s.checkpoint}", False, options) for s in specs]
+        runs.append(read(tmp_path / title, lambda words, told=(options, moved): told))
+    assert [run.members for run in shared_models(runs)[2]] == [(0, 1)] * 3
+    assert len({run.setting for run in runs}) == 1
+
+
 def test_two_peers_that_start_as_one_model_are_for_controls_alone(tmp_path):
     run = read(tmp_path / "x", write_run(tmp_path / "x"))
     twins = {**vars(run), "models": run.models[:1] * 2}
