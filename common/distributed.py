@@ -81,6 +81,24 @@ dies ends the others at once all the same: torchrun sees to that. Only where all
 for ever is this what ends the run."""
 
 
+@dataclass(frozen=True)
+class Launched:
+    """What torchrun's environment says of this process; ``local``: of this machine's processes."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def launched() -> Launched | None:
+    """Return what torchrun's environment says of this process; None: torchrun did not start it."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return Launched(*(int(os.environ.get(name, name.endswith("SIZE"))) for name in names))
+
+
 def start(device: str = "auto", timeout: timedelta = PATIENCE) -> World:
     """Join the process group that torchrun's environment describes, if any.
 
@@ -89,27 +107,31 @@ def start(device: str = "auto", timeout: timedelta = PATIENCE) -> World:
         timeout: How long a collective may take, and how long a rank waits for the others.
 
     Raises:
-        ValueError, RuntimeError: A device that this machine does not have.
+        ValueError, RuntimeError: A device that this machine does not have, or one for several
+            processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _device(device, local_rank)
+    here = launched() or Launched()
+    chosen = _device(device, here)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # first, or NCCL could take GPU 0 for all
-    if size > 1 and not dist.is_initialized():
+    if here.size > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
-    return World(rank, size, local_rank, chosen)
+    return World(here.rank, here.size, here.local_rank, chosen)
 
 
-def _device(device: str, local_rank: int) -> torch.device:
+def _device(device: str, here: Launched) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
+    if here.local_size > 1 and chosen.index is not None and chosen.type != "cpu":
+        raise ValueError(
+            f"one device for the {here.local_size} processes of this machine; give --device "
+            f"{chosen.type}, and each takes its own (CUDA_VISIBLE_DEVICES says which there are)"
+        )
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
-        index = local_rank if chosen.index is None else chosen.index
+        index = here.local_rank if chosen.index is None else chosen.index
         if index >= count:
             raise ValueError(
                 f"device cuda:{index} is not there (this machine has {count}); use --device cpu, "
@@ -199,6 +221,17 @@ def is_first() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def first_to(act: str) -> bool:
+    """Whether no rank asked this before. It waits for no other; where none answers, it is."""
+    if not active():
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        return int(store.add(f"first to {act}", 1)) == 1
+    except RuntimeError:  # the process that kept it is gone
+        return True
 
 
 def sum_over_team(x: Tensor, world: World) -> Tensor:

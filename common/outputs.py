@@ -49,6 +49,8 @@ def start_logging() -> None:
 def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...]) -> int:
     """Run a command line; bad input ends in one line, not in a traceback.
 
+    Of several ranks the first that meets a fault, or SIGTERM, tells it: others meet the same.
+
     Args:
         work: Does it.
         faults: What it raises on bad input.
@@ -63,12 +65,12 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
         with worker_deaths_told(), worker_deaths_told():  # see there
             work()
     except told as error:
-        _logger.error("error: %s", error)
+        _tell(logging.ERROR, f"error: {error}")
         return 1
     except ToldByMain:
         return 1
     except Preempted as end:
-        _logger.warning("%s", end)
+        _tell(logging.WARNING, str(end))
         return EXIT_STATUS
     except KeyboardInterrupt as error:
         return end_interrupted(error)
@@ -80,6 +82,11 @@ def run_command(work: Callable[[], object], faults: tuple[type[Exception], ...])
     finally:
         distributed.stop()
     return 0
+
+
+def _tell(level: int, why: str) -> None:
+    if distributed.first_to("tell why the run ends"):
+        _logger.log(level, "%s", why)
 
 
 class ToldByMain(Exception):

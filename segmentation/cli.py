@@ -20,11 +20,12 @@ from detectron2.utils.logger import setup_logger
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
+from common import distributed
 from common.broken import worker_deaths_told
 from common.checkpoint import CheckpointError
 from common.disk import remove_leftovers, write_text
 from common.distributed import PATIENCE
-from common.outputs import start_logging
+from common.outputs import on_main, run_command, start_logging
 from common.planner import add_plan_options
 from common.report import write_run_report
 from common.termination import (
@@ -53,6 +54,7 @@ from segmentation.trainer import (
     check_processes,
     current_world,
     evaluate_run,
+    join_torchrun,
     log_metrics,
     summary_of,
 )
@@ -129,16 +131,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     try:
         run = load_run(options.config_file, options.opts or [], options.allow_unsafe_config)
+        count, here = check_launch(options)
         if options.plan:
-            return plan(run, options)
-        check_machine(options, run)
+            return plan(run, count, options.gpu_mem)
+        check_machine(run, here, torchrun=distributed.launched() is not None)
         if not options.eval_only:
-            check_processes(run, options.num_gpus * options.num_machines)
+            check_processes(run, count)
         check_classes({peer.name: peer.cfg for peer in run.peers})
-        check_folder(run, options)
+        if distributed.launched() is None:
+            check_folder(run, options)
     except FAULTS as error:
         return _failed(error)
-    if options.num_gpus * options.num_machines > 1:
+    if distributed.launched() is not None:
+        return _join(run, options)
+    if count > 1:
         return _launch(run, options)
     try:
         with ended_at_once(), interrupts_told(lambda: _how_to_go_on(run, options)):
@@ -151,12 +157,12 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def plan(run: RunConfig, options: argparse.Namespace) -> int:
-    """Tell what the run would need, in this one process."""
-    processes = options.num_gpus * options.num_machines
-    check_machine(argparse.Namespace(**{**vars(options), "num_gpus": 1}), run)
-    start_logging()
-    tell_plan(run, processes, options.gpu_mem)
+def plan(run: RunConfig, processes: int, memory: int | None) -> int:
+    """Tell what the run would need in so many processes, in one: of torchrun's in the first."""
+    if distributed.is_first():
+        check_machine(run, 1)
+        start_logging()
+        tell_plan(run, processes, memory)
     return 0
 
 
@@ -168,6 +174,20 @@ def work(run: RunConfig, options: argparse.Namespace) -> None:
             evaluate_only(run, options.resume)
         else:
             train(run, options.resume, options.allow_changed_options)
+
+
+def _join(run: RunConfig, options: argparse.Namespace) -> int:
+    """Work as one of the processes that torchrun started."""
+
+    def together() -> None:
+        with ended_at_once(), interrupts_told(lambda: _how_to_go_on(run, options)):
+            world = join_torchrun(run.cfg.MODEL.DEVICE)
+            if not world.is_main:
+                logging.getLogger().setLevel(logging.WARNING)
+            on_main(world, lambda: check_folder(run, options), FAULTS)
+            work(run, options)
+
+    return run_command(together, FAULTS)
 
 
 def _launch(run: RunConfig, options: argparse.Namespace) -> int:
@@ -217,7 +237,9 @@ def _how_to_go_on(run: RunConfig, options: argparse.Namespace) -> str:
 
 
 def _failed(error: object) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    here = distributed.launched()
+    if here is None or here.local_rank == 0:  # torchrun's others of this machine find the same
+        sys.stderr.write(f"error: {error}\n")
     return 1
 
 
@@ -264,14 +286,39 @@ def evaluate_only(run: RunConfig, resume: bool | str = False) -> dict[str, float
     return metrics
 
 
-def check_machine(options: argparse.Namespace, run: RunConfig) -> None:
-    """Refuse more GPUs than there are, before any process is started.
+def check_launch(options: argparse.Namespace) -> tuple[int, int]:
+    """Return of how many processes the run is, and how many of them this machine has.
+
+    Raises:
+        ConfigError: The options ask for processes, and torchrun started some.
+    """
+    here = distributed.launched()
+    if here is None:
+        return options.num_gpus * options.num_machines, options.num_gpus
+    for option in ("num_gpus", "num_machines"):
+        if getattr(options, option) > 1:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} {getattr(options, option)} under torchrun, which "
+                f"started {here.size} process{'es' * (here.size > 1)}: each would start as many; "
+                "give torchrun --nproc-per-node and --nnodes alone, or no torchrun"
+            )
+    return here.size, here.local_size
+
+
+def check_machine(run: RunConfig, count: int, torchrun: bool = False) -> None:
+    """Refuse more GPUs than there are, before any work.
 
     On the CPU any number of processes may run.
+
+    Args:
+        run: The run's config.
+        count: Processes on this machine.
+        torchrun: Whether torchrun starts them.
 
     Raises:
         ConfigError: Says how many there are.
     """
+    asked = f"torchrun --nproc-per-node={count}" if torchrun else f"--num-gpus {count}"
     there = torch.cuda.device_count()
     device = run.cfg.MODEL.DEVICE
     try:
@@ -283,22 +330,19 @@ def check_machine(options: argparse.Namespace, run: RunConfig) -> None:
     if kind == "cuda" and index is not None:
         if index >= there:
             raise ConfigError(f"MODEL.DEVICE is {device}; this machine has {there} GPUs")
-        if options.num_gpus > 1:
+        if count > 1:
             raise ConfigError(
-                f"MODEL.DEVICE is {device}: with --num-gpus {options.num_gpus} give cuda; "
-                "CUDA_VISIBLE_DEVICES says which GPUs"
+                f"MODEL.DEVICE is {device}: with {asked} give cuda; CUDA_VISIBLE_DEVICES says "
+                "which GPUs"
             )
-    if kind == "cpu" and options.num_gpus > 1:
-        if there:  # Detectron2's launch asks for NCCL wherever it sees one
+    if kind == "cpu" and count > 1:
+        if there and not torchrun:  # Detectron2's launch asks for NCCL wherever it sees one
             raise ConfigError(
-                f"--num-gpus {options.num_gpus} with MODEL.DEVICE cpu: hide the GPUs too "
-                "(CUDA_VISIBLE_DEVICES=)"
+                f"{asked} with MODEL.DEVICE cpu: hide the GPUs too (CUDA_VISIBLE_DEVICES=)"
             )
         return
-    if options.num_gpus > max(there, 1):
-        raise ConfigError(
-            f"--num-gpus {options.num_gpus}: this machine has {there}; give no more than there are"
-        )
+    if count > max(there, 1):
+        raise ConfigError(f"{asked}: this machine has {there}; give no more than there are")
 
 
 def check_folder(run: RunConfig, options: argparse.Namespace) -> None:

@@ -722,7 +722,8 @@ def check_processes(run: RunConfig, count: int) -> None:
     if run.transfer.ENGINE == "peer-parallel" and count % peers:
         raise ConfigError(
             f"TRANSFER.ENGINE is peer-parallel: {peers} peers in {count} processes; expected a "
-            f"multiple of {peers}: each holds one peer; start it with --num-gpus {peers}"
+            f"multiple of {peers}: each holds one peer; start it with --num-gpus {peers}, or by "
+            f"torchrun --nproc-per-node={peers}"
         )
 
 
@@ -742,8 +743,33 @@ def refuse_talk(module: nn.Module, name: str) -> None:
             )
 
 
+def join_torchrun(device: str) -> World:
+    """Join the processes that torchrun started, as Detectron2's ``launch`` joins its own.
+
+    Args:
+        device: MODEL.DEVICE.
+
+    Raises:
+        ConfigError: A device that is not there, or machines with unlike numbers of processes.
+    """
+    try:
+        world = distributed.start(device)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.DEVICE {device} under torchrun: {error}") from error
+    here = distributed.launched() or distributed.Launched()
+    found = sorted(set(distributed.gather_objects(here.local_size)))
+    if len(found) > 1:
+        raise ConfigError(
+            f"torchrun started {' and '.join(map(str, found))} processes on a machine; give the "
+            "same --nproc-per-node on each: Detectron2 counts on it"
+        )
+    if world.size > 1:
+        comm.create_local_process_group(here.local_size)
+    return world
+
+
 def current_world(device: str) -> World:
-    """Describe this process as Detectron2's ``launch`` started it.
+    """Describe this process as Detectron2's ``launch`` started it, or torchrun.
 
     Args:
         device: MODEL.DEVICE; alone, a process keeps the GPU that it names.

@@ -201,3 +201,25 @@ def other_moments(world, moments):
 
 def test_ranks_that_would_not_go_on_from_one_moment_are_refused():
     launch(other_moments, 2, [(3, 20), ()])
+
+
+def test_one_device_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert str(distributed.start("cuda:3").device) == "cuda:3"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes of this machine; give --device cuda,"):
+        distributed.start("cuda:0")
+
+
+def _ask(world, folder):
+    first = distributed.first_to("tell")
+    (folder / str(world.rank)).write_text(f"{first:d}{distributed.first_to('tell'):d}")
+
+
+def test_one_rank_is_the_first(tmp_path):
+    launch(_ask, 3, tmp_path)
+    told = sorted((tmp_path / str(rank)).read_text() for rank in range(3))
+    assert told == ["00", "00", "10"]
+    assert distributed.first_to("tell") and distributed.first_to("tell")  # alone

@@ -24,7 +24,7 @@ from common.checkpoint import CheckpointError, read_file
 from common.guard import STOPPED, UNTAUGHT
 from common.soup import average_weights
 from segmentation import cards, checkpoints
-from segmentation.cli import check_machine, main, parser, write_report
+from segmentation.cli import check_machine, main, write_report
 from segmentation.config import load_run
 from segmentation.errors import ConfigError
 from segmentation.evaluation import evaluate_group
@@ -636,12 +636,11 @@ def test_a_process_alone_keeps_the_gpu_that_is_named():
 def test_what_a_machine_has(tmp_path, monkeypatch, there, device, asked, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     run = load_run([write_run(tmp_path)], ["MODEL.DEVICE", device])
-    options = parser().parse_args(["--num-gpus", str(asked)])
     if message is None:
-        check_machine(options, run)
+        check_machine(run, asked)
         return
     with pytest.raises(ConfigError, match=message):
-        check_machine(options, run)
+        check_machine(run, asked)
 
 
 def test_a_run_in_which_nobody_learns_is_refused(tmp_path, datasets, capsys):
