@@ -264,8 +264,8 @@ def test_impossible_names_and_foreign_models_are_refused_before_any_work(hub):
     check_push(*asked("org/x", "dinov2_vits14_lc,name=d,frozen=true"))
 
 
-def test_an_experiment_pushes_none_of_its_runs():
-    asked = {"data": "/data", "peers": [{"model": "resnet18"}, {"model": "resnet34"}]}
+def test_an_experiment_pushes_none_of_its_runs(tmp_path):
+    asked = {"data": str(tmp_path), "peers": [{"model": "resnet18"}, {"model": "resnet34"}]}
     assert Classification().check(asked) == ["resnet18", "resnet34"]
     with pytest.raises(OptionError, match=r"push_to_hub org/x: .* classification/push\.py"):
         Classification().check({**asked, "push_to_hub": "org/x"})
