@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# a shell's background jobs ignore it, and so would every process that a test starts and interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)  # a process forked from one with OpenCV's threads would wait for them
