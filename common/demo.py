@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
-from common.termination import Termination, deaf_to, end_children, interrupts_told
+from common.termination import deaf_to, end_children, ended_at_once
 
 COMMON = Path(__file__).parent
 _AGAIN = "give the same command again to go on; the runs that have finished stay"
@@ -167,11 +167,9 @@ def side_by_side(jobs: int, total: int) -> Iterator[SideBySide]:
         Preempted: SIGTERM came.
         Interrupted: Ctrl-C came.
     """
-    context, termination = multiprocessing.get_context("spawn"), Termination()
+    context = multiprocessing.get_context("spawn")
     with (
-        interrupts_told(lambda: _AGAIN),
-        termination,
-        termination.at_once(f"SIGTERM: {_AGAIN}"),
+        ended_at_once(_AGAIN),
         ProcessPoolExecutor(
             jobs,
             mp_context=context,

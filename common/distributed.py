@@ -220,7 +220,7 @@ def is_first() -> bool:
     """Whether this is the first of the ranks, or the only one; of torchrun's, before they met."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return int(os.environ.get("RANK", "0")) == 0
+    return (launched() or Launched()).rank == 0
 
 
 def first_to(act: str) -> bool:
