@@ -167,17 +167,15 @@ def compared(
     control: str,
     *,
     arms: Sequence[str] | None = None,
-    metric: str = "top1",
-    lower_is_better: bool = False,
     chosen: str = "best",
     chance: str = "random",
+    **rest: Any,
 ) -> dict[str, Any]:
     """Compare arms with a control, and correct as experiments do.
 
     Args:
-        results, names, control, arms, metric, lower_is_better, chosen, chance: As of
-            ``summarise``. Where ``chosen`` and ``chance`` are there and neither is the control,
-            they are compared directly too.
+        results, names, control, arms, chosen, chance, rest: As of ``summarise``. Where ``chosen``
+            and ``chance`` are there and neither is the control, they are compared directly too.
 
     Returns:
         As ``corrected``.
@@ -186,21 +184,10 @@ def compared(
         ValueError: As ``summarise``.
     """
     known = set(arms if arms is not None else (row["arm"] for row in results))
-    pair = (chosen, chance)
-    direct = len({*pair, control}) == 3 and known.issuperset(pair)
-    return corrected(
-        summarise(
-            results,
-            names,
-            control,
-            arms=arms,
-            metric=metric,
-            lower_is_better=lower_is_better,
-            chosen=chosen,
-            chance=chance,
-            pairs=[pair] if direct else [],
-        )
-    )
+    rest |= {"arms": arms, "chosen": chosen, "chance": chance}
+    if len({chosen, chance, control}) == 3 and known.issuperset((chosen, chance)):
+        rest["pairs"] = [(chosen, chance)]
+    return corrected(summarise(results, names, control, **rest))
 
 
 def corrected(
