@@ -1,13 +1,11 @@
 """A signal to the process that leads others, by real processes: all end in seconds, and go on."""
 
 import json
-import logging
 import os
 import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from common.demo import side_by_side
 from common.experiment.local import run_local
 from common.outputs import run_command
 from common.termination import EXIT_STATUS, INTERRUPTED
+from tests.children import work_and_end
 from tests.common.waiting import train_for_a_minute
 
 ROOT = Path(__file__).parents[2]
@@ -72,18 +71,9 @@ def lead(tmp_path):
         if leader:
             leaders.append(leader)
             return leader
-        status = 99
-        try:
-            os.setsid()
-            os.chdir(tmp_path)
-            os.dup2(os.open("told.txt", os.O_WRONLY | os.O_CREAT), 2)
-            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
-            logging.getLogger().handlers.clear()  # pytest's, which would keep it all
-            status = work()
-        except BaseException:  # noqa: BLE001 - the child must end here
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+        os.setsid()
+        os.chdir(tmp_path)
+        work_and_end(work, "told.txt")
 
     yield start
     for leader in leaders:  # where the test failed

@@ -1,11 +1,8 @@
 """Small runs of every task through its command line's own code, in children that may be killed."""
 
 import json
-import logging
 import os
 import signal
-import sys
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import saliency.evaluation
 import saliency.train
 from common.checkpoint import list_runs, load_run, read_file, read_weights
 from common.engine import JointEngine
+from tests.children import work_and_end
 from tests.saliency.folders import write_dataset
 
 KILLED = -signal.SIGKILL
@@ -29,18 +27,7 @@ def in_a_child(work, log=os.devnull):
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 99
-    try:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-        os.dup2(2, 1)
-        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
-        logging.getLogger().handlers.clear()  # pytest's, which would keep it all
-        status = work()
-    except BaseException:  # noqa: BLE001 - the child must end here
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status or 0)
+    work_and_end(work, log)
 
 
 @dataclass
