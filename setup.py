@@ -74,6 +74,7 @@ setup(
             *DEMO,
             "transformers>=4.50,<6",
             "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.5,<4",
             "webdataset>=1,<2",
             "ruff>=0.9,<1",

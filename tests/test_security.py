@@ -29,6 +29,7 @@ from saliency.errors import DataError
 from saliency.evaluate import main as evaluate_saliency
 from saliency.predict import main as predict
 from saliency.train import main as train_saliency
+from tests.children import in_a_child
 from tests.saliency.folders import write_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -407,11 +408,11 @@ def test_text_that_is_no_utf8_is_refused_by_name(tmp_path, caplog):
 MIB = 2**20
 
 
-def in_a_child(work):
+def grown_by(work):
     """Return how many MiB the most memory of a process grew by while it worked, and its error."""
     end, start = os.pipe()
-    child = os.fork()
-    if not child:
+
+    def measured():
         told = "nothing was raised"
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
@@ -420,18 +421,17 @@ def in_a_child(work):
             told = f"{type(error).__name__}: {error}"
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
         os.write(start, json.dumps([grown, told]).encode())
-        os._exit(0)
+
+    assert in_a_child(measured) == 0
     os.close(start)
     with os.fdopen(end, "rb") as file:
-        told = file.read()
-    os.waitpid(child, 0)
-    return json.loads(told)
+        return json.loads(file.read())
 
 
 def test_a_compressed_torch_file_is_refused_before_it_is_unpacked(tmp_path):
     path = tmp_path / "peer.pth"
     write_inflated(path)
-    grown, told = in_a_child(lambda: read_file(path))
+    grown, told = grown_by(lambda: read_file(path))
     assert f"{path}: refused, it would unpack from" in told and grown < 32
     for sums in (False, True):
         with pytest.raises(CheckpointError, match="torch compresses nothing"):
@@ -522,7 +522,7 @@ def test_a_mat_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, name)
     path = tmp_path / "0001.mat"
     path.write_bytes(mat(*MATS[name]))
     assert path.stat().st_size < 2**20
-    grown, told = in_a_child(lambda: images.read_fixations(str(path)))
+    grown, told = grown_by(lambda: images.read_fixations(str(path)))
     assert told.startswith(f"DataError: {path}: ") and grown < 40
 
 
@@ -557,7 +557,7 @@ def huge(tmp_path_factory):
     "read", [images.read_frame, images.read_map, images.read_fixations], ids=lambda f: f.__name__
 )
 def test_a_picture_of_far_too_many_pixels_is_refused(huge, read):
-    grown, told = in_a_child(lambda: read(str(huge)))
+    grown, told = grown_by(lambda: read(str(huge)))
     assert told.startswith(f"DataError: {huge}: 20000 x 20000 pixels") and grown < 40
 
 
@@ -658,5 +658,5 @@ def test_pictures_of_too_many_pixels_are_named_in_segmentation(segmentation, hug
         lambda: segmentation["data"]._read_image({"file_name": str(huge)}),
         lambda: segmentation["data"].read_labels(str(huge)),
     ):
-        grown, told = in_a_child(work)
+        grown, told = grown_by(work)
         assert told.startswith(f"DataError: {huge}: ") and grown < 40

@@ -17,13 +17,7 @@ from common.termination import (
     handed_to_children,
     outlive_sigterm,
 )
-
-
-def in_a_child(work):
-    child = os.fork()
-    if not child:
-        os._exit(work())
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+from tests.children import in_a_child
 
 
 def wait_to_be_asked(ready, first):

@@ -16,18 +16,10 @@ import saliency.evaluation
 import saliency.train
 from common.checkpoint import list_runs, load_run, read_file, read_weights
 from common.engine import JointEngine
-from tests.children import work_and_end
+from tests.children import in_a_child
 from tests.saliency.folders import write_dataset
 
 KILLED = -signal.SIGKILL
-
-
-def in_a_child(work, log=os.devnull):
-    """Fork, work there, and return how it ended; what it tells goes into the log."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    work_and_end(work, log)
 
 
 @dataclass

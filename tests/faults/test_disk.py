@@ -21,7 +21,8 @@ from common.disk import OutputError, atomic_write
 from common.engine import JointEngine
 from common.outputs import _append, _trim
 from common.trainer import write_csv
-from tests.faults.runs import in_a_child, same
+from tests.children import in_a_child
+from tests.faults.runs import same
 
 FAST, ALL = 1, 6
 fsync = os.fsync

@@ -12,6 +12,7 @@ import common.checkpoint
 import common.trainer
 from common.checkpoint import list_runs, load_run, read_weights
 from common.engine import JointEngine
+from tests.children import in_a_child
 from tests.common.toy import ToyEvaluator, make_peers, make_trainer
 
 KILLED = signal.SIGKILL
@@ -90,13 +91,13 @@ def unharmed(tmp_path_factory):
 
 def killed_run(folder, point, count):
     """Run in a child process that dies at the point; return how it ended."""
-    child = os.fork()
-    if not child:
+
+    def work():
         owner, name, half, _ = POINTS[point]
         setattr(owner, name, at_call(count, getattr(owner, name), half))
         make(folder).fit()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return in_a_child(work)
 
 
 @pytest.mark.parametrize(("point", "count"), seeded_points())
@@ -122,15 +123,15 @@ def test_nearly_all_points_kill(tmp_path):
 
 def test_a_run_killed_again_and_again_comes_to_its_end(tmp_path, unharmed):
     for count in (3, 5, 4, 6):
-        child = os.fork()
-        if not child:
+
+        def work(count=count):
             JointEngine.step = at_call(count, JointEngine.step)
             trainer = make(tmp_path)
             if list_runs(tmp_path):
                 trainer.resume(load_run(tmp_path))
             trainer.fit()
-            os._exit(0)
-        os.waitpid(child, 0)
+
+        in_a_child(work)
     trainer = make(tmp_path)
     trainer.resume(load_run(tmp_path))
     trainer.fit()
