@@ -126,7 +126,8 @@ def write_splits(
     """Link one seed's folders: ``validation``, ``tune`` and one to pretrain each peer on.
 
     The test images (2500 of MNIST's) are shared. ``tune`` has as many of each class (50). Of the
-    rest, a peer is pretrained on all of its own classes, and on 6 % of the others.
+    rest, a peer is pretrained on all of its own classes, and on 6 % of each of the others, on one
+    image at least.
 
     Args:
         digits: From ``write_digits``.
@@ -150,9 +151,14 @@ def write_splits(
     rest = [item for item in pool if item not in taken]
     parts = {"tune": tune}
     for name, own in skews.items():
-        drawn = torch.rand(len(rest), generator=generator).tolist()
+        drawn = dict(zip(rest, torch.rand(len(rest), generator=generator).tolist(), strict=True))
+        least: dict[int, float] = {}
+        for (label, _), x in drawn.items():
+            least[label] = min(x, least.get(label, x))
         parts[f"pretrain-{name}"] = [
-            item for item, x in zip(rest, drawn, strict=True) if item[0] in own or x < FOREIGN
+            item
+            for item, x in drawn.items()
+            if item[0] in own or x < FOREIGN or x == least[item[0]]
         ]
     for part, items in parts.items():
         _link(items, folder / part / "train")

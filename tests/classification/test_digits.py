@@ -50,6 +50,16 @@ def test_a_seed_splits_uci_into_parts_that_fit_it(tmp_path):
     assert not tune.keys() & test.keys()
 
 
+def test_a_peer_is_pretrained_on_every_class(tmp_path, monkeypatch):
+    monkeypatch.setattr("classification.digits.FOREIGN", 0.0)
+    digits = write_digits(tmp_path / "digits", UCI)
+    write_splits(digits, tmp_path / "seed-0", {"low": range(5)}, 0, UCI)
+    folder = tmp_path / "seed-0" / "pretrain-low" / "train"
+    counts = {int(path.name): len(list(path.iterdir())) for path in folder.iterdir()}
+    assert [counts[label] for label in range(5, 10)] == [1] * 5
+    assert min(counts[label] for label in range(5)) > 20
+
+
 def test_a_missing_scikit_learn_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install -e \"\.\[demo\]\""):
