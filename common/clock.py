@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
 _logger = logging.getLogger(__name__)
 
 _Batch = TypeVar("_Batch")
@@ -45,6 +47,12 @@ class Pace:
     def seconds_of(self, batches: int) -> float:
         """Foretell how long further batches take; those of a stretch without any, no time."""
         return batches * self.seconds / self.batches if self.batches else 0.0
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class LoopClock:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from common.clock import wait_for
 from common.memory import buffers_kept
 from common.peers import Peer
 from common.seeding import Draws
@@ -124,20 +125,15 @@ def time_in_turns(
 
 
 def _one_step(peer: Peer, batch: Any, device: torch.device, dtype: torch.dtype | None) -> StepTime:
-    _wait_for(device)
+    wait_for(device)
     begun = time.perf_counter()
     with torch.set_grad_enabled(not peer.frozen), autocast(device, dtype):
         loss = peer.forward(batch).task_loss
-    _wait_for(device)
+    wait_for(device)
     forward = time.perf_counter() - begun
     if not peer.frozen:
         loss.backward()
         for p in peer.module.parameters():
             p.grad = None
-    _wait_for(device)
+    wait_for(device)
     return StepTime(forward, time.perf_counter() - begun)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

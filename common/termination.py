@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from common import distributed
+from common.clock import wait_for
 from common.distributed import World
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -25,6 +26,9 @@ INTERRUPTED = 130  # what shells tell of a command that Ctrl-C ended
 TOGETHER = 10.0
 """Seconds within which signals are one request: Slurm sends one to every process of a job, and what
 started a process (torchrun, ``timeout``) hands its own on."""
+AGREE = 5.0
+"""Seconds after which ranks ask one another again whether a signal came. torchrun and Slurm kill 30
+seconds after SIGTERM; a step that began before, and the save, need the rest."""
 
 _logger = logging.getLogger("train")
 
@@ -80,11 +84,13 @@ class Termination:
 
     def __init__(self) -> None:
         self.asked = False
+        self._steps, self._interval, self._agreed_at = 0, 1, 0.0  # of the ranks' agreements
         self._since = 0.0
         self._ends = ""
         self._before: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> Termination:
+        self._agreed_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
@@ -135,6 +141,35 @@ class Termination:
         if world.size == 1:
             return self.asked
         return any(distributed.gather_objects(self.asked))
+
+    def agreed_after_step(self, world: World, done: int, period: int) -> bool:
+        """Whether any rank was asked, where ranks ask one another; to be called after each step.
+
+        A single process looks each time. Several ask after the first step, then after so many as
+        take ``AGREE`` seconds on the slowest rank, but at most twice as many as before (the first
+        steps may be fast on data that was read ahead), and whenever ``period`` steps are over. When
+        that is follows from what all of them know, so they ask at the same step. Between, nothing
+        is exchanged and nothing is read from the device.
+
+        Args:
+            world: Where this process stands.
+            done: Steps of the run; the same on all ranks.
+            period: In steps; where all wait for the device anyway.
+        """
+        if world.size == 1:
+            return self.asked
+        self._steps += 1
+        if self._steps < self._interval and done % period:
+            return False
+        wait_for(world.device)  # as the exchange does; else this measured the host alone
+        seconds = (time.monotonic() - self._agreed_at) / self._steps
+        told = distributed.gather_objects((self.asked, seconds))
+        slowest = max(seconds for _, seconds in told)
+        self._interval = min(2 * self._interval, period)
+        if self._interval * slowest > AGREE:
+            self._interval = max(1, int(AGREE / slowest))
+        self._steps, self._agreed_at = 0, time.monotonic()
+        return any(asked for asked, _ in told)
 
 
 @contextmanager

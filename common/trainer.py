@@ -222,7 +222,8 @@ class Trainer:
             NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
             BadSampleError: More files are broken than ``bad`` allows.
             Preempted: SIGTERM came, and a run file was written. It is looked for after every step
-                in a single process, and with several ranks when they log and before they evaluate.
+                in a single process, and with several ranks every few seconds, when they log and
+                before they evaluate.
                 One that comes in an evaluation ends it at once: a run file was written before.
             Interrupted: Ctrl-C came; it saves nothing.
         """
@@ -329,9 +330,11 @@ class Trainer:
                     peer.schedule.step_update(num_updates=self.progress.updates)
             if self.progress.updates % self.plan.log_every == 0:
                 self._log(self.ledger.read(), clock.read())
-                self._end_if_asked()
-            elif self.world.size == 1:
-                self._end_if_asked()
+            self._end_if(
+                self.termination.agreed_after_step(
+                    self.world, self.progress.updates, self.plan.log_every
+                )
+            )
             if self.plan.save_every and self.progress.updates % self.plan.save_every == 0:
                 self.save()
         if self.progress.batch != batches:
@@ -348,8 +351,8 @@ class Trainer:
             )
         self._stepped = True
 
-    def _end_if_asked(self) -> None:
-        if self.termination.agreed(self.world):
+    def _end_if(self, asked: bool) -> None:
+        if asked:
             self.save()
             raise Preempted(self._saved())
 
@@ -405,7 +408,7 @@ class Trainer:
         if evaluates:
             self._save_before_evaluation()
         elif self.world.size > 1:
-            self._end_if_asked()
+            self._end_if(self.termination.agreed(self.world))
         self.finite.check(self.engine.scaler)
         self.bad.share()
         lessons = self.ledger.read_epoch()

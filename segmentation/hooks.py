@@ -147,9 +147,9 @@ class EndIfAsked(HookBase):
 
     Args:
         termination: Entered while the run goes on.
-        world: Where this process stands; several ranks ask each other every ``period`` iterations.
+        world: Where this process stands.
         save: Called with False.
-        period: In iterations.
+        period: In iterations, after which several ranks ask one another at the latest.
     """
 
     def __init__(
@@ -161,15 +161,15 @@ class EndIfAsked(HookBase):
         self.period = period
 
     def after_step(self) -> None:
-        """Look for the signal; in a single process after every step.
+        """Look for the signal, as ``Termination.agreed_after_step``.
 
         Raises:
             Preempted: It came, and a checkpoint was written.
         """
         done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or (self.world.size > 1 and done % self.period):
+        if done == self.trainer.max_iter:
             return
-        if self.termination.agreed(self.world):
+        if self.termination.agreed_after_step(self.world, done, self.period):
             self.save(False)
             raise Preempted(preempted_at(done))
 

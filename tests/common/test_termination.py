@@ -7,8 +7,10 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 import common.termination
+from common.distributed import World
 from common.termination import (
     EXIT_STATUS,
     TOGETHER,
@@ -117,3 +119,58 @@ def test_a_reading_process_is_ended_by_its_own_run_alone():
     reader.terminate()
     reader.join(20)
     assert reader.exitcode == 0
+
+
+def steps_of_agreements(monkeypatch, durations, period, others=0.0, done=0):
+    """Return after which steps a rank asks the other one, whose steps take ``others`` seconds."""
+    now, asked, told = [0.0], [], []
+
+    def gather(own):
+        asked.append(step)
+        told.append(own)
+        return [own, (False, others)]
+
+    monkeypatch.setattr(common.termination.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(common.termination.distributed, "gather_objects", gather)
+    world = World(0, 2, 0, torch.device("cpu"))
+    with Termination() as termination:
+        for step, seconds in enumerate(durations, done + 1):
+            now[0] += seconds
+            assert not termination.agreed_after_step(world, step, period)
+    assert all(seconds > 0 and not signalled for signalled, seconds in told)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("durations", "others", "expected"),
+    [
+        ([0.01] * 160, 0.0, [1, 3, 7, 15, 31, 50, 100, 150]),
+        ([0.01] * 160, 0.01, [1, 3, 7, 15, 31, 50, 100, 150]),
+        ([2.0] * 9, 0.0, [1, 3, 5, 7, 9]),
+        ([20.0] * 4, 0.0, [1, 2, 3, 4]),
+        ([0.01] * 9, 2.0, [1, 3, 5, 7, 9]),  # the other one's are slow
+        ([20.0, *[0.5] * 30], 0.0, [1, 2, 4, 8, 16, 26]),  # only the first is slow
+        ([*[0.001] * 4, *[1.0] * 20], 0.0, [1, 3, 7, 13, 18, 23]),  # fast on what was read ahead
+    ],
+)
+def test_ranks_ask_one_another_as_often_as_their_steps_are_slow(
+    monkeypatch, durations, others, expected
+):
+    assert steps_of_agreements(monkeypatch, durations, 50, others) == expected
+
+
+def test_a_resumed_run_asks_after_its_first_step_too(monkeypatch):
+    found = steps_of_agreements(monkeypatch, [0.01] * 80, 50, done=137)
+    assert found == [138, 140, 144, 150, 166, 198, 200]
+
+
+def test_a_single_process_looks_after_each_step(monkeypatch):
+    def refuse(own):
+        raise AssertionError("nobody to ask")
+
+    monkeypatch.setattr(common.termination.distributed, "gather_objects", refuse)
+    termination = Termination()
+    world = World(0, 1, 0, torch.device("cpu"))
+    assert not any(termination.agreed_after_step(world, step, 50) for step in range(1, 60))
+    termination.asked = True
+    assert termination.agreed_after_step(world, 60, 50)

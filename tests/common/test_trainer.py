@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.termination
 from common.checkpoint import CheckpointError, list_runs, load_run, read_weights
 from common.roles import NonFiniteError
 from common.termination import Preempted
@@ -304,27 +305,64 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_path
             assert torch.equal(a, b)
 
 
-def _terminated(world, folder, log_every, updates):
-    trainer = make_trainer(folder, world=world, epochs=2, log_every=log_every)
+class Slow(ToyLoader):
+    """Calls ``at(k)`` at the k-th batch of an epoch, ``at(None)`` before; each takes a while."""
 
-    def set_epoch(*given):
-        if world.rank == 0 and (updates == 0) == (not trainer.progress.history):
+    def __init__(self, batches, seconds, at):
+        super().__init__(batches)
+        self.seconds, self.at = seconds, at
+
+    def set_epoch(self, *given):
+        super().set_epoch(*given)
+        self.at(None)
+
+    def __iter__(self):
+        for k, batch in enumerate(super().__iter__(), 1):
+            self.at(k)
+            time.sleep(self.seconds)
+            yield batch
+
+
+def _terminated(world, folder, log_every, signalled, updates):
+    def at(k):
+        if world.rank == 0 and k == signalled:
             trainer.termination._note(15, None)
 
-    trainer.loader.set_epoch = set_epoch
+    loader = Slow(6, 0, at)
+    trainer = make_trainer(folder, world=world, epochs=2, log_every=log_every, loader=loader)
     with pytest.raises(Preempted):
         trainer.fit()
     assert trainer.progress.updates == updates
     assert len(trainer.progress.history) == min(updates, 1)  # the start's
 
 
-@pytest.mark.parametrize(("log_every", "updates"), [(2, 2), (50, 6), (50, 0)])
-def test_a_signal_to_one_rank_ends_all_when_they_log_or_would_evaluate(
-    tmp_path, log_every, updates
+@pytest.mark.parametrize(
+    ("log_every", "signalled", "updates"), [(50, 1, 1), (2, 3, 4), (50, 4, 6), (50, None, 0)]
+)
+def test_a_signal_to_one_rank_ends_all_when_they_ask_log_or_would_evaluate(
+    tmp_path, log_every, signalled, updates
 ):
-    launch(_terminated, 2, tmp_path, log_every, updates)
+    launch(_terminated, 2, tmp_path, log_every, signalled, updates)
     if not updates:
         assert not list_runs(tmp_path)
         return
     progress = load_run(tmp_path)["progress"]
     assert (progress["updates"], progress["epoch"]) == (updates, 0)
+
+
+def _terminated_in_slow_steps(world, folder):
+    def at(k):
+        if world.rank == 1 and k == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loader = Slow(60, 0.2 if world.rank else 0.0, at)  # the signalled rank is the slow one
+    trainer = make_trainer(folder, world=world, epochs=1, log_every=1000, loader=loader)
+    with pytest.raises(Preempted):
+        trainer.fit()
+
+
+def test_with_slow_steps_and_few_log_lines_ranks_end_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.termination, "AGREE", 1.0)
+    launch(_terminated_in_slow_steps, 2, tmp_path)
+    progress = load_run(tmp_path)["progress"]
+    assert progress["epoch"] == 0 and 8 <= progress["updates"] <= 13  # a second is 5 steps

@@ -12,14 +12,17 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
 
-from common.termination import EXIT_STATUS, INTERRUPTED
+import common.termination
+from common.termination import EXIT_STATUS, INTERRUPTED, Preempted, Termination
 from segmentation import checkpoints
 from segmentation.cli import main
 from segmentation.config import load_run
 from segmentation.data import read_labels
 from segmentation.errors import DataError
+from segmentation.hooks import EndIfAsked
 from segmentation.peer import make_batch
 from segmentation.trainer import TransferTrainer
+from tests.launch import launch
 from tests.segmentation.runs import write_run
 
 ONE_STEP = ["SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0", "SOLVER.CHECKPOINT_PERIOD", "0"]
@@ -209,7 +212,28 @@ def test_sigterm_saves_a_run_of_two_processes(tmp_path, datasets):
     told = tmp_path / "log.txt"
     assert process.wait() == EXIT_STATUS, told.read_text()[-3000:]
     assert "SIGTERM: saved after iteration" in told.read_text()
-    assert torch.load(tmp_path / "out" / "run.pt", weights_only=True)["iteration"] % 20 == 0
+
+
+def _slow_iterations(world, folder):
+    saved = []
+    with Termination() as termination:
+        hook = EndIfAsked(termination, world, saved.append, period=1000)
+        hook.trainer = SimpleNamespace(max_iter=60)
+        with pytest.raises(Preempted, match=r"saved after iteration (8|9|1\d);"):
+            for hook.trainer.iter in range(60):
+                if (world.rank, hook.trainer.iter) == (0, 7):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+                hook.after_step()
+    assert saved == [False]
+    (folder / f"{world.rank}").write_text(str(hook.trainer.iter))
+
+
+def test_with_slow_iterations_ranks_end_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.termination, "AGREE", 0.5)
+    launch(_slow_iterations, 2, tmp_path)
+    one, other = ((tmp_path / f"{rank}").read_text() for rank in (0, 1))
+    assert one == other
 
 
 @NO_GPU
