@@ -9,6 +9,11 @@ training depends on who is beside. The task's ``scout.py --realised`` scouts the
 that are neither trained nor measured on, and compares what it predicts with what each pair gained.
 Every run is done once: started again, the script goes on where it was stopped; ``--report-only``
 compares what is there. Models, data and lengths are those of ``scouted_TASK.py``.
+
+What was predicted and gained is kept as a table (``--table``; see ``scouting_table.py``), from
+which all that is printed is computed. Anybody can do that without the runs:
+
+    python benchmarks/scouting.py --read benchmarks/results/scouting-classification.csv
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from typing import Any
 
 import torch
 from measure import machine
+from scouting_table import read_table, write_table
 
 from common.demo import once
 from common.report.numbers import difference_unit
@@ -42,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--pairs", type=int, help="the first so many; default: all")
     parser.add_argument("--seeds", type=int, help="of fine-tuning; default: the task's")
     parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--table", type=Path, help="to write; default: pairs.csv in the folder")
+    parser.add_argument(
+        "--read", type=Path, metavar="TABLE", help="train nothing: tell of this one"
+    )
     args = parser.parse_args(arguments)
+    if args.read:
+        return tell(_read(parser, args.read))
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.ERROR)
     task = importlib.import_module(f"scouted_{args.task}")
@@ -50,9 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if not args.report_only:
         train_all(task, folder, args.pairs, args.seeds or task.SEEDS)
     found = task.compare(folder, finished(folder))
-    tell(found)
-    print(f"{time.process_time() / 60:.1f} minutes of CPU time in this call")
+    table = args.table or folder / "pairs.csv"
+    write_table(table, found)
+    tell(read_table(table))
+    print(
+        f"\n{table}; {machine()}; {time.process_time() / 60:.1f} minutes of CPU time in this call"
+    )
     return found
+
+
+def _read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    try:
+        return read_table(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"--read: {error}")
 
 
 def train_all(task: Any, folder: Path, count: int | None, seeds: int) -> None:
@@ -88,20 +111,20 @@ def finished(folder: Path) -> list[str]:
     return [str(folder / "runs" / name) for name in done if (folder / "runs" / name).is_dir()]
 
 
-def tell(found: dict[str, Any]) -> None:
-    """Print what pairs gained, and how well that was predicted."""
+def tell(found: dict[str, Any]) -> dict[str, Any]:
+    """Print what pairs gained, and how well that was predicted, as Markdown; return it."""
     told, unit = found["realised"], difference_unit(found["metric"])
     digits = 2 if unit == "points" else 4
     gains = [row["gain"] for row in told["runs"]]
-    print(f"{len(gains)} teams; {machine()}")
     print(
-        f"gain of {found['metric']} over the control, mean over teams: "
-        f"{statistics.mean(gains):+.{digits}f} ({unit}), standard deviation "
-        f"{statistics.pstdev(gains):.{digits}f}, from {min(gains):+.{digits}f} to "
-        f"{max(gains):+.{digits}f}; {sum(gain > 0 for gain in gains)} gain"
+        f"{len(gains)} teams of {len(found['names'])} models; gain of {found['metric']} over the "
+        f"control, mean over teams: {statistics.mean(gains):+.{digits}f} ({unit}), standard "
+        f"deviation {statistics.pstdev(gains):.{digits}f}, from {min(gains):+.{digits}f} to "
+        f"{max(gains):+.{digits}f}; {sum(gain > 0 for gain in gains)} gain\n"
     )
-    for row in (HEAD, *correlation_rows(found)):
-        print(" | ".join(row))
+    for row in (HEAD, ["---"] * len(HEAD), *correlation_rows(found)):
+        print(f"| {' | '.join(cell.strip() for cell in row)} |")
+    return found
 
 
 if __name__ == "__main__":

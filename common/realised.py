@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from common.rank_correlation import rank_correlation
 from common.scouting import Judge, Team
 
 _logger = logging.getLogger("scout")
+
+_FEW = 1000  # teams that were not run and are told nevertheless
 
 
 @dataclass(frozen=True)
@@ -205,9 +208,9 @@ def compare(
             one more predictor.
 
     Returns:
-        Plain containers: ``runs`` (team, gain, predictions, each also by member), ``correlations``
-        (for each predictor over ``teams`` by the mean of their members, over ``members``, and over
-        the ``partners`` of each single model), and ``controlled``.
+        Plain containers: ``runs`` (team, gain, predictions, each also by member), ``others``
+        (predictions for the teams that were not run, where these are few), ``correlations``
+        (see ``correlate``), and ``controlled``.
 
     Raises:
         ValueError: A rule or score under which the survey's models cannot be judged.
@@ -229,12 +232,54 @@ def compare(
                 "predicted": predicted,
             }
         )
-    names = list(rows[0]["predicted"]) if rows else []
+    teams = [one.members for one in realised]
+    known = set(judges.of(realised[0]).usable) if realised else set()
+    if ensemble is not None and all(team in ensemble for team in possible_teams(teams)):
+        known.add("ensemble")
+
+    def told(name: str, k: int, members: Sequence[int]) -> Sequence[float]:
+        if name == "ensemble" and ensemble is not None:
+            return ensemble[tuple(members)]
+        return judges.team(realised[k], members).predicted[name]
+
     return {
         "controlled": bool(realised) and realised[0].controlled,
         "runs": rows,
-        "correlations": {name: _correlations(name, rows, realised, judges) for name in names},
+        "others": _others(realised, judges),
+        "correlations": correlate(rows, teams, told, known),
     }
+
+
+Told = Callable[[str, int, Sequence[int]], Sequence[float]]
+"""What a predictor says of models [k], ascending, under the rule of a row: name, row, models."""
+
+
+def correlate(
+    rows: Sequence[Mapping[str, Any]],
+    teams: Sequence[tuple[int, ...]],
+    told: Told,
+    known: Collection[str],
+) -> dict[str, dict[str, Any]]:
+    """Correlate every predictor of a table with its gains.
+
+    Args:
+        rows: One a team, as ``compare`` tells them: ``rule``, ``gains``, ``gain``, ``predicted``.
+        teams: Numbers of the models of each, ascending.
+        told: Asked for the predictions of models that carry others' names.
+        known: Predictors of which ``told`` knows all teams; others have no p.
+
+    Returns:
+        For each predictor a ``RankCorrelation``, as a dict: over ``teams`` by the mean of their
+        members, over ``members``, and over the ``partners`` of each single model.
+    """
+    names = list(rows[0]["predicted"]) if rows else []
+    return {name: _correlations(name, rows, teams, told, name in known) for name in names}
+
+
+def possible_teams(teams: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """List all teams of the same models and sizes, one by one."""
+    used, sizes = sorted({i for team in teams for i in team}), sorted({len(team) for team in teams})
+    return itertools.chain.from_iterable(itertools.combinations(used, size) for size in sizes)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -249,37 +294,58 @@ class _Judges:
         self._judges: dict[tuple[Any, ...], Judge] = {}
         self._teams: dict[tuple[Any, ...], Team] = {}
 
+    def way(self, one: Realised) -> tuple[Any, ...]:
+        return one.rule, one.score, one.margin, one.grouped
+
     def of(self, one: Realised) -> Judge:
-        way = one.rule, one.score, one.margin, one.grouped
+        way = self.way(one)
         if way not in self._judges:
             self._judges[way] = self._judge(one)
         return self._judges[way]
 
     def team(self, one: Realised, members: Sequence[int]) -> Team:
-        key = (one.rule, one.score, one.margin, one.grouped, tuple(sorted(members)))
+        key = (*self.way(one), tuple(sorted(members)))
         if key not in self._teams:
             self._teams[key] = self.of(one).judge(key[-1])
         return self._teams[key]
 
 
+def _others(realised: Sequence[Realised], judges: _Judges) -> list[dict[str, Any]]:
+    """Judge the teams that were not run, where these are few and all runs had one transfer."""
+    if len({judges.way(one) for one in realised}) != 1:
+        return []
+    first, run = realised[0], {one.members for one in realised}
+    left = (team for team in possible_teams([*run]) if team not in run)
+    few = list(itertools.islice(left, _FEW + 1))
+    names = judges.of(first).found.names
+    return [
+        {"members": [names[i] for i in team], "predicted": judges.team(first, team).predicted}
+        for team in (few if len(few) <= _FEW else ())
+    ]
+
+
 def _correlations(
-    name: str, rows: Sequence[Mapping[str, Any]], realised: Sequence[Realised], judges: _Judges
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    teams: Sequence[tuple[int, ...]],
+    told: Told,
+    known: bool,
 ) -> dict[str, Any]:
     """Correlate over teams, over their members, and over the partners of each single model.
 
     Models change places for p, where the rule names none of them.
     """
-    used = sorted({i for one in realised for i in one.members})
-    predicted = name in judges.of(realised[0]).usable  # the ensemble is of the runs' teams alone
-    movable = predicted and len(used) > 3 and all(":" not in one.rule for one in realised)
+    used = sorted({i for team in teams for i in team})
+    movable = known and len(used) > 3 and all(":" not in row["rule"] for row in rows)
 
     def by_member(random: np.random.Generator) -> list[tuple[float, ...]]:
         other = dict(zip(used, random.permutation(used).tolist(), strict=True))
         found = []
-        for one in realised:
-            members = [other[i] for i in one.members]
-            told = judges.team(one, members).predicted[name]
-            found.append(tuple(told[sorted(members).index(i)] for i in members))
+        for k, team in enumerate(teams):
+            members = [other[i] for i in team]
+            ordered = sorted(members)
+            values = told(name, k, ordered)
+            found.append(tuple(values[ordered.index(i)] for i in members))
         return found
 
     def of_teams(random: np.random.Generator) -> list[float]:
@@ -288,7 +354,6 @@ def _correlations(
     def of_members(random: np.random.Generator) -> list[float]:
         return [value for team in by_member(random) for value in team]
 
-    teams = [one.members for one in realised]
     each: dict[str, Any] = {
         "predicted": [x for row in rows for x in row["predicted"][name]],
         "realised": [x for row in rows for x in row["gains"]],

@@ -147,7 +147,12 @@ def test_gains_that_follow_a_prediction_are_found_to_do_so():
     assert flips["partners"]["rho"] > 0.99 and flips["partners"]["p"] < 0.01
     assert math.isnan(told["correlations"]["error"]["partners"]["rho"])  # the same for all partners
     assert "ensemble" in told["correlations"] and not told["controlled"]
-    assert math.isnan(told["correlations"]["ensemble"]["teams"]["p"])
+    assert told["others"] == [] and told["correlations"]["ensemble"]["teams"]["p"] < 1
+    few = compare(realised_gains(runs[1:]), judged(found), together)
+    assert [row["members"] for row in few["others"]] == [list(found.names[:2])]
+    del together[0, 1]  # models cannot change places where a team's ensemble is not known
+    few = compare(realised_gains(runs[1:]), judged(found), together)["correlations"]
+    assert math.isnan(few["ensemble"]["teams"]["p"]) and few["flips"]["teams"]["p"] < 0.05
 
 
 def test_one_strong_model_does_not_pass_for_many_pairs():
