@@ -53,6 +53,7 @@ from common.scout_check import (
 )
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_outcome, teams_by_size, teams_to_train, write_outcome
+from common.scout_starts import unlike_starts
 from common.scouting import (
     PREDICTORS,
     Judge,
@@ -212,6 +213,10 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
             for team, whole in zip(teams, together, strict=True)
         }
 
+    asked = evaluated_on(options)
+    same = [asked == evaluated_on(run.started) for run in runs]
+    whole = not (options.samples or options.held_out)
+    assert found.correct is not None
     outcome = {
         **check_runs(
             gained,
@@ -222,7 +227,10 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         "samples": logits.count,
         "unit": "images",
         "metric": METRIC,
-        "same_data": evaluated_on(options) in [evaluated_on(run.started) for run in runs],
+        "same_data": any(same),
+        "starts": unlike_starts(
+            finished, names, METRIC, 100 * found.correct, [whole and one for one in same]
+        ),
         "models": [asdict(fact) for fact in describe_models(found)],
         "settings": _settings(options),
     }

@@ -172,6 +172,7 @@ def write_check(folder: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
     _logger.info("%s", realised_lead(outcome))
     log_table([dict(zip(HEAD, row, strict=True)) for row in correlation_rows(outcome)])
     for caution in realised_cautions(outcome):
-        _logger.info("%s", caution)
+        level = logging.WARNING if caution in outcome["starts"] else logging.INFO
+        _logger.log(level, "%s", caution)
     _logger.info("report: %s", report)
     return outcome

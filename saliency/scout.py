@@ -39,6 +39,7 @@ from common.scout_check import (
 )
 from common.scout_commands import flags_of, train_command, with_engine
 from common.scout_outcome import describe_ranking, teams_by_size, teams_to_train, write_outcome
+from common.scout_starts import unlike_starts
 from common.scouting import Judge, check_request, rank_teams, team_sizes, without_repeats
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
 from saliency.evaluation import metrics_for
@@ -64,6 +65,7 @@ from saliency.train import FAULTS, check_videos
 _logger = logging.getLogger("scout")
 
 _COMMANDS = 3
+_PARTS = 20  # of the frames, whose means tell how far chance moves their mean
 _NOT_TRAINING = "recipe peers output experiment plan gpu_mem check_data".split()
 _HERE = Path("output/scout")
 _SCORES = {"loss": "loss", "confidence": "raw confidence"}
@@ -178,6 +180,10 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     candidates = inspect(specs, names, options.skip_unfit, watch)
     view = _answered(candidates, videos, options, world, watch)
     asked = evaluated_on(options, options.split)
+    same = [asked == evaluated_on(run.started) for run in runs]
+    whole = not (options.frames or options.held_out)
+    parts = view.scores[options.metric].tensor_split(_PARTS, dim=1)  # neighbours are alike
+    scouted = torch.stack([part.mean(dim=1) for part in parts if part.shape[1]], dim=1)
     outcome = {
         **check_runs(
             gained,
@@ -189,7 +195,10 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
         "samples": view.source.count,
         "unit": "frames",
         "metric": options.metric,
-        "same_data": asked in [evaluated_on(run.started) for run in runs],
+        "same_data": any(same),
+        "starts": unlike_starts(
+            finished, names, options.metric, scouted, [whole and one for one in same]
+        ),
         "models": _models(view),
         "settings": _settings(options, videos),
     }

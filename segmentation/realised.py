@@ -77,6 +77,11 @@ def read_run(folder: Path) -> ReadRun:
     )
 
 
+def read_starts(run: ReadRun, metric: str) -> tuple[float, ...]:
+    """Return a metric of every peer at the start of a run."""
+    return read_ends(run.folder / _SUMMARY, run.started.names, metric)[0]
+
+
 def evaluated_on(run: RunConfig) -> list[tuple[tuple[str, ...], bool]]:
     """Name the datasets that a run is evaluated on, and whether it is a part held out of them."""
     return [(sources(name), part_of(name) is not None) for name in hold_out(run).cfg.DATASETS.TEST]

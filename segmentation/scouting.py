@@ -40,6 +40,7 @@ from common.scout_check import (
     write_check,
 )
 from common.scout_outcome import describe_outcome, teams_by_size, teams_to_train, write_outcome
+from common.scout_starts import unlike_starts
 from common.scouting import (
     PREDICTORS,
     Judge,
@@ -74,13 +75,14 @@ from segmentation.config import RunConfig, load_run
 from segmentation.data import allowed, check_classes, classes_of
 from segmentation.errors import FAULTS
 from segmentation.held_out import hold_out
-from segmentation.realised import evaluated_on, read_run, run_of
+from segmentation.realised import evaluated_on, read_run, read_starts, run_of
 from segmentation.scout_costs import SegmentorCosts
 from segmentation.trainer import METRIC, current_world
 
 _logger = logging.getLogger("scout")
 
 _COMMANDS = 3
+ACCURACY = "pACC"  # of mIoU a few pixels tell too little
 _CLASSES_SHOWN = 40
 _HERE = Path("output/scout")
 CAUTION = (
@@ -228,6 +230,10 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
         "unit": f"pixels of {view.images} images",
         "metric": METRIC,
         "same_data": evaluated_on(run)[0] in [x for one in runs for x in evaluated_on(one.started)],
+        "starts": unlike_starts(
+            *(finished, names, ACCURACY, 100 * view.accuracy(), [False] * len(runs)),
+            before=[read_starts(run, ACCURACY) for run in runs],
+        ),
         "models": [asdict(fact) for fact in describe_models(view.found)],
         "settings": _settings(asked, run),
     }
@@ -327,6 +333,15 @@ class Answered:
             score = "raw confidence"  # as training compares them, for it calibrates none
         groups = self.image if granularity == "image" else None
         return Judge(self.found, rule, score, margin, groups)
+
+    def accuracy(self) -> Tensor:
+        """Estimate every model's pixel accuracy by image [M, images], by the images' sizes."""
+        assert self.found.correct is not None
+        weighted = self.found.correct.double() * self.weight / self.weight.double().mean()
+        sums = torch.zeros(len(weighted), int(self.image.max()) + 1, dtype=torch.float64)
+        sums.index_add_(1, self.image, weighted)
+        count = torch.bincount(self.image)
+        return sums[:, count > 0] / (len(self.image) / self.images)
 
     def over_members(self, teams: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[float]]:
         """Measure by how much a team's mean is right on more pixels than each member."""

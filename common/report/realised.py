@@ -37,7 +37,7 @@ SAME_DATA = (
 
 def realised_cautions(outcome: Mapping[str, Any]) -> list[str]:
     """Say what to beware of."""
-    return [CAUTION, *([SAME_DATA] if outcome["same_data"] else [])]
+    return [*outcome["starts"], CAUTION, *([SAME_DATA] if outcome["same_data"] else [])]
 
 
 def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
@@ -46,8 +46,9 @@ def write_realised_report(path: Path | str, outcome: Mapping[str, Any]) -> Path:
     Args:
         path: The HTML file; written whole or not at all.
         outcome: ``names``, ``samples`` and their ``unit``, ``metric`` that was gained,
-            ``predictor``, ``realised`` (from ``common.realised.compare``), ``settings``, and
-            ``same_data``: whether models answered what runs were evaluated on.
+            ``predictor``, ``realised`` (from ``common.realised.compare``), ``settings``,
+            ``same_data``: whether models answered what runs were evaluated on, and ``starts``
+            (from ``common.scout_starts.unlike_starts``).
 
     Returns:
         Where it lies.

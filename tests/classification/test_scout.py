@@ -376,10 +376,16 @@ def test_predictions_are_compared_with_finished_runs(trained, digits, tmp_path, 
     assert told["correlations"]["kl"]["teams"]["count"] == 4
     page = (tmp_path / "test" / "report.html").read_text()
     assert "orders of the models" in page and page.count("<figure") == 2
-    assert found["same_data"]
+    assert found["same_data"] and found["starts"] == []
     shutil.copytree(digits, tmp_path / "own")
     for other in ([str(tmp_path / "own")], ["--held-out", "0.1"], ["--val-split", "train"]):
         assert not scout([*other, "--realised", control, *runs, *more], bars=False)["same_data"]
+    for path in (tmp_path / "own").rglob("*.png"):
+        ImageOps.invert(Image.open(path)).save(path)
+    starts = scout([str(tmp_path / "own"), "--realised", control, *runs, *more], bars=False)[
+        "starts"
+    ]
+    assert starts and all("of 3 runs differ): data, view or" in told for told in starts)
     monkeypatch.setattr("classification.scout.find_candidates", None)  # no model is loaded
     for bad, words in (
         ([str(tmp_path)], "it has no args.yaml"),

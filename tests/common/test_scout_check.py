@@ -26,14 +26,14 @@ def test_runs_are_found_however_they_are_given(given, runs):
     assert runs_asked(given.split()) == runs
 
 
-def written(folder, same_data=False):
+def written(folder, same_data=False, starts=()):
     """Write the page on a control, which comes first, and two runs that lost next to nothing."""
     found = survey(*random_source(models=3, count=60))
     control = finished((0, 1, 2), (50, 50, 50), "none")
     runs = [control, finished((0, 1), (49.9999, 52)), finished((1, 2), (50, 51), "better")]
     outcome = check_runs(gains_of(runs, found.names), judged(found), lambda teams: None, None)
     more = {"samples": 60, "unit": "images", "metric": "top1", "settings": {"rule": "none", "k": 1}}
-    more["same_data"] = same_data
+    more |= {"same_data": same_data, "starts": starts}
     return write_check(folder, outcome | more), Page(folder / "report.html")
 
 
@@ -62,6 +62,12 @@ def test_a_comparison_on_what_the_runs_were_evaluated_on_is_told(tmp_path, caplo
     told = "made on samples on which the runs were evaluated too"
     assert told not in written(tmp_path)[1].text and told not in caplog.text
     assert told in written(tmp_path, same_data=True)[1].text and told in caplog.text
+
+
+def test_a_run_that_began_elsewhere_is_a_warning_and_on_the_page(tmp_path, caplog):
+    page = written(tmp_path, starts=["m0 is scouted at 3"])[1]
+    assert "m0 is scouted at 3" in page.text
+    assert [x.message for x in caplog.records if x.levelname == "WARNING"] == ["m0 is scouted at 3"]
 
 
 @pytest.mark.parametrize(

@@ -269,9 +269,17 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
     found = scout(["--realised", *controls, *runs, *places], bars=False)
     told = found["realised"]
     assert told["controlled"] and found["metric"] == "cc" and found["samples"] == 7
-    assert found["same_data"]
+    assert found["same_data"] and found["starts"] == []
     other = scout(["--realised", *controls, *runs, *places, "--held-out", "0.5"], bars=False)
     assert not other["same_data"]
+    file = tmp_path / "abbest" / "summary.csv"  # as if it had begun elsewhere
+    head, first, *rest = file.read_text().splitlines()
+    cells = first.split(",")
+    cells[head.split(",").index("xb/cc")] = "-1"
+    file.write_text("\n".join([head, ",".join(cells), *rest]) + "\n")
+    told = scout(["--realised", *controls, *runs, *places], bars=False)["starts"]
+    assert len(told) == 1 and f"{tmp_path}/abbest began with it at -1.000 (1 of" in told[0]
+    told = found["realised"]
     assert len(told["runs"]) == 4 and found["predictor"] == "gain-taught"
     ends = {}
     for title in ("abcnone", "bcbest"):

@@ -285,6 +285,16 @@ def test_flips_by_class_add_up_to_those_of_all():
     assert found[1, 0].tolist()[::2] == [0.0, 0.0]
 
 
+def start_otherwise(path, column):
+    """Let a run have begun with another metric."""
+    rows = list(csv.DictReader(path.open()))
+    rows[0][column] = "999"
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
 def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path, monkeypatch):
     monkeypatch.setattr("segmentation.cli.write_report", lambda run, trainer: run.output_dir)
     monkeypatch.setattr("segmentation.cli.collect_env_info", str)
@@ -309,8 +319,12 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
     told = found["realised"]
     assert told["controlled"] and found["metric"] == "mIoU" and found["samples"] == 3 * 256
     assert found["names"] == ["xa", "xb", "xc"] and found["same_data"]
+    assert found["starts"] == []
     other = ["--pixels", "256", *places, "SEED", "0", "TRANSFER.HELD_OUT", "0.5"]
-    assert not scout(["--realised", control, *runs, *other], bars=False)["same_data"]
+    start_otherwise(tmp_path / "abbest" / "summary.csv", "xb/pACC")
+    found_elsewhere = scout(["--realised", control, *runs, *other], bars=False)
+    assert not found_elsewhere["same_data"]
+    assert f"{tmp_path}/abbest began with it at 999.0" in found_elsewhere["starts"][0]
     ends = {}
     for title in ("abcnone", "bcbetter"):
         rows = list(csv.DictReader((tmp_path / title / "summary.csv").open()))
