@@ -130,6 +130,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     world = _start_alone(options)
     folder = _make_folder(options)
     watch = progress_bars(bars)
+    _check_unlabelled(options)
     candidates = find_candidates(specs, options, watch)
     asked_names = [candidate.spec.name for candidate in candidates]
     candidates = without_repeats(candidates, asked_names)
@@ -313,13 +314,25 @@ def ask(
         found = _survey(logits, logits.labels(), options, watch)
         calibration = found.temperature
     if options.unlabelled:
-        other = argparse.Namespace(**vars(options))
-        other.data, other.dataset, other.class_map = options.unlabelled, "", ""
-        other.held_out = 0.0
-        logits = _answers(candidates, other, world, watch)
+        logits = _answers(candidates, _as_unlabelled(options), world, watch)
         found = _survey(logits, None, options, watch, calibration)
     assert logits is not None and found is not None
     return logits, found
+
+
+def _as_unlabelled(options: argparse.Namespace) -> argparse.Namespace:
+    """Let the images without labels be all the data there are."""
+    other = {"data": options.unlabelled, "dataset": "", "class_map": "", "held_out": 0.0}
+    return argparse.Namespace(**{**vars(options), **other})
+
+
+def _check_unlabelled(options: argparse.Namespace) -> None:
+    """Refuse images without labels that cannot be read, before models answer those with labels."""
+    if options.unlabelled:
+        try:
+            _open_split(_as_unlabelled(options), 3)
+        except OptionError as error:
+            raise OptionError(f"--unlabelled {error}") from error
 
 
 def _answers(

@@ -122,14 +122,25 @@ def draw_unlabelled(
         OptionError: Another number of pixels, or no image in the folder.
         DataError: More files that are broken than allowed.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
-    if not files:
-        raise OptionError(f"--unlabelled {folder}: no image there; expected {', '.join(_IMAGES)}")
-    records = [{"file_name": str(path)} for path in files]
+    records = [{"file_name": str(path)} for path in list_unlabelled(folder)]
     found = _draw(records, classes, -1, _blank, each, images, seed, watch, bad or allowed())
     if not found.records:
         raise OptionError(f"--unlabelled {folder}: no image there can be read")
     return replace(found, labelled=False)
+
+
+def list_unlabelled(folder: Path) -> list[Path]:
+    """List the images in a folder, at any depth.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if not folder.is_dir():
+        raise OptionError(f"--unlabelled {folder}: no such folder; give one with images")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+    if not files:
+        raise OptionError(f"--unlabelled {folder}: no image there; expected {', '.join(_IMAGES)}")
+    return files
 
 
 def _draw(

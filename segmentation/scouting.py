@@ -62,6 +62,7 @@ from segmentation.answers import (
     draw_pixels,
     draw_unlabelled,
     inspect,
+    list_unlabelled,
 )
 from segmentation.classwise import (
     class_iou,
@@ -162,6 +163,8 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     cfgs = {peer.name: peer.cfg for peer in whole.peers}
     check_classes(cfgs, tested=asked.unlabelled is None)
     run, watch = hold_out(whole), progress_bars(bars)
+    if asked.unlabelled is not None:
+        list_unlabelled(asked.unlabelled)  # before models answer what has labels
     folder = _make_folder(asked)
     candidates = inspect(run, asked.skip_unfit, watch)
     candidates = without_repeats(candidates, [candidate.config.name for candidate in candidates])

@@ -294,7 +294,7 @@ def test_what_cannot_be_scouted_is_named_and_never_dropped_in_silence(
         (["--num-classes", "7"], "knows 10 classes, not the 7"),
         (["--team-size", "2..3", "--most-teams", "0"], "--most-teams is 0"),
         (["--rule", "one_way:nobody"], "no peer is named"),
-        (["--unlabelled", "/nowhere"], "no such data folder"),
+        (["--unlabelled", "/nowhere"], "--unlabelled /nowhere: no such data folder"),
         (["--cache", __file__], f"--cache {__file__}: File exists; give a folder"),
         (["--predictor", "confidence-gap", "--model", "no_such_*"], "stands for no file"),
     ],
@@ -319,6 +319,17 @@ def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
     more = [str(digits / "validation") if word == "FLAT" else word for word in more]
     with pytest.raises(OptionError, match=told):
         scout([*scouting, *more], bars=False)
+
+
+def test_a_folder_without_labels_that_cannot_be_read_is_refused_before_models_are_looked_at(
+    scouting, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("classification.scout.find_candidates", None)
+    for given in (scouting, scouting[1:]):  # with labelled data and without
+        with pytest.raises(OptionError, match="--unlabelled /nowhere: no such data folder"):
+            scout([*given, "--unlabelled", "/nowhere"], bars=False)
+        with pytest.raises(OptionError, match=f"--unlabelled {tmp_path}: cannot open split"):
+            scout([*given, "--unlabelled", str(tmp_path)], bars=False)
 
 
 def test_wildcards_stand_for_published_models():

@@ -377,14 +377,19 @@ def test_faults_end_in_one_line(models, datasets, tmp_path, caplog, more, messag
 
 
 def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
-    models, datasets, tmp_path, monkeypatch
+    models, datasets, unlabelled, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("segmentation.scouting._ask", None)
     arguments = ["--config-file", str(models), "--output", str(tmp_path / "out")]
     for more, told in (
         (["--team-size", "4"], "--team-size 4: there are 3 models"),
         (["--team-size", "1"], "--team-size 1"),
-        (["--unlabelled", str(tmp_path), "--predictor", "flips"], "'flips' cannot be used"),
+        (["--unlabelled", str(unlabelled), "--predictor", "flips"], "'flips' cannot be used"),
     ):
         with pytest.raises(OptionError, match=told):
             scout([*arguments, *more], bars=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("segmentation.scouting.inspect", None)  # nor is one looked at
+    for folder, told in (("none", "no such folder"), ("empty", "no image there; expected")):
+        with pytest.raises(OptionError, match=f"--unlabelled {tmp_path}/{folder}: {told}"):
+            scout([*arguments, "--unlabelled", f"{tmp_path}/{folder}"], bars=False)
