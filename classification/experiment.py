@@ -26,7 +26,7 @@ from classification.corruptions import Corrupted
 from classification.data import View, check_folder, classes_of, open_dataset
 from classification.evaluation import PeerEvaluator, Scores
 from classification.options import PEER_ALIASES, PeerSpec, parse, read_yaml
-from classification.peer import build_modules
+from classification.peer import build_modules, check_sources
 from classification.train import (
     FAULTS,
     check_apart,
@@ -84,6 +84,7 @@ class Classification:
                 "files would replace one another; push one of them with classification/push.py"
             )
         check_folder(asked)
+        check_sources(specs)
         refuse_frozen(specs)
         return [spec.name for spec in specs]
 

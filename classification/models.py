@@ -13,7 +13,8 @@ from torch import nn
 
 from classification import dinov2, huggingface, mae
 from classification.heads import ModelError, head_of
-from classification.timm_models import create_timm
+from classification.timm_models import check_timm, create_timm
+from common.checkpoint import require_file
 
 __all__ = [
     "PUBLISHED_TOP1",
@@ -128,6 +129,25 @@ def create_classifier(
     _fit_statistics(module.pretrained_cfg)
     module.transfer_name = name
     return module
+
+
+def check_source(name: str, checkpoint: Checkpoint | None = None, pretrained: bool = False) -> None:
+    """Refuse a model that is not known, or files that are not there, before one is built.
+
+    Nothing is read and no network is asked, so a model of a hub passes.
+
+    Args:
+        name, checkpoint, pretrained: See ``create_classifier``.
+
+    Raises:
+        ModelError: An unknown name, or no published weights.
+        CheckpointError: A file that is missing.
+    """
+    if name not in _OWN and not name.startswith(huggingface.PREFIX):
+        check_timm(name, _OWN, pretrained and checkpoint is None)
+    several = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint or ()
+    for file in several:
+        require_file(file)
 
 
 def _fit_statistics(cfg: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from classification.models import models_meant
-from common.checkpoint import read_metadata
+from common.checkpoint import CheckpointError, read_metadata
 from common.options import (
     OptionError,
     actions_of,
@@ -516,7 +516,10 @@ def _from_export(peer: PeerSpec) -> PeerSpec:
     """Read model, view and options of a peer that is given as a file that a run exported."""
     if not peer.model.endswith(EXPORT):
         return peer
-    told = read_metadata(peer.model)
+    try:
+        told = read_metadata(peer.model)
+    except CheckpointError as error:
+        raise CheckpointError(f"peer {peer.name!r}: {error}") from error
     if "architecture" not in told:
         raise OptionError(
             f"{peer.model}: does not tell its architecture; give it as the checkpoint of a model: "

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from classification.data import ToView, View, common_view, view_of
 from classification.losses import SampleLoss, hard, sample_loss
-from classification.models import ModelError, create_classifier, head_of
+from classification.models import ModelError, check_source, create_classifier, head_of
 from classification.options import PeerSpec
 from common.average import chosen_decay
+from common.checkpoint import CheckpointError
 from common.distributed import World
 from common.options import OptionError
 from common.peers import Peer, RemotePeer
@@ -128,6 +129,19 @@ def build_modules(
         )
     views = [view_of(module, spec.options) for spec, module in zip(specs, modules, strict=True)]
     return modules, views
+
+
+def check_sources(specs: Sequence[PeerSpec]) -> None:
+    """Refuse peers whose model is not known or whose files are not there, without building one.
+
+    Raises:
+        OptionError: Names the peer.
+    """
+    for spec in specs:
+        try:
+            check_source(spec.model, spec.checkpoint, spec.takes_published_weights)
+        except (ModelError, CheckpointError) as error:
+            raise OptionError(f"peer {spec.name!r}: {error}") from error
 
 
 def _create(spec: PeerSpec, run: argparse.Namespace) -> nn.Module:

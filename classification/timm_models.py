@@ -55,8 +55,7 @@ def create_timm(
     """
     if name.startswith("hf-hub:"):
         _check_repository(name)
-    elif not name.startswith(_ELSEWHERE):
-        _check_name(name, others)
+    check_timm(name, others, pretrained and checkpoint is None)
     if checkpoint is not None:
         return load_classifier(
             lambda classes: _build(name, num_classes=classes, **options),
@@ -68,6 +67,23 @@ def create_timm(
     if pretrained:
         options |= _published(name)
     return _build(name, num_classes=num_classes, **options)
+
+
+def check_timm(name: str, others: Iterable[str] = (), pretrained: bool = False) -> None:
+    """Refuse what timm's own list refuses, with no network; names of a hub or folder pass.
+
+    Args:
+        name, others: See ``create_timm``.
+        pretrained: Its published weights are wanted.
+
+    Raises:
+        ModelError: An unknown name, or one without published weights.
+    """
+    if name.startswith(_ELSEWHERE):
+        return
+    _check_name(name, others)
+    if pretrained:
+        _check_published(_current(name))
 
 
 def _check_name(name: str, others: Iterable[str]) -> None:
@@ -106,16 +122,11 @@ def _published(name: str) -> dict[str, Any]:
     """Say how timm shall get a name's published weights, with no long wait where it cannot.
 
     Raises:
-        ModelError: There are none, or no way to them.
+        ModelError: There is no way to them.
     """
     if name.startswith(_ELSEWHERE):
         return {"pretrained": True}
-    architecture, _ = split_model_name_tag(name)
-    name = get_deprecated_models().get(name) or name
-    if not is_model_pretrained(name):
-        tags = [tag for tag in _tags(architecture) if is_model_pretrained(tag)]
-        other = f", or take one of {', '.join(tags)}" if tags else ""
-        raise ModelError(f"{name}: timm has no weights for it; {_give_file(name)}{other}")
+    name = _current(name)
     cfg = get_pretrained_cfg(name)
     if not cfg.hf_hub_id or is_hub_reachable():
         return {"pretrained": True}
@@ -128,6 +139,19 @@ def _published(name: str) -> dict[str, Any]:
         )
     overlay = {"file": cached, "custom_load": bool(cfg.custom_load)}
     return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def _current(name: str) -> str:
+    """Return the name that timm has for an older one."""
+    return get_deprecated_models().get(name) or name
+
+
+def _check_published(name: str) -> None:
+    architecture, _ = split_model_name_tag(name)
+    if not is_model_pretrained(name):
+        tags = [tag for tag in _tags(architecture) if is_model_pretrained(tag)]
+        other = f", or take one of {', '.join(tags)}" if tags else ""
+        raise ModelError(f"{name}: timm has no weights for it; {_give_file(name)}{other}")
 
 
 def _give_file(name: str) -> str:

@@ -116,6 +116,16 @@ def newest_good_run(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def require_file(path: Path | str) -> None:
+    """Refuse a file that is not there, without a look at what it holds.
+
+    Raises:
+        CheckpointError: Names it.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file; check the checkpoint's path")
+
+
 def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
     """Read a ``.safetensors`` or a torch file without executing anything in it.
 
@@ -134,8 +144,7 @@ def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
         CheckpointError: Missing, truncated or unsafe file, or one that holds no mapping.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; check the checkpoint's path")
+    require_file(path)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))

@@ -30,7 +30,7 @@ from saliency.corruptions import SEVERITIES
 from saliency.evaluation import flatten
 from saliency.layouts import VideoSet, open_dataset
 from saliency.options import PeerSpec, parse, read_yaml
-from saliency.peer import build_modules
+from saliency.peer import build_modules, check_sources
 from saliency.train import (
     FAULTS,
     build_evaluator,
@@ -77,6 +77,7 @@ class Saliency:
             )
         if not Path(asked.data_root).expanduser().is_dir():
             raise OptionError(f"data_root {asked.data_root}: no such folder")
+        check_sources(specs)
         refuse_frozen(specs)
         return [spec.name for spec in specs]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.average import WeightAverage, chosen_decay
-from common.checkpoint import load_weights, read_weights
+from common.checkpoint import CheckpointError, load_weights, read_weights, require_file
 from common.distributed import World
 from common.options import OptionError
 from common.peers import Peer, RemotePeer
@@ -26,7 +26,8 @@ from common.trials import compiled, to_layout
 from saliency.clips import ClipView
 from saliency.data import ClipBatch
 from saliency.losses import saliency_loss
-from saliency.models import MODELS, ModelError, create_model
+from saliency.models import MODELS, ModelError, check_name, create_model
+from saliency.models.weights import KINETICS
 from saliency.options import LOSS_TERMS, PeerSpec, view_of
 
 _logger = logging.getLogger("train")
@@ -134,15 +135,39 @@ def build_modules(specs: Sequence[PeerSpec]) -> tuple[list[nn.Module], list[Clip
     return modules, views
 
 
+def check_sources(specs: Sequence[PeerSpec]) -> None:
+    """Refuse peers whose model is not known or whose files are not there, without building one.
+
+    Raises:
+        OptionError: Names the peer.
+    """
+    for spec in specs:
+        try:
+            _refuse_file(spec.model)
+            if ":" in spec.model:
+                _function_of(spec.model)
+            else:
+                check_name(spec.model)
+            for file in (spec.checkpoint, spec.options.backbone):
+                if file is not None and file != KINETICS:
+                    require_file(file)
+        except (ModelError, CheckpointError) as error:
+            raise OptionError(f"peer {spec.name!r}: {error}") from error
+
+
+def _refuse_file(model: str) -> None:
+    if model.endswith((".pth", ".pt", ".safetensors")):
+        raise ModelError(
+            f"{model} is a file; give it to its model: --peer MODEL,checkpoint={model} with one of "
+            f"{', '.join(MODELS)}"
+        )
+
+
 def _create(spec: PeerSpec) -> Any:
     options = spec.options
     where = f"peer {spec.name!r}"
-    if spec.model.endswith((".pth", ".pt", ".safetensors")):
-        raise ModelError(
-            f"{where}: {spec.model} is a file; give it to its model: --peer MODEL,checkpoint="
-            f"{spec.model} with one of {', '.join(MODELS)}"
-        )
     try:
+        _refuse_file(spec.model)
         if ":" not in spec.model:
             module: Any = create_model(
                 spec.model, spec.checkpoint, backbone=options.backbone, **options.kwargs
@@ -160,16 +185,21 @@ def _create(spec: PeerSpec) -> Any:
     return module
 
 
-def _users_own(spec: PeerSpec) -> nn.Module:
-    """Build a model by the user's own function."""
-    place, _, name = spec.model.partition(":")
+def _function_of(model: str) -> Callable[..., Any]:
+    """Import the user's own function that MODULE:FUNCTION names."""
+    place, _, name = model.partition(":")
     try:
-        function = getattr(importlib.import_module(place), name)
+        return getattr(importlib.import_module(place), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(
-            f"{spec.model}: cannot be imported ({error}); expected MODULE:FUNCTION of a Python "
+            f"{model}: cannot be imported ({error}); expected MODULE:FUNCTION of a Python "
             f"module that is installed or on PYTHONPATH, or one of {', '.join(MODELS)}"
         ) from error
+
+
+def _users_own(spec: PeerSpec) -> nn.Module:
+    """Build a model by the user's own function."""
+    function = _function_of(spec.model)
     if spec.options.backbone:
         raise ModelError(f"{spec.model}: takes no backbone=; hand it over as kwargs.NAME=VALUE")
     try:

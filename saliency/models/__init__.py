@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from common.options import near
 from saliency.models.base import ModelError, SaliencyModel
 from saliency.models.tmfi_net import TMFINet
 from saliency.models.vinet_a import ViNetA
@@ -20,6 +21,7 @@ __all__ = [
     "MODELS",
     "ModelError",
     "SaliencyModel",
+    "check_name",
     "create_model",
     "load_backbone",
     "load_published",
@@ -27,6 +29,17 @@ __all__ = [
 ]
 
 MODELS: dict[str, type[SaliencyModel]] = {model.name: model for model in (ViNetS, ViNetA, TMFINet)}
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is none of ``MODELS``.
+
+    Raises:
+        ModelError: Names it.
+    """
+    if name not in MODELS:
+        hint = near(name, MODELS)
+        raise ModelError(f"model {name!r}, expected one of {', '.join(MODELS)}{hint}")
 
 
 def create_model(
@@ -52,8 +65,7 @@ def create_model(
         ModelError: An unknown name, or weights that cannot be had.
         CheckpointError: A file that is missing, broken, unsafe or of another model.
     """
-    if name not in MODELS:
-        raise ModelError(f"model {name!r}, expected one of {', '.join(MODELS)}")
+    check_name(name)
     model = MODELS[name](**options)
     load_files(model, checkpoint, backbone)
     return model

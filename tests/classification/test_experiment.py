@@ -19,6 +19,7 @@ from classification.train import run
 from common.broken import BadSampleError
 from common.checkpoint import read_weights
 from common.experiment import read_experiment
+from common.experiment.command import run as run_experiment
 from common.experiment.work import labels_of as jobs_of
 from common.experiment.work import work
 from common.options import OptionError
@@ -299,6 +300,34 @@ def test_a_test_set_that_is_trained_on_is_refused_before_any_training(digits, tm
     experiment = read_experiment(task.read(path), path)
     with pytest.raises(OptionError, match="400 of 400 files to train on are measured on too"):
         work(experiment, task, "start:3")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"model": "resnet5O"}, "resnet5O: unknown model; did you mean .*resnet50"),
+        ({"model": "resnet50.a1_in2k"}, "unknown pretrained tag 'a1_in2k' of resnet50; its tags"),
+        ({"checkpoint": "no.pth"}, r"no\.pth: no such file"),
+        ({"model": "no.safetensors"}, r"no\.safetensors: missing"),
+        (
+            {"model": "coatnet_0_224", "pretrained": True},
+            "timm has no weights for it; give a local",
+        ),
+        ({"model": "dinov2_vits14_lc", "checkpoint": "no.pth+two.pth"}, r"no\.pth: no such file"),
+    ],
+)
+def test_models_that_cannot_be_had_are_told_before_any_job(
+    digits, tmp_path, entry, told, monkeypatch
+):
+    monkeypatch.setattr("common.experiment.command.run_jobs", None)
+    monkeypatch.setattr("classification.timm_models.is_hub_reachable", None)  # nobody asks
+    path = small(digits, tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["peers"][1] |= entry
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(OptionError, match=rf"{path}: peer 'b': .*{told}"):
+        run_experiment(Classification(), [str(path)])
     assert not (tmp_path / "out").exists()
 
 

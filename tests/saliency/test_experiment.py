@@ -11,6 +11,7 @@ import yaml
 
 from common.checkpoint import read_weights
 from common.experiment import read_experiment
+from common.experiment.command import run as run_experiment
 from common.experiment.work import labels_of, work
 from common.options import OptionError
 from saliency.errors import DataError
@@ -198,6 +199,32 @@ def test_faults_end_in_one_line_before_any_work(data, tmp_path, caplog, more, to
     assert main([str(small(data, tmp_path, **more))]) == 1
     assert "arm 'x'" in caplog.text and told in caplog.text
     assert "options.yaml" not in caplog.text  # which the user has never seen
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (
+            {"model": "vinet_z"},
+            "model 'vinet_z', expected one of .*did you mean vinet_s or vinet_a",
+        ),
+        ({"model": "vinet_s", "checkpoint": "no.pt"}, r"no\.pt: no such file"),
+        ({"model": "vinet_s", "backbone": "no.pt"}, r"no\.pt: no such file"),
+        ({"model": "tests.saliency.toy:Dep"}, "tests.saliency.toy:Dep: cannot be imported"),
+        ({"model": "vinet_s.pt"}, r"vinet_s\.pt is a file; give it to its model"),
+    ],
+)
+def test_models_that_cannot_be_had_are_told_before_any_job(
+    data, tmp_path, entry, told, monkeypatch
+):
+    monkeypatch.setattr("common.experiment.command.run_jobs", None)
+    path = small(data, tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["peers"][1] = {**entry, "name": "b"}
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(OptionError, match=rf"{path}: peer 'b': {told}"):
+        run_experiment(Saliency(), [str(path)])
     assert not (tmp_path / "out").exists()
 
 
