@@ -81,3 +81,10 @@ def seed_generators(*numbers: int) -> int:
     np.random.seed(int(words[1]))
     torch.default_generator.manual_seed(int(words[2]))
     return int(words[2])
+
+
+def seed_alike(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch (of its devices too) with one number."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -10,11 +10,12 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from common import distributed
@@ -234,11 +235,21 @@ def outlive_sigterm(worker: int = 0) -> None:
     """Let a reading process end by its own run's SIGTERM alone; for a loader's ``worker_init_fn``.
 
     torchrun and Slurm send one to all processes, and the run needs its data until it has saved.
-    Where the system does not tell who sent a signal (macOS, Windows), nothing changes.
+    Where the system does not tell who sent a signal (macOS, Windows), nothing changes in this.
+    A run that ends while a batch is handed over is no fault of the process, and is not told.
     """
+    sys.excepthook = _tell_all_but_a_lost_run
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _tell_all_but_a_lost_run(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Tell errors of ``multiprocessing``'s own threads; a loader's own ones go to the run."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _wait_for_parent() -> None:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from common import distributed, recipes
@@ -45,6 +44,7 @@ from common.outputs import (
 )
 from common.peers import Peer, PeerGroup, UnreachedError, share_statistics
 from common.roles import NonFiniteError
+from common.seeding import seed_alike
 from common.termination import ended_at_once
 from common.trainer import Plan, Progress, Trainer, Writer
 from saliency import cards
@@ -132,7 +132,7 @@ def run(
         raise OptionError("--sync-bn needs GPUs; leave it out on a CPU")
     state = _resumed_state(options, specs)
     check_resumed(state)
-    torch.manual_seed(options.seed)
+    seed_alike(options.seed)
     _logger.info("building %d peers: %s", len(specs), ", ".join(spec.name for spec in specs))
     modules, views = build_modules(specs)
     origins = _origins(specs, world, state)
@@ -152,7 +152,7 @@ def run(
     choose_ways(specs, modules, views, options, world, kept)
     group = _group(build_peers(specs, modules, views, options, world, updates))
     del modules  # those that other processes hold
-    torch.manual_seed(options.seed + world.rank)
+    seed_alike(options.seed + world.rank)
     watch = progress_bars(bars and world.is_main)
     given = (_held_here(views, world), world, packed, watch)
     reading = {"bad": bad, "elsewhere": views}

@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import time
+from multiprocessing.resource_sharer import DupFd
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from common.termination import (
     TOGETHER,
     Preempted,
     Termination,
+    _tell_all_but_a_lost_run,
     handed_to_children,
     outlive_sigterm,
 )
@@ -174,3 +177,23 @@ def test_a_single_process_looks_after_each_step(monkeypatch):
     assert not any(termination.agreed_after_step(world, step, 50) for step in range(1, 60))
     termination.asked = True
     assert termination.agreed_after_step(world, 60, 50)
+
+
+@pytest.mark.parametrize(("reads", "tracebacks"), [(outlive_sigterm, 0), (lambda: None, 1)])
+def test_a_run_that_goes_while_a_batch_is_handed_over_is_not_told(tmp_path, reads, tracebacks):
+    def work():
+        reads()
+        given = DupFd(os.open(os.devnull, os.O_RDONLY))
+        with socket.socket(socket.AF_UNIX) as run:
+            run.connect(given._id[0])  # and ends in the midst of the handshake
+        os.close(given.detach())  # one that goes well, after it
+        return 0
+
+    assert in_a_child(work, tmp_path / "log.txt") == 0
+    assert (tmp_path / "log.txt").read_text().count("Traceback") == tracebacks
+
+
+def test_other_errors_of_a_reading_process_are_told(capsys):
+    _tell_all_but_a_lost_run(KeyError, KeyError("no such frame"), None)
+    _tell_all_but_a_lost_run(EOFError, EOFError(), None)
+    assert capsys.readouterr().err.splitlines() == ["KeyError: 'no such frame'"]

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -105,6 +107,16 @@ def test_a_soup_is_chosen_by_one_video_and_measured_on_the_other(data, finished,
         place = told["alphas"].index(told["alpha"])
         assert video["kldiv"] - video["cc"] == pytest.approx(told["measured"][place], rel=1e-4)
     assert "<h2>Soup" in (finished / "report.html").read_text()
+
+
+def test_a_run_seeds_all_generators(data, tmp_path):
+    found = []
+    for name in ("one", "other"):
+        random.random(), np.random.rand()
+        train(data, tmp_path / name, "--epochs", "1")
+        found.append(load_run(tmp_path / name / "run")["ranks"][0]["rng"])
+    assert found[0]["python"] == found[1]["python"]
+    assert torch.equal(found[0]["numpy"][1], found[1]["numpy"][1])
 
 
 def test_a_run_repeats_from_its_own_arguments(data, finished, tmp_path):
