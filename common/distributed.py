@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -110,6 +112,7 @@ def start(device: str = "auto", timeout: timedelta = PATIENCE) -> World:
         ValueError, RuntimeError: A device that this machine does not have, or one for several
             processes.
     """
+    end_with_torchrun()
     here = launched() or Launched()
     chosen = _device(device, here)
     if chosen.type == "cuda":
@@ -118,6 +121,26 @@ def start(device: str = "auto", timeout: timedelta = PATIENCE) -> World:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
     return World(here.rank, here.size, here.local_rank, chosen)
+
+
+def end_with_torchrun(every: float = 0.5) -> None:
+    """End this process when the torchrun that started it is killed.
+
+    torchrun's processes are sessions of their own and outlive it, and a resume would write into the
+    folder that they still write into.
+
+    Args:
+        every: Seconds after which it is looked for.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun alone
+        arguments = (os.getppid(), every)
+        threading.Thread(target=_end_without, args=arguments, daemon=True).start()
+
+
+def _end_without(parent: int, every: float) -> None:
+    while os.getppid() == parent:
+        time.sleep(every)
+    os._exit(1)
 
 
 def _device(device: str, here: Launched) -> torch.device:

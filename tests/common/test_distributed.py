@@ -1,6 +1,9 @@
 """Two gloo processes equal one: losses, gradients, weights, ledger, resume."""
 
 import copy
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from common.engine import ENGINES, JointEngine
 from common.peers import UnreachedError
 from common.ranks import refuse_other_moments
 from common.transfer import KnowledgeTransfer
+from tests.children import in_a_child
 from tests.common.toy import HERE, ToyLoader, make_batch, make_peers, make_trainer
 from tests.launch import launch
 
@@ -223,3 +227,24 @@ def test_one_rank_is_the_first(tmp_path):
     told = sorted((tmp_path / str(rank)).read_text() for rank in range(3))
     assert told == ["00", "00", "10"]
     assert distributed.first_to("tell") and distributed.first_to("tell")  # alone
+
+
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_a_process_ends_with_the_torchrun_that_is_killed(torchrun):
+    def launcher():
+        if not os.fork():
+            if torchrun:
+                os.environ["TORCHELASTIC_RUN_ID"] = "none"
+            distributed.end_with_torchrun(0.01)
+            os.write(told, b"x")
+            time.sleep(1)
+            os.write(told, b"y")
+            os._exit(0)
+        os.read(begun, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    begun, told = os.pipe()
+    assert in_a_child(launcher) == -signal.SIGKILL
+    os.close(told)
+    assert os.read(begun, 1) == (b"" if torchrun else b"y")  # the end of the last that writes
+    os.close(begun)
