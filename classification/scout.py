@@ -58,7 +58,6 @@ from common.scouting import (
     PREDICTORS,
     Judge,
     Ranking,
-    Team,
     check_request,
     default_predictor,
     judged_by,
@@ -72,6 +71,7 @@ from common.team_costs import TeamCosts, add_cost_options, shown_costs
 _logger = logging.getLogger("scout")
 
 _COMMANDS = 3
+_ENSEMBLES = 300  # larger teams; each costs a pass over all probabilities
 _NOT_TRAINING = ("recipe", "data", "data_dir", "peers", "output", "experiment", "plan", "gpu_mem")
 _HERE = Path("output/scout")
 
@@ -151,7 +151,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
         costs = ClassifierCosts(candidates, options, world, watch)
     ranking = _rank(judge, sizes, predictor, student, options, costs, watch)
     if found.labelled:
-        _measure_ensembles(ranking.best(options.top), logits)
+        _measure_ensembles(ranking, options.top, found, logits)
     outcome = describe_outcome(judge, ranking, predictor, student, options.top)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact |= {"model": candidate.spec.model, "view": str(candidate.view)}
@@ -402,9 +402,18 @@ def _rank(
         raise OptionError(str(error)) from error
 
 
-def _measure_ensembles(teams: Sequence[Team], logits: CachedLogits) -> None:
-    measured = ensemble_accuracy(logits, logits.labels(), [team.members for team in teams])
-    for team, accuracy in zip(teams, measured, strict=True):
+def _measure_ensembles(ranking: Ranking, top: int, found: Survey, logits: CachedLogits) -> None:
+    """Tell it of every pair, and of larger teams where these are few, else of the best."""
+    larger = []
+    for team in ranking.teams:
+        if len(team.members) > 2:
+            larger.append(team)
+        elif found.pair_accuracy is not None:
+            team.ensemble = float(found.pair_accuracy[team.members])
+    if len(larger) > _ENSEMBLES:
+        larger = [team for team in ranking.best(top) if len(team.members) > 2]
+    measured = ensemble_accuracy(logits, logits.labels(), [team.members for team in larger])
+    for team, accuracy in zip(larger, measured, strict=True):
         team.ensemble = accuracy
 
 

@@ -187,6 +187,11 @@ def read_experiment(content: Any, path: Path) -> Experiment:
     control = content.get("control", "none")
     if control not in arms:
         raise OptionError(f"{path}: control is {control!r}; arms: {', '.join(arms)}")
+    if len(arms) < 2:
+        raise OptionError(
+            f"{path}: there is no arm to compare with the control {control!r}; add one under "
+            "`arms:`, or take out `controls:` for the usual ones"
+        )
     return Experiment(
         title=str(content.get("title", path.stem)),
         output=Path(content.get("output", f"output/experiments/{path.stem}")),

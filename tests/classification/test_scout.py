@@ -62,7 +62,8 @@ def scouting(digits, trained, tmp_path):
 
 
 def test_scouting_ranks_every_pair_and_leaves_its_files(digits, trained, scouting, tmp_path):
-    found = scout([*scouting, "--team-size", "2..3"], bars=False)
+    found = scout([*scouting, "--team-size", "2..3", "--top", "1"], bars=False)
+    assert all(team["ensemble"] > 0.1 for team in found["teams"])  # not of the best alone
     assert found["names"] == ["a", "b", "c", "d"] and found["samples"] == 200
     assert len(found["teams"]) == 6 + 4 and found["judged"] == 10
     assert [len(team["members"]) for team in found["teams"]] == [2] * 6 + [3] * 4

@@ -142,6 +142,7 @@ def test_seed_and_rank_fill_texts_anywhere():
         ({"held_out": 0}, "the test set would choose"),
         ({"controls": ["none", "x"]}, "controls is"),
         ({"control": "x"}, "arms: solo, none"),
+        ({"controls": ["none"]}, "no arm to compare with the control 'none'"),
         ({"arms": {"best": {}}}, "there already"),
         ({"arms": {"a/b": {}}}, "arm 'a/b'"),
         ({"arms": {"x": {"seed": 3}}}, "same peers and seeds"),
