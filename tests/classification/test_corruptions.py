@@ -109,7 +109,9 @@ def test_a_broken_file_is_named_and_a_stream_refused(digits):
 
 
 def test_an_experiment_measures_peers_of_different_views(digits, tmp_path):
-    path = small(digits, tmp_path, corruptions=["jpeg", {"darker": 5}], controls=["none"], arms={})
+    path = small(
+        digits, tmp_path, corruptions=["jpeg", {"darker": 5}], controls=["none", "best"], arms={}
+    )
     task = Classification()
     experiment = read_experiment(task.read(path), path)
     start = work(experiment, task, "start:3")["test"]["metrics"]

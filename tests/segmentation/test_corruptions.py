@@ -53,7 +53,7 @@ def test_images_are_spoilt_before_they_are_resized(datasets):
 def test_an_experiment_measures_as_if_the_files_were_spoilt(own_datasets, tmp_path):
     corruptions = [("gaussian_noise", 5), ("darker", 4)]
     asked = [{name: severity} for name, severity in corruptions]
-    path = written(tmp_path, corruptions=asked, controls=["none"], arms={})
+    path = written(tmp_path, corruptions=asked, controls=["none", "best"], arms={})
     task = Segmentation()
     experiment = read_experiment(task.read(path), path)
     experiment.train["SOLVER.MAX_ITER"] = 1
