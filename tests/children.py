@@ -2,6 +2,7 @@
 
 import faulthandler
 import logging
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ def work_and_end(work, log, seconds=HUNG):
     """
     status = 99
     try:
+        multiprocessing.process._children.clear()  # the test's own, not this child's
         if log:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(2, 1)
@@ -35,8 +37,10 @@ def work_and_end(work, log, seconds=HUNG):
     except BaseException:  # noqa: BLE001 - the child must end here
         traceback.print_exc()
     finally:
-        sys.stderr.flush()
-        os._exit(status or 0)
+        try:
+            sys.stderr.flush()
+        finally:  # a full disk too: it must not go on as a second pytest
+            os._exit(status or 0)
 
 
 def in_a_child(work, log=None, seconds=HUNG):
