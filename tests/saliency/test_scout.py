@@ -27,6 +27,7 @@ from saliency.scouting import oracles, reduced, wins
 from saliency.train import run
 from tests.saliency.folders import write_dataset
 from tests.saliency.toy import Deep, Flat
+from tests.summaries import start_otherwise
 
 TOY = "tests.saliency.toy"
 
@@ -272,11 +273,7 @@ def test_predictions_are_compared_with_finished_runs(data, models, tmp_path, mon
     assert found["same_data"] and found["starts"] == []
     other = scout(["--realised", *controls, *runs, *places, "--held-out", "0.5"], bars=False)
     assert not other["same_data"]
-    file = tmp_path / "abbest" / "summary.csv"  # as if it had begun elsewhere
-    head, first, *rest = file.read_text().splitlines()
-    cells = first.split(",")
-    cells[head.split(",").index("xb/cc")] = "-1"
-    file.write_text("\n".join([head, ",".join(cells), *rest]) + "\n")
+    start_otherwise(tmp_path / "abbest" / "summary.csv", "xb/cc", "-1")
     told = scout(["--realised", *controls, *runs, *places], bars=False)["starts"]
     assert len(told) == 1 and f"{tmp_path}/abbest began with it at -1.000 (1 of" in told[0]
     told = found["realised"]

@@ -30,6 +30,7 @@ from segmentation.plan import measure_team
 from segmentation.scouting import main, scout
 from segmentation.train_net import main as train_main
 from tests.segmentation.runs import SHARED, write_peer
+from tests.summaries import start_otherwise
 
 
 def plain(items, title):
@@ -285,16 +286,6 @@ def test_flips_by_class_add_up_to_those_of_all():
     assert found[1, 0].tolist()[::2] == [0.0, 0.0]
 
 
-def start_otherwise(path, column):
-    """Let a run have begun with another metric."""
-    rows = list(csv.DictReader(path.open()))
-    rows[0][column] = "999"
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-
-
 def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path, monkeypatch):
     monkeypatch.setattr("segmentation.cli.write_report", lambda run, trainer: run.output_dir)
     monkeypatch.setattr("segmentation.cli.collect_env_info", str)
@@ -321,7 +312,7 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
     assert found["names"] == ["xa", "xb", "xc"] and found["same_data"]
     assert found["starts"] == []
     other = ["--pixels", "256", *places, "SEED", "0", "TRANSFER.HELD_OUT", "0.5"]
-    start_otherwise(tmp_path / "abbest" / "summary.csv", "xb/pACC")
+    start_otherwise(tmp_path / "abbest" / "summary.csv", "xb/pACC", "999")
     found_elsewhere = scout(["--realised", control, *runs, *other], bars=False)
     assert not found_elsewhere["same_data"]
     assert f"{tmp_path}/abbest began with it at 999.0" in found_elsewhere["starts"][0]
