@@ -33,6 +33,7 @@ import torch
 from measure import machine
 from scouting_table import read_table, write_table
 
+from common.card import markdown_table
 from common.demo import once
 from common.report.numbers import difference_unit
 from common.report.realised import HEAD, correlation_rows
@@ -122,8 +123,7 @@ def tell(found: dict[str, Any]) -> dict[str, Any]:
         f"deviation {statistics.pstdev(gains):.{digits}f}, from {min(gains):+.{digits}f} to "
         f"{max(gains):+.{digits}f}; {sum(gain > 0 for gain in gains)} gain\n"
     )
-    for row in (HEAD, ["---"] * len(HEAD), *correlation_rows(found)):
-        print(f"| {' | '.join(cell.strip() for cell in row)} |")
+    print(markdown_table(HEAD, correlation_rows(found)))
     return found
 
 

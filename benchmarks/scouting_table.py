@@ -13,6 +13,7 @@ predictor is the one that teams are ranked by. Numbers have six digits.
 from __future__ import annotations
 
 import csv
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -20,7 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import atomic_write
+from common.disk import write_text
 from common.realised import correlate, possible_teams
 
 FIRST = ("team", "member", "rule", "runs")
@@ -36,18 +37,16 @@ def write_table(path: Path, found: Mapping[str, Any]) -> None:
     teams = [*runs, *({**team, "rule": runs[0]["rule"], "runs": 0} for team in told["others"])]
     teams.sort(key=lambda team: [number(name) for name in team["members"]])
 
-    def write(to: Path) -> None:
-        with to.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow([*FIRST, f"{GAIN}{found['metric']}", *predictors])
-            for team in teams:
-                columns = [team.get("gains"), *(team["predicted"].get(x) for x in predictors)]
-                for k, name in enumerate(team["members"]):
-                    values = ["" if column is None else f"{column[k]:.6g}" for column in columns]
-                    start = " ".join(team["members"]), name, team["rule"], team["runs"]
-                    table.writerow([*start, *values])
-
-    atomic_write(path, write)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*FIRST, f"{GAIN}{found['metric']}", *predictors])
+    for team in teams:
+        columns = [team.get("gains"), *(team["predicted"].get(x) for x in predictors)]
+        for k, name in enumerate(team["members"]):
+            values = ["" if column is None else f"{column[k]:.6g}" for column in columns]
+            start = " ".join(team["members"]), name, team["rule"], team["runs"]
+            table.writerow([*start, *values])
+    write_text(path, text.getvalue())
 
 
 def read_table(path: Path) -> dict[str, Any]:

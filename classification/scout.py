@@ -150,8 +150,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     if options.costs or options.budget_gpu_mem:
         costs = ClassifierCosts(candidates, options, world, watch)
     ranking = _rank(judge, sizes, predictor, student, options, costs, watch)
-    if found.labelled:
-        _measure_ensembles(ranking, options.top, found, logits)
+    _measure_ensembles(ranking, options.top, found, logits)
     outcome = describe_outcome(judge, ranking, predictor, student, options.top)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact |= {"model": candidate.spec.model, "view": str(candidate.view)}
@@ -403,12 +402,17 @@ def _rank(
 
 
 def _measure_ensembles(ranking: Ranking, top: int, found: Survey, logits: CachedLogits) -> None:
-    """Tell it of every pair, and of larger teams where these are few, else of the best."""
+    """Tell it of every pair, and of larger teams where these are few, else of the best.
+
+    Without labels it is not known.
+    """
+    if found.pair_accuracy is None:
+        return
     larger = []
     for team in ranking.teams:
         if len(team.members) > 2:
             larger.append(team)
-        elif found.pair_accuracy is not None:
+        else:
             team.ensemble = float(found.pair_accuracy[team.members])
     if len(larger) > _ENSEMBLES:
         larger = [team for team in ranking.best(top) if len(team.members) > 2]

@@ -151,16 +151,16 @@ def card_text(
         "## How it was made",
         told.about,
         _taught(told.teachers),
-        _table(("setting", "value"), card.made.items()),
+        markdown_table(("setting", "value"), card.made.items()),
         "## Evidence",
         f"Measured on {told.measured_on}.",
-        _table(("", "start", "this file", "change"), _changes(told)),
+        markdown_table(("", "start", "this file", "change"), _changes(told)),
         _counted(told.counts),
         CAVEAT,
         _effects(analysis, card.peer) if analysis is not None else NO_EXPERIMENT,
         "## Lineage",
-        _table(("what", "which"), [(f"`{file}`", _sum(sha256)), *card.lineage.items()]),
-        _table(("software", "version"), card.versions.items()),
+        markdown_table(("what", "which"), [(f"`{file}`", _sum(sha256)), *card.lineage.items()]),
+        markdown_table(("software", "version"), card.versions.items()),
         "## How to load it",
         _code(card.loading.replace("{file}", file)),
         _code(card.loading_hub.replace("{repo}", repo)) if repo else "",
@@ -373,7 +373,7 @@ def _effects(analysis: Mapping[str, Any], peer: str) -> str:
     return (
         f"An experiment with controls trained {told}, over seeds, and measured them on a test set. "
         f"What it found for the one of this name (positive is better); whether this file is of one "
-        f"of its runs was not looked at. {first}\n\n{_table(head, rows)}"
+        f"of its runs was not looked at. {first}\n\n{markdown_table(head, rows)}"
     )
 
 
@@ -401,7 +401,8 @@ def _effect(arm: str, effect: Mapping[str, Any]) -> tuple[str, ...]:
     return arm, gain, told, str(effect["count"]), p, shown
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
+def markdown_table(head: Sequence[str], rows: Any) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
