@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -276,6 +277,34 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+class Exchange:
+    """Numbers that all ranks tell one another over the CPU, while their devices work.
+
+    All ranks must make one, and tell and hear in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._group = _group(list(range(dist.get_world_size())), backend="gloo")
+        self._told: deque[tuple[Tensor, dist.Work]] = deque()
+
+    @property
+    def unheard(self) -> int:
+        """How often this rank told without hearing."""
+        return len(self._told)
+
+    def tell(self, numbers: list[float]) -> None:
+        """Begin to tell this rank's numbers; waits for nobody."""
+        told = torch.tensor(numbers, dtype=torch.float64)
+        work = dist.all_reduce(told, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._told.append((told, cast(dist.Work, work)))
+
+    def hear(self) -> list[float]:
+        """Return the largest of all ranks, number by number, of the oldest that is not heard."""
+        told, work = self._told.popleft()
+        work.wait()
+        return told.tolist()
 
 
 def gather_over_team(values: list[Any], world: World) -> list[Any]:

@@ -19,7 +19,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from common import distributed
-from common.clock import wait_for
 from common.distributed import World
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -27,9 +26,9 @@ INTERRUPTED = 130  # what shells tell of a command that Ctrl-C ended
 TOGETHER = 10.0
 """Seconds within which signals are one request: Slurm sends one to every process of a job, and what
 started a process (torchrun, ``timeout``) hands its own on."""
-AGREE = 5.0
-"""Seconds after which ranks ask one another again whether a signal came. torchrun and Slurm kill 30
-seconds after SIGTERM; a step that began before, and the save, need the rest."""
+SLOW = 1.0
+"""Seconds a step lasts from which on ranks wait for one another's answers at once. torchrun and Slurm
+kill 30 seconds after SIGTERM; the step that is under way, and the save, need them."""
 
 _logger = logging.getLogger("train")
 
@@ -85,13 +84,14 @@ class Termination:
 
     def __init__(self) -> None:
         self.asked = False
-        self._steps, self._interval, self._agreed_at = 0, 1, 0.0  # of the ranks' agreements
+        self._exchange: distributed.Exchange | None = None  # with the other ranks, after steps
+        self._stepped_at, self._slow = 0.0, True
         self._since = 0.0
         self._ends = ""
         self._before: Callable[[int, FrameType | None], Any] | int | None = None
 
     def __enter__(self) -> Termination:
-        self._agreed_at = time.monotonic()
+        self._stepped_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
@@ -143,34 +143,30 @@ class Termination:
             return self.asked
         return any(distributed.gather_objects(self.asked))
 
-    def agreed_after_step(self, world: World, done: int, period: int) -> bool:
-        """Whether any rank was asked, where ranks ask one another; to be called after each step.
+    def agreed_after_step(self, world: World) -> bool:
+        """Whether any rank was asked; all must call it after each step, and hear the same.
 
-        A single process looks each time. Several ask after the first step, then after so many as
-        take ``AGREE`` seconds on the slowest rank, but at most twice as many as before (the first
-        steps may be fast on data that was read ahead), and whenever ``period`` steps are over. When
-        that is follows from what all of them know, so they ask at the same step. Between, nothing
-        is exchanged and nothing is read from the device.
+        A single process looks at itself. Several tell one another over the CPU, while the next step
+        goes on: what is heard is what they told a step before, and nothing waits for the device.
+        Where the last step took more than ``SLOW`` seconds on any of them, they wait for what is
+        told now, which then costs nothing that matters, while one more step might be too late.
 
         Args:
             world: Where this process stands.
-            done: Steps of the run; the same on all ranks.
-            period: In steps; where all wait for the device anyway.
         """
         if world.size == 1:
             return self.asked
-        self._steps += 1
-        if self._steps < self._interval and done % period:
-            return False
-        wait_for(world.device)  # as the exchange does; else this measured the host alone
-        seconds = (time.monotonic() - self._agreed_at) / self._steps
-        told = distributed.gather_objects((self.asked, seconds))
-        slowest = max(seconds for _, seconds in told)
-        self._interval = min(2 * self._interval, period)
-        if self._interval * slowest > AGREE:
-            self._interval = max(1, int(AGREE / slowest))
-        self._steps, self._agreed_at = 0, time.monotonic()
-        return any(asked for asked, _ in told)
+        if self._exchange is None:
+            self._exchange = distributed.Exchange()
+        now = time.monotonic()
+        self._exchange.tell([float(self.asked), now - self._stepped_at])
+        self._stepped_at = now
+        while self._exchange.unheard > (0 if self._slow else 1):
+            asked, seconds = self._exchange.hear()
+            self._slow = seconds > SLOW
+            if asked:
+                return True
+        return False
 
 
 @contextmanager

@@ -330,11 +330,7 @@ class Trainer:
                     peer.schedule.step_update(num_updates=self.progress.updates)
             if self.progress.updates % self.plan.log_every == 0:
                 self._log(self.ledger.read(), clock.read())
-            self._end_if(
-                self.termination.agreed_after_step(
-                    self.world, self.progress.updates, self.plan.log_every
-                )
-            )
+            self._end_if(self.termination.agreed_after_step(self.world))
             if self.plan.save_every and self.progress.updates % self.plan.save_every == 0:
                 self.save()
         if self.progress.batch != batches:

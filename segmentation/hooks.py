@@ -149,16 +149,12 @@ class EndIfAsked(HookBase):
         termination: Entered while the run goes on.
         world: Where this process stands.
         save: Called with False.
-        period: In iterations, after which several ranks ask one another at the latest.
     """
 
-    def __init__(
-        self, termination: Termination, world: World, save: Callable[[bool], None], period: int
-    ) -> None:
+    def __init__(self, termination: Termination, world: World, save: Callable[[bool], None]):
         self.termination = termination
         self.world = world
         self.save = save
-        self.period = period
 
     def after_step(self) -> None:
         """Look for the signal, as ``Termination.agreed_after_step``.
@@ -169,7 +165,7 @@ class EndIfAsked(HookBase):
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter:
             return
-        if self.termination.agreed_after_step(self.world, done, self.period):
+        if self.termination.agreed_after_step(self.world):
             self.save(False)
             raise Preempted(preempted_at(done))
 

@@ -434,7 +434,7 @@ class TransferTrainer(TrainerBase):
         built = [hooks.IterationTimer(), PeerSchedules(self.peers.here), *self._precise_bn()]
         built.append(Evaluate(cfg.TEST.EVAL_PERIOD, self._evaluate_now))
         built.append(PeriodicSave(self.save, cfg.SOLVER.CHECKPOINT_PERIOD))
-        built.append(EndIfAsked(self.termination, self.world, self.save, LOG_PERIOD))
+        built.append(EndIfAsked(self.termination, self.world, self.save))
         if self.world.is_main:
             found = default_writers(str(self.folder), self.max_iter)
             writers = [one for one in found if not isinstance(one, TensorboardXWriter)]

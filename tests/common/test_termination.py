@@ -124,59 +124,74 @@ def test_a_reading_process_is_ended_by_its_own_run_alone():
     assert reader.exitcode == 0
 
 
-def steps_of_agreements(monkeypatch, durations, period, others=0.0, done=0):
-    """Return after which steps a rank asks the other one, whose steps take ``others`` seconds."""
-    now, asked, told = [0.0], [], []
+class OtherRank:
+    """Stands for ``Exchange`` with one other rank, whose every step takes ``seconds``."""
 
-    def gather(own):
-        asked.append(step)
-        told.append(own)
-        return [own, (False, others)]
+    def __init__(self, seconds=0.0, asked_at=None):
+        self.seconds, self.asked_at = seconds, asked_at
+        self.told, self.heard = [], 0
 
+    @property
+    def unheard(self):
+        return len(self.told) - self.heard
+
+    def tell(self, numbers):
+        self.told.append(numbers)
+
+    def hear(self):
+        self.heard += 1
+        asked, seconds = self.told[self.heard - 1]
+        return [max(asked, float(self.heard == self.asked_at)), max(seconds, self.seconds)]
+
+
+def hear_after_each(monkeypatch, durations, other):
+    """Return how many steps were heard of after each, up to the one that ends the run."""
+    now, heard = [0.0], []
     monkeypatch.setattr(common.termination.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(common.termination.distributed, "gather_objects", gather)
+    monkeypatch.setattr(common.termination.distributed, "Exchange", lambda: other)
     world = World(0, 2, 0, torch.device("cpu"))
     with Termination() as termination:
-        for step, seconds in enumerate(durations, done + 1):
+        for seconds in durations:
             now[0] += seconds
-            assert not termination.agreed_after_step(world, step, period)
-    assert all(seconds > 0 and not signalled for signalled, seconds in told)
-    return asked
+            ends = termination.agreed_after_step(world)
+            heard.append(other.heard)
+            if ends:
+                break
+    return heard
 
 
 @pytest.mark.parametrize(
-    ("durations", "others", "expected"),
+    ("durations", "other", "expected"),
     [
-        ([0.01] * 160, 0.0, [1, 3, 7, 15, 31, 50, 100, 150]),
-        ([0.01] * 160, 0.01, [1, 3, 7, 15, 31, 50, 100, 150]),
-        ([2.0] * 9, 0.0, [1, 3, 5, 7, 9]),
-        ([20.0] * 4, 0.0, [1, 2, 3, 4]),
-        ([0.01] * 9, 2.0, [1, 3, 5, 7, 9]),  # the other one's are slow
-        ([20.0, *[0.5] * 30], 0.0, [1, 2, 4, 8, 16, 26]),  # only the first is slow
-        ([*[0.001] * 4, *[1.0] * 20], 0.0, [1, 3, 7, 13, 18, 23]),  # fast on what was read ahead
+        ([0.01] * 5, 0.0, [1, 1, 2, 3, 4]),
+        ([2.0] * 4, 0.0, [1, 2, 3, 4]),
+        ([0.01] * 4, 2.0, [1, 2, 3, 4]),  # the other one's are slow
+        ([20.0, 0.5, 0.5, 0.5, 0.5], 0.0, [1, 2, 2, 3, 4]),  # only the first is slow
+        ([0.01, 0.01, 5.0, 5.0, 5.0], 0.0, [1, 1, 2, 4, 5]),  # they turn slow
     ],
 )
-def test_ranks_ask_one_another_as_often_as_their_steps_are_slow(
-    monkeypatch, durations, others, expected
+def test_ranks_hear_at_once_where_steps_are_slow_else_a_step_later(
+    monkeypatch, durations, other, expected
 ):
-    assert steps_of_agreements(monkeypatch, durations, 50, others) == expected
+    assert hear_after_each(monkeypatch, durations, OtherRank(other)) == expected
 
 
-def test_a_resumed_run_asks_after_its_first_step_too(monkeypatch):
-    found = steps_of_agreements(monkeypatch, [0.01] * 80, 50, done=137)
-    assert found == [138, 140, 144, 150, 166, 198, 200]
+@pytest.mark.parametrize(("seconds", "ends"), [(0.01, 8), (3.0, 7)])
+def test_a_run_ends_where_another_rank_was_asked(monkeypatch, seconds, ends):
+    heard = hear_after_each(monkeypatch, [seconds] * 20, OtherRank(asked_at=7))
+    assert (len(heard), heard[-1]) == (ends, 7)
 
 
 def test_a_single_process_looks_after_each_step(monkeypatch):
-    def refuse(own):
+    def refuse():
         raise AssertionError("nobody to ask")
 
-    monkeypatch.setattr(common.termination.distributed, "gather_objects", refuse)
+    monkeypatch.setattr(common.termination.distributed, "Exchange", refuse)
     termination = Termination()
     world = World(0, 1, 0, torch.device("cpu"))
-    assert not any(termination.agreed_after_step(world, step, 50) for step in range(1, 60))
+    assert not any(termination.agreed_after_step(world) for _ in range(60))
     termination.asked = True
-    assert termination.agreed_after_step(world, 60, 50)
+    assert termination.agreed_after_step(world)
 
 
 @pytest.mark.parametrize(("reads", "tracebacks"), [(outlive_sigterm, 0), (lambda: None, 1)])
