@@ -1,6 +1,9 @@
 """Run a function in several gloo processes of this machine."""
 
+import faulthandler
+import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -24,20 +27,25 @@ def _entry(rank, size, port, function, arguments):
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent's, as under torchrun
     }
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(HUNG - 10, file=sys.__stderr__)
     world = distributed.start("cpu")
     try:
         function(world, *arguments)
     finally:
         distributed.stop()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def launch(function, size, *arguments):
     """Call ``function(world, *arguments)`` in ``size`` processes; raise where one fails.
 
     A process forked from one with threads may inherit a lock that a thread held, and hang. Such a
-    launch is ended and made once more.
+    launch tells where each thread is, is ended, and made once more with a warning.
     """
-    if not _launch(function, size, arguments) and not _launch(function, size, arguments):
+    if _launch(function, size, arguments):
+        return
+    warnings.warn(f"{size} processes hung for {HUNG} seconds; once more", stacklevel=2)
+    if not _launch(function, size, arguments):
         raise TimeoutError(f"{size} processes hung for {HUNG} seconds, twice")
 
 
