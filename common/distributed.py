@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import threading
 import time
 from collections import deque
@@ -112,8 +113,10 @@ def start(device: str = "auto", timeout: timedelta = PATIENCE) -> World:
     Raises:
         ValueError, RuntimeError: A device that this machine does not have, or one for several
             processes.
+        ConnectionError: The torchrun that started this process is gone.
     """
     end_with_torchrun()
+    _look_for_torchrun()
     here = launched() or Launched()
     chosen = _device(device, here)
     if chosen.type == "cuda":
@@ -142,6 +145,20 @@ def _end_without(parent: int, every: float) -> None:
     while os.getppid() == parent:
         time.sleep(every)
     os._exit(1)
+
+
+def _look_for_torchrun() -> None:
+    """Raise where torchrun went while this process imported; its store would be awaited for long."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(address, timeout=60).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"nobody answers at {address[0]}:{address[1]} ({error}): the torchrun that started this "
+            "process is gone; start it again"
+        ) from error
 
 
 def _device(device: str, here: Launched) -> torch.device:

@@ -121,10 +121,12 @@ def start_world(device: str) -> World:
     """Join the other processes and set the device up; only the main rank logs.
 
     Raises:
-        OptionError: A device that is not there.
+        OptionError: A device that is not there, or a torchrun that is gone.
     """
     try:
         world = distributed.start(device)
+    except ConnectionError as error:
+        raise OptionError(str(error)) from error
     except (ValueError, RuntimeError) as error:
         raise OptionError(f"--device {device}: {error}") from error
     if not world.is_main:

@@ -750,10 +750,13 @@ def join_torchrun(device: str) -> World:
         device: MODEL.DEVICE.
 
     Raises:
-        ConfigError: A device that is not there, or machines with unlike numbers of processes.
+        ConfigError: A device that is not there, machines with unlike numbers of processes, or a
+            torchrun that is gone.
     """
     try:
         world = distributed.start(device)
+    except ConnectionError as error:
+        raise ConfigError(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"MODEL.DEVICE {device} under torchrun: {error}") from error
     here = distributed.launched() or distributed.Launched()

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -227,6 +228,17 @@ def test_one_rank_is_the_first(tmp_path):
     told = sorted((tmp_path / str(rank)).read_text() for rank in range(3))
     assert told == ["00", "00", "10"]
     assert distributed.first_to("tell") and distributed.first_to("tell")  # alone
+
+
+def test_a_process_whose_torchrun_is_gone_before_it_begins_is_refused(monkeypatch):
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConnectionError, match=f"127.0.0.1:{port}.* the torchrun .* is gone"):
+            distributed.start("cpu")
 
 
 @pytest.mark.parametrize("torchrun", [True, False])
