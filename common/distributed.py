@@ -148,7 +148,7 @@ def _end_without(parent: int, every: float) -> None:
 
 
 def _look_for_torchrun() -> None:
-    """Raise where torchrun went while this process imported; its store would be awaited for long."""
+    """Raise where torchrun went while this process imported; its store would be awaited."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -156,8 +156,8 @@ def _look_for_torchrun() -> None:
         socket.create_connection(address, timeout=60).close()
     except OSError as error:
         raise ConnectionError(
-            f"nobody answers at {address[0]}:{address[1]} ({error}): the torchrun that started this "
-            "process is gone; start it again"
+            f"nobody answers at {address[0]}:{address[1]} ({error}): the torchrun that started "
+            "this process is gone; start it again"
         ) from error
 
 

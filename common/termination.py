@@ -27,8 +27,8 @@ TOGETHER = 10.0
 """Seconds within which signals are one request: Slurm sends one to every process of a job, and what
 started a process (torchrun, ``timeout``) hands its own on."""
 SLOW = 1.0
-"""Seconds a step lasts from which on ranks wait for one another's answers at once: torchrun and Slurm
-kill 30 seconds after SIGTERM, and the step that is under way, and the save, need them."""
+"""Seconds a step lasts from which on ranks wait for one another's answers at once: torchrun and
+Slurm kill 30 seconds after SIGTERM, and the step under way and the save need them."""
 
 _logger = logging.getLogger("train")
 
