@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -94,6 +97,19 @@ def write_text(path: Path, text: str) -> None:
         OutputError: As ``atomic_write``.
     """
     atomic_write(path, lambda to: to.write_text(text, encoding="utf-8", newline=""))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a table, atomically; the columns are the union of the rows' names, in order.
+
+    Raises:
+        OutputError: As ``atomic_write``.
+    """
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.checkpoint import atomic_write
+from common.disk import atomic_write, write_csv
 from common.scouting import Judge, Ranking, Team, first_of_sizes
 from common.survey import Survey, describe_models, describe_pairs
 
@@ -156,9 +155,9 @@ def write_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Write ``scout.json``, ``models.csv``, ``pairs.csv`` (ordered pairs) and ``teams.csv``."""
     text = json.dumps(outcome, indent=1)
     atomic_write(folder / "scout.json", lambda to: to.write_text(text, encoding="utf-8"))
-    _write_table(folder / "models.csv", outcome["models"])
-    _write_table(folder / "pairs.csv", _pair_rows(outcome))
-    _write_table(folder / "teams.csv", [_team_row(team) for team in outcome["teams"]])
+    write_csv(folder / "models.csv", outcome["models"])
+    write_csv(folder / "pairs.csv", _pair_rows(outcome))
+    write_csv(folder / "teams.csv", [_team_row(team) for team in outcome["teams"]])
 
 
 def _pair_rows(outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -188,13 +187,3 @@ def _team_row(team: Mapping[str, Any]) -> dict[str, Any]:
 
 def _joined(by_member: Mapping[str, float] | None) -> str | None:
     return None if by_member is None else " ".join(f"{value:.6g}" for value in by_member.values())
-
-
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    def write(to: Path) -> None:
-        with to.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-            table.writeheader()
-            table.writerows(rows)
-
-    atomic_write(path, write)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import itertools
 import logging
 import math
@@ -33,7 +31,7 @@ from common.checkpoint import (
     save_weights,
 )
 from common.clock import LoopClock, Pace
-from common.disk import write_text
+from common.disk import write_csv
 from common.distributed import World
 from common.engine import Engine
 from common.finite import MOST_SKIPS, FiniteCheck, Names, refuse_broken_weights
@@ -723,17 +721,3 @@ def load_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-
-
-def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write rows of scalars atomically; the columns are the union of the rows' names, in order.
-
-    Raises:
-        OutputError: The folder cannot be written.
-    """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())

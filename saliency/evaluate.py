@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from common import distributed
+from common.disk import write_csv
 from common.distributed import World
 from common.options import OptionError, check_least
 from common.outputs import (
@@ -31,7 +32,6 @@ from common.outputs import (
     run_command,
     start_world,
 )
-from common.trainer import write_csv
 from saliency.check import check_data
 from saliency.errors import DataError
 from saliency.evaluation import ENSEMBLE, flatten

@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 from common import distributed
 from common.broken import worker_deaths_told
 from common.checkpoint import CheckpointError
-from common.disk import remove_leftovers, write_text
+from common.disk import remove_leftovers, write_csv, write_text
 from common.distributed import PATIENCE
 from common.outputs import on_main, run_command, start_logging
 from common.planner import add_plan_options
@@ -38,7 +38,6 @@ from common.termination import (
     handed_to_children,
     interrupts_told,
 )
-from common.trainer import write_csv
 from segmentation import checkpoints
 from segmentation.cards import write_cards
 from segmentation.config import RunConfig, load_run

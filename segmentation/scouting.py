@@ -7,8 +7,6 @@ each is kept. From that, teams are ranked by what their members may gain from on
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import itertools
 import logging
 import shlex
@@ -22,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from common.disk import write_text
+from common.disk import write_csv, write_text
 from common.finished import refuse_other_data, shared_models
 from common.logit_cache import CachedLogits
 from common.options import OptionError, check_least
@@ -491,12 +489,8 @@ def _write_classes(folder: Path, outcome: Mapping[str, Any]) -> None:
         if i != j
         for k, kind in enumerate(classes)
     ]
-    for file, rows in (("classes.csv", iou), ("pairs_by_class.csv", flips)):
-        text = io.StringIO()
-        table = csv.DictWriter(text, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-        write_text(folder / file, text.getvalue())
+    write_csv(folder / "classes.csv", iou)
+    write_csv(folder / "pairs_by_class.csv", flips)
 
 
 def _sections(outcome: Mapping[str, Any]) -> list[Section]:

@@ -28,6 +28,7 @@ from common.average import WeightAverage, chosen_decay
 from common.board import Board
 from common.broken import BadSamples, is_worker_death
 from common.checkpoint import CheckpointError, read_weights
+from common.disk import write_csv
 from common.distributed import World
 from common.engine import build_engine
 from common.finite import FiniteCheck, refuse_broken_weights
@@ -38,7 +39,7 @@ from common.ranks import SavedRanks, refuse_other_moments
 from common.seeding import generators_kept
 from common.soup import STATISTICS_BATCHES, Soup, Weights, make_soups, write_soup
 from common.termination import Preempted, Termination, ended_at_once
-from common.trainer import load_rng_state, rng_state, write_csv
+from common.trainer import load_rng_state, rng_state
 from common.transfer import KnowledgeTransfer
 from common.trials import AUTO, Trial, choose_layouts, to_layout
 from segmentation import checkpoints, solver

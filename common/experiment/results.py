@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.demo import write_json
+from common.disk import write_csv
 from common.experiment.corruptions import CORRUPTED, label_of
 from common.experiment.plan import MEASURES, START, Experiment
 from common.experiment.sources import merged
@@ -17,7 +18,6 @@ from common.experiment.work import finished
 from common.options import OptionError
 from common.report import write_experiment
 from common.statistics import FLIPS, corrected, interval_of, interval_rows, mean_rows, summarise
-from common.trainer import write_csv
 
 GROUPS = ("ensemble", "oracle")
 Found = Mapping[str, Any]

@@ -17,10 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.board import Board
 from common.checkpoint import list_runs, read_weights, save_weights
-from common.disk import OutputError, atomic_write
+from common.disk import OutputError, atomic_write, write_csv
 from common.engine import JointEngine
 from common.outputs import _append, _trim
-from common.trainer import write_csv
 from tests.children import in_a_child
 from tests.faults.runs import same
 
