@@ -81,7 +81,8 @@ def _error(view: TeamView) -> Tensor:
 def _strength(view: TeamView) -> Tensor:
     assert view.correct is not None
     accuracy = view.correct.mean(dim=1, dtype=torch.float64)
-    return (accuracy.sum() - accuracy) / (len(accuracy) - 1)
+    others = 1 - torch.eye(len(accuracy), dtype=torch.float64, device=accuracy.device)
+    return others @ accuracy / (len(accuracy) - 1)  # exact for a pair, for ranks to have ties
 
 
 def _confidence_gap(view: TeamView) -> Tensor:

@@ -161,6 +161,14 @@ def test_agreeing_models_promise_nothing():
         assert values == pytest.approx([0, 0, 0], abs=1e-6), name
 
 
+def test_partners_that_are_as_good_tie():
+    """To the last digit, or ranks of pairs would be those of rounding."""
+    judge = Judge(survey(*random_source()))
+    for pair in itertools.combinations(range(5), 2):
+        team = judge.judge(pair)
+        assert team.predicted["strength"] == team.accuracy[::-1]
+
+
 def test_flips_of_rules_that_do_not_choose_add_up_to_nothing():
     found = survey(*random_source())
     for rule in ("mutual", "random"):
