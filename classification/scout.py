@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from classification.data import classes_of, common_view, open_dataset
+from classification.data import classes_of, common_view, mode_of, open_dataset
 from classification.held_out import split_held_out
 from classification.options import PeerSpec, build_parser, parse
 from classification.realised import METRIC, evaluated_on, read_run
@@ -130,7 +130,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     world = _start_alone(options)
     folder = _make_folder(options)
     watch = progress_bars(bars)
-    _check_unlabelled(options)
+    unlabelled = _open_unlabelled(options)
     candidates = find_candidates(specs, options, watch)
     asked_names = [candidate.spec.name for candidate in candidates]
     candidates = without_repeats(candidates, asked_names)
@@ -143,7 +143,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
         labelled=not options.unlabelled,
         calibrated=is_labelled(options),
     )
-    logits, found = ask(candidates, options, world, watch)
+    logits, found = ask(candidates, options, world, watch, unlabelled)
     judge = judge_of(found, options)
     predictor = options.predictor or default_predictor(found, judge.rule)
     costs = None
@@ -298,22 +298,35 @@ def student_of(asked: str | None, candidates: Sequence[Candidate]) -> int | None
 
 
 def ask(
-    candidates: Sequence[Candidate], options: argparse.Namespace, world: World, watch: Watch
+    candidates: Sequence[Candidate],
+    options: argparse.Namespace,
+    world: World,
+    watch: Watch,
+    unlabelled: Dataset | None = None,
 ) -> tuple[CachedLogits, Survey]:
     """Let every model answer, and compare what they say.
 
-    With ``--unlabelled`` the labelled data, if any, only give each model's temperature.
+    Args:
+        candidates: The models.
+        options: The run's.
+        world: Where this process stands.
+        watch: Wraps the batches, for instance in a progress bar.
+        unlabelled: The images of ``--unlabelled``; with them the labelled data, if any, only give
+            each model's temperature.
 
     Returns:
         The logits that teams are judged by, and their survey.
     """
     found = logits = calibration = None
+    channels = candidates[0].view.size[0]
     if is_labelled(options):
-        logits = _answers(candidates, options, world, watch)
+        dataset = _open_split(options, channels)
+        logits = _answers(candidates, dataset, options, world, watch)
         found = _survey(logits, logits.labels(), options, watch)
         calibration = found.temperature
-    if options.unlabelled:
-        logits = _answers(candidates, _as_unlabelled(options), world, watch)
+    if unlabelled is not None:
+        unlabelled.input_img_mode = mode_of(options, channels)  # unknown when they were listed
+        logits = _answers(candidates, unlabelled, _as_unlabelled(options), world, watch)
         found = _survey(logits, None, options, watch, calibration)
     assert logits is not None and found is not None
     return logits, found
@@ -325,19 +338,23 @@ def _as_unlabelled(options: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(options), **other})
 
 
-def _check_unlabelled(options: argparse.Namespace) -> None:
-    """Refuse images without labels that cannot be read, before models answer those with labels."""
-    if options.unlabelled:
-        try:
-            _open_split(_as_unlabelled(options), 3)
-        except OptionError as error:
-            raise OptionError(f"--unlabelled {error}") from error
+def _open_unlabelled(options: argparse.Namespace) -> Dataset | None:
+    """List the images without labels, if any, before models answer those with labels."""
+    if not options.unlabelled:
+        return None
+    try:
+        return _open_split(_as_unlabelled(options), 3)
+    except OptionError as error:
+        raise OptionError(f"--unlabelled {error}") from error
 
 
 def _answers(
-    candidates: Sequence[Candidate], options: argparse.Namespace, world: World, watch: Watch
+    candidates: Sequence[Candidate],
+    dataset: Dataset,
+    options: argparse.Namespace,
+    world: World,
+    watch: Watch,
 ) -> CachedLogits:
-    dataset = _open_split(options, candidates[0].view.size[0])
     split = choose_samples(dataset, options, options.samples)
     cache, at_once = Path(options.cache), options.models_at_once
     return cached_logits(candidates, split, options, cache, world, at_once, watch)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from classification.data import open_dataset
 from classification.held_out import Part
 from classification.models import ModelError, models_meant
 from classification.options import build_parser, parse
@@ -21,6 +22,7 @@ from classification.scout import add_scout_options, main, scout
 from classification.train import run
 from classification.validate import validate
 from common import logit_cache
+from common.checkpoint import save_weights
 from common.distributed import World
 from common.options import OptionError
 from common.planner import engine_costs
@@ -267,6 +269,31 @@ def test_images_without_labels(digits, scouting, tmp_path, caplog):
     assert "cannot be compared" in caplog.text
     assert blind["pairs"]["kl"] == found["pairs"]["kl"]
     assert blind["commands"][0].startswith("python classification/train.py DATA ")
+
+
+def test_images_without_labels_are_listed_once_and_read_as_the_models_see_them(
+    digits, tmp_path, monkeypatch, no_report
+):
+    folder, listed = flat_folder(digits, tmp_path / "flat"), []
+
+    def listing(*given):
+        listed.append(open_dataset(*given))
+        return listed[-1]
+
+    monkeypatch.setattr("classification.scout.open_dataset", listing)
+    shape = "kwargs.embed_dim=24,kwargs.depth=1,kwargs.num_heads=2,img_size=32"
+    peers = [f"vit_tiny_patch16_224,name={name},{shape}" for name in "ab"]
+    grey = ["--num-classes", "10", "--in-chans", "1"]
+    words = [word for peer in peers for word in ("--peer", peer)]
+    options, specs = parse([str(digits), *words, *grey, "--no-pretrained"])
+    asked = ["--unlabelled", str(folder), *grey, "--device", "cpu", "-j", "0"]
+    asked += ["--output", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    for k, module in enumerate(build_modules(specs, options)[0]):
+        file = tmp_path / f"{k}.safetensors"
+        save_weights(file, module.state_dict())
+        asked += ["--model", f"{peers[k]},checkpoint={file}"]
+    assert scout(asked, bars=False)["samples"] == 50
+    assert [dataset.input_img_mode for dataset in listed] == ["L"]
 
 
 def test_what_cannot_be_scouted_is_named_and_never_dropped_in_silence(
