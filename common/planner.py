@@ -115,6 +115,11 @@ def usable(memory: int) -> int:
     return int(memory * (1 - SAFETY))
 
 
+def whole_memory(peak: int) -> int:
+    """Return the smallest memory of which a plan may use so much."""
+    return math.ceil(peak / (1 - SAFETY))
+
+
 def engine_costs(team: TeamCost) -> dict[str, EngineCost]:
     """Work out what each engine needs.
 

@@ -64,6 +64,7 @@ def describe_ranking(
         "judged": ranking.judged,
         "possible": ranking.possible,
         "too_large": ranking.too_large,
+        "least_too_large": ranking.least,
     }
 
 

@@ -506,12 +506,14 @@ class Ranking:
         judged: How many were judged.
         possible: How many there are, under the rule and with the student.
         too_large: How many of the judged do not fit.
+        least: Bytes that the smallest of these needs; None: all fit, or it was not measured.
     """
 
     teams: list[Team]
     judged: int
     possible: int
     too_large: int
+    least: int | None = None
 
     def best(self, top: int) -> list[Team]:
         """Return so many of each size."""
@@ -556,7 +558,8 @@ def rank_teams(
     needed = {student, judge.teacher} - {None}
     counts = {size: _count(size, models, student) for size in range(2, max(sizes) + 1)}
     kept: list[Team] = []
-    judged = possible = too_large = 0
+    judged = possible = 0
+    too_large: list[Team] = []
     smaller: list[Team] = []
     for size, count in counts.items():
         grown = any(counts[larger] > most for larger in sizes if larger > size)
@@ -566,12 +569,12 @@ def rank_teams(
         teams = [judge.judge(members) for members in watch(tried) if judge.may_be(members)]
         smaller = sorted(teams, key=value, reverse=True)
         if size in sizes:
-            fitting = [team for team in smaller if fits(team)]
-            kept += fitting
+            for team in smaller:
+                (kept if fits(team) else too_large).append(team)
             judged += len(teams)
             possible += math.comb(models - len(needed), size - len(needed))
-            too_large += len(teams) - len(fitting)
-    return Ranking(kept, judged, possible, too_large)
+    needs = [team.memory for team in too_large if team.memory is not None]
+    return Ranking(kept, judged, possible, len(too_large), min(needs, default=None))
 
 
 def _count(size: int, models: int, student: int | None) -> int:

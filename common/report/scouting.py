@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from common.planner import shown_bytes, whole_memory
 from common.report.numbers import MISSING, as_percent, is_finite, listed, number
 from common.report.page import (
     Html,
@@ -148,7 +149,7 @@ def scout_sentences(outcome: Outcome, parts: Parts) -> list[str]:
     aim = f"for {outcome['for']}" if outcome["for"] else "for all members"
     for best in first:
         size = len(best["members"])
-        among = f"the teams of {size}" if len(first) > 1 else f"{outcome['judged']} teams"
+        among = f"the teams of {size}" if len(first) > 1 else _teams(outcome["judged"])
         told.append(
             f"Of {among} the most is predicted {aim} in {listed(best['members'])} "
             f"({outcome['predictor']} {best['value']:.4f})."
@@ -164,7 +165,25 @@ def scout_sentences(outcome: Outcome, parts: Parts) -> list[str]:
             "smaller ones, which can miss some."
         )
     if outcome["too_large"]:
-        told.append(f"{outcome['too_large']} teams were left out: they do not fit the memory.")
+        told.append(_too_large(outcome))
+    return told
+
+
+def _teams(count: int) -> str:
+    return "1 team" if count == 1 else f"{count} teams"
+
+
+def _too_large(outcome: Outcome) -> str:
+    """Say how many teams do not fit, and what it takes that one more does."""
+    settings = outcome.get("settings", {})
+    budget, least = settings.get("budget_gpu_mem"), outcome.get("least_too_large")
+    memory = f"--budget-gpu-mem {shown_bytes(budget)}" if budget else "the memory"
+    told = f"{_teams(outcome['too_large'])} left out: too large for {memory}."
+    if least is not None:
+        told += (
+            f" The smallest takes {shown_bytes(whole_memory(least))}, the free share counted in; a "
+            "smaller batch, gradient checkpointing or smaller models take less."
+        )
     return told
 
 

@@ -10,9 +10,14 @@ import torch.nn.functional as F
 
 from common import survey as surveys
 from common.options import OptionError
-from common.report.scouting import write_scout_report
+from common.report.scouting import scout_lead, write_scout_report
 from common.roles import assign_roles
-from common.scout_outcome import describe_outcome, teams_by_size, teams_to_train
+from common.scout_outcome import (
+    describe_outcome,
+    describe_ranking,
+    teams_by_size,
+    teams_to_train,
+)
 from common.scouting import (
     PREDICTORS,
     Judge,
@@ -246,6 +251,22 @@ def test_teams_that_do_not_fit_are_left_out_and_counted():
     found = survey(*random_source())
     ranking = rank_teams(Judge(found), [2], "flips", fits=lambda team: 0 not in team.members)
     assert len(ranking.teams) == 6 and ranking.too_large == 4 and ranking.judged == 10
+    assert ranking.least is None
+
+
+def test_what_is_too_large_for_the_budget_is_told_with_the_way_out():
+    def fits(team):
+        team.memory = 2**20 * 85 * sum(team.members)  # the smallest pair: models 0 and 1
+        return False
+
+    judge = Judge(survey(*random_source()))
+    ranking = rank_teams(judge, [2], "flips", fits=fits)
+    assert ranking.least == 85 * 2**20
+    outcome = describe_ranking(judge, ranking, "flips", None)
+    outcome["settings"] = {"budget_gpu_mem": 50 * 2**20}
+    told = scout_lead(outcome)
+    assert "No team fits. 10 teams left out: too large for --budget-gpu-mem 50.0 M." in told
+    assert "The smallest takes 100.0 M, the free share counted in" in told
 
 
 def test_facts_of_models_are_measured_where_the_temperature_was_not_fitted():
