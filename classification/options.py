@@ -33,6 +33,7 @@ from common.options import (
     peer_mapping,
     transfer_of,
     truth,
+    yaml_fault,
 )
 from common.planner import add_plan_options
 from common.roles import COMPARING, compares_scores
@@ -477,7 +478,7 @@ def read_yaml(path: Path) -> Any:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise OptionError(f"{path}: not plain YAML ({error})") from error
+        raise OptionError(f"{path}: not plain YAML: {yaml_fault(error)}") from error
     for key in content if isinstance(content, dict) else ():
         option = "--" + str(key).replace("_", "-")
         if option in REJECTED:

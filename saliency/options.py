@@ -28,6 +28,7 @@ from common.options import (
     peer_mapping,
     transfer_of,
     truth,
+    yaml_fault,
 )
 from common.peers import check_names
 from common.planner import add_plan_options
@@ -389,7 +390,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise OptionError(f"{path}: not plain YAML ({error})") from error
+        raise OptionError(f"{path}: not plain YAML: {yaml_fault(error)}") from error
 
 
 def _check(options: argparse.Namespace) -> None:
