@@ -616,7 +616,11 @@ def _as_floats(cfg: CfgNode, content: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unknown(cfg: CfgNode, content: Mapping[str, Any], where: str, prefix: str = "") -> None:
     for key, value in content.items():
         if key not in cfg:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; {choices(cfg, str(key))}")
+            first, dot, rest = str(key).partition(".")
+            nested = f"write it nested, {first}: {{{rest}: VALUE}}" if dot else ""
+            raise ConfigError(
+                f"{where}: unknown key {prefix}{key}; {nested or choices(cfg, str(key))}"
+            )
         if not isinstance(cfg[key], CfgNode):
             continue
         if not isinstance(value, Mapping):

@@ -142,6 +142,7 @@ def test_a_config_of_the_model_zoo_is_found_by_its_name(folder):
             "peer 'x': TEST.PRECISE_BN with TRANSFER.MODEL_EMA",
         ),
         ({"SOLVER": {"BASE_LRR": 1}}, "unknown key SOLVER.BASE_LRR; did you mean BASE_LR"),
+        ({"SOLVER.BASE_LR": 1}, "SOLVER.BASE_LR; write it nested, SOLVER: {BASE_LR: VALUE}"),
         ({"MODEL": {"META_ARCHITECTURE": "Nothing"}}, "'Nothing'; choose from .*SemanticSegmentor"),
         ({"peers": []}, "no peers; list them under TRANSFER.PEERS"),
         ({"peers": ["a.yaml"]}, "TRANSFER.PEERS holds 'a.yaml'; expected keys NAME, CONFIG"),
