@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
-from common.termination import deaf_to, end_children, ended_at_once
+from common.termination import deaf_to, end_children, end_with_parent, ended_at_once
 
 COMMON = Path(__file__).parent
 _AGAIN = "give the same command again to go on; the runs that have finished stay"
@@ -196,21 +195,13 @@ def _ended_where_this_fails(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 
 def _begin(start_method: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     # of the processes that read data: being spawned itself, this one would spawn them, which takes
     # seconds of imports for every loader
     multiprocessing.set_start_method(start_method, force=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR)
-
-
-def _end_with_parent() -> None:
-    """End when the process that asks for runs has ended, by ``kill -9`` too; nobody else would."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 @functools.cache

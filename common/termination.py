@@ -227,6 +227,21 @@ def end_children(patience: float = 0.0) -> None:
         child.join()
 
 
+def end_with_parent() -> None:
+    """End this process when the one that started it by ``multiprocessing`` has, by ``kill -9`` too.
+
+    Nobody else would, where Ctrl-C is ignored, as it is by what a shell's script starts with ``&``.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def outlive_sigterm(worker: int = 0) -> None:
     """Let a reading process end by its own run's SIGTERM alone; for a loader's ``worker_init_fn``.
 

@@ -34,6 +34,7 @@ from common.termination import (
     Preempted,
     end_children,
     end_interrupted,
+    end_with_parent,
     ended_at_once,
     handed_to_children,
     interrupts_told,
@@ -200,7 +201,7 @@ def _launch(run: RunConfig, options: argparse.Namespace) -> int:
                 num_machines=options.num_machines,
                 machine_rank=options.machine_rank,
                 dist_url=options.dist_url,
-                args=(run, options, told),
+                args=(run, options, told, multiprocessing.get_start_method()),
                 timeout=PATIENCE,
             )
     except KeyboardInterrupt as error:
@@ -215,16 +216,27 @@ def _launch(run: RunConfig, options: argparse.Namespace) -> int:
     return 0
 
 
-def _work_and_tell(run: RunConfig, options: argparse.Namespace, told: Any) -> None:
+def _work_and_tell(run: RunConfig, options: argparse.Namespace, told: Any, method: str) -> None:
+    end_with_parent()
+    # of the processes that read data: being spawned itself, this one would spawn them, which takes
+    # seconds of imports for every loader, in which they do not outlive SIGTERM
+    multiprocessing.set_start_method(method, force=True)
+    status = _status_of(run, options, told)
+    if status:  # not from where the error is: it holds the loaders, whose processes would be killed
+        raise SystemExit(status)
+
+
+def _status_of(run: RunConfig, options: argparse.Namespace, told: Any) -> int:
     try:
         with ended_at_once():
             work(run, options)
     except FAULTS as error:
         told.put(str(error))
-        raise SystemExit(1) from error
+        return 1
     except Preempted as end:
         _logger.warning("%s", end)
-        raise SystemExit(EXIT_STATUS) from end
+        return EXIT_STATUS
+    return 0
 
 
 def _how_to_go_on(run: RunConfig, options: argparse.Namespace) -> str:

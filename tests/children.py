@@ -68,3 +68,16 @@ def in_a_child(work, log=None, seconds=HUNG):
         told = Path(log).read_text()[-8000:] if log else "see what it told above"
         raise TimeoutError(f"a child hung for {seconds} seconds: {told}")
     return os.waitstatus_to_exitcode(found[1])
+
+
+def alive(group):
+    """Return the processes of a group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(its_group) == group and state not in "ZX":
+            found.append(path.parent.name)
+    return found

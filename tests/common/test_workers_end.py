@@ -14,7 +14,7 @@ from common.demo import side_by_side
 from common.experiment.local import run_local
 from common.outputs import run_command
 from common.termination import EXIT_STATUS, INTERRUPTED
-from tests.children import work_and_end
+from tests.children import alive, work_and_end
 from tests.common.waiting import train_for_a_minute
 
 ROOT = Path(__file__).parents[2]
@@ -39,19 +39,6 @@ signal.signal(signal.SIGINT, interrupted)
 pathlib.Path(sys.argv[1] + ".begun").write_text("")
 time.sleep(60)
 """
-
-
-def alive(group):
-    """Return the processes of a group that have not ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(its_group) == group and state not in "ZX":
-            found.append(path.parent.name)
-    return found
 
 
 def wait_until(true, seconds=60):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from segmentation.errors import DataError
 from segmentation.hooks import EndIfAsked
 from segmentation.peer import make_batch
 from segmentation.trainer import TransferTrainer
+from tests.children import alive
 from tests.launch import launch
 from tests.segmentation.runs import write_run
 
@@ -212,6 +214,37 @@ def test_sigterm_saves_a_run_of_two_processes(tmp_path, datasets):
     told = tmp_path / "log.txt"
     assert process.wait() == EXIT_STATUS, told.read_text()[-3000:]
     assert "SIGTERM: saved after iteration" in told.read_text()
+
+
+@NO_GPU
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGTERM, EXIT_STATUS), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_two_processes_that_read_end_with_what_started_them(tmp_path, datasets, sent, status):
+    run = write_run(tmp_path)
+    asked = ["--config-file", str(run), "--num-gpus", "2", "MODEL.DEVICE", "cpu"]
+    asked += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.MAX_ITER", "1000", "TEST.EVAL_PERIOD", "1"]
+    # a shell's script ignores Ctrl-C for what it starts with &, and then its ranks do
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable]
+    command += ["segmentation/train_net.py", *asked]
+    told = tmp_path / "log.txt"
+    with told.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        while "evaluating iteration" not in told.read_text() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1)  # reading processes that are spawned would import for longer
+        process.send_signal(sent)
+        assert process.wait() == status, told.read_text()[-3000:]
+        assert "Traceback" not in told.read_text()
+        end = time.monotonic() + 20
+        while alive(process.pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not alive(process.pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _slow_iterations(world, folder):
