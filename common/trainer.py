@@ -220,8 +220,7 @@ class Trainer:
             NonFiniteError: A peer's loss or weights are not finite; no such weights are saved.
             BadSampleError: More files are broken than ``bad`` allows.
             Preempted: SIGTERM came, and a run file was written. It is looked for after every step
-                in a single process, and with several ranks every few seconds, when they log and
-                before they evaluate.
+                (of several ranks after that or the next one) and before each evaluation.
                 One that comes in an evaluation ends it at once: a run file was written before.
             Interrupted: Ctrl-C came; it saves nothing.
         """
