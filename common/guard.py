@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import distributed
 from common.checkpoint import read_weights
 from common.peers import Peer, PeerGroup
 from common.transfer import KnowledgeTransfer
@@ -145,7 +146,7 @@ class Guard:
             self._beyond[name] = 0
             self._end_lessons(peer, self._last_event(name)["action"])
         due, self._due = self._due, []
-        if due and all(peer.frozen for peer in self.peers):
+        if due and all(peer.frozen for peer in self.peers) and distributed.is_first():
             _logger.warning("no peer learns any more: the rest of the run is left out")
         return due
 
@@ -209,7 +210,8 @@ class Guard:
             self._last_event(name).update(event)
         else:
             self.events.append(event)
-        _logger.warning("%s %d: %s", self.unit, at, event_sentence(event))
+        if distributed.is_first():  # all ranks find the same
+            _logger.warning("%s %d: %s", self.unit, at, event_sentence(event))
 
     def _peer(self, name: str) -> Peer:
         return next(peer for peer in self.peers if peer.name == name)

@@ -50,6 +50,14 @@ def test_it_acts_after_so_many_evaluations_in_a_row_beyond_the_bound():
     assert (events[0]["start"], events[0]["now"], events[0]["evaluations"]) == (60.0, 57.0, 3)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_several_ranks_tells_what_all_find(monkeypatch, caplog, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert looks(guard_of(Bounds("warn", 1.0, patience=1)), [50])[0] == [1]
+    assert caplog.text.count("p0 got worse") == 1 - rank
+
+
 def test_lower_may_be_better_and_no_number_is_worse():
     assert looks(guard_of(Bounds("warn", 1.0), True), [61, 61.1, 50])[0] == [0, 1, 0]
     assert looks(guard_of(Bounds("warn", 1.0)), [math.nan, 60])[0] == [1, 0]
