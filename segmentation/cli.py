@@ -81,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a run file with TRANSFER.PEERS; or, repeated, the config of each peer",
     )
+    built.add_argument(  # Detectron2's default is the same port for all runs of a user
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="where processes meet, tcp://HOST:PORT of the first machine; of a single machine they "
+        "take a free port by themselves",
+    )
     built.add_argument(
         "--allow-unsafe-config",
         action="store_true",
@@ -301,10 +308,16 @@ def check_launch(options: argparse.Namespace) -> tuple[int, int]:
     """Return of how many processes the run is, and how many of them this machine has.
 
     Raises:
-        ConfigError: The options ask for processes, and torchrun started some.
+        ConfigError: The options ask for processes, and torchrun started some; or machines have no
+            place to meet.
     """
     here = distributed.launched()
     if here is None:
+        if options.num_machines > 1 and options.dist_url == "auto" and not options.plan:
+            raise ConfigError(
+                f"--num-machines {options.num_machines} without --dist-url; give each machine "
+                "--dist-url tcp://HOST:PORT, a free port of the first one"
+            )
         return options.num_gpus * options.num_machines, options.num_gpus
     for option in ("num_gpus", "num_machines"):
         if getattr(options, option) > 1:

@@ -2,16 +2,20 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setup-segmentation")
+
+from detectron2.engine import default_argument_parser
 
 import common.termination
 from common.termination import EXIT_STATUS, INTERRUPTED, Preempted, Termination
@@ -273,7 +277,12 @@ def test_with_slow_iterations_ranks_end_in_time(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_run_through_the_command_line(tmp_path, datasets):
     run = write_run(tmp_path, RULE="random")
-    assert main(["--config-file", str(run), "--num-gpus", "2", *ONE_STEP]) == 0
+    url = default_argument_parser().parse_args([]).dist_url  # the same for all runs of a user
+    with socket.socket() as other:
+        with suppress(OSError):  # where it is taken, the better
+            other.bind(("127.0.0.1", urlsplit(url).port))
+            other.listen()
+        assert main(["--config-file", str(run), "--num-gpus", "2", *ONE_STEP]) == 0
     assert (tmp_path / "out" / "run.pt").is_file()
     assert main(["--config-file", str(run), "--eval-only", "--resume"]) == 0
 

@@ -89,6 +89,13 @@ def test_processes_are_started_by_torchrun_or_by_options(tmp_path, datasets, mon
     assert not (tmp_path / "out").exists()
 
 
+def test_machines_are_told_where_to_meet(tmp_path, datasets, capsys):
+    asked = ["--config-file", str(write_run(tmp_path)), *SHORT]
+    assert main(["--num-machines", "2", *asked]) == 1
+    assert "--num-machines 2 without --dist-url; give each machine" in capsys.readouterr().err
+    assert main(["--num-machines", "2", "--plan", *asked]) == 0
+
+
 def test_a_plan_counts_torchruns_processes(tmp_path, datasets, monkeypatch, caplog):
     asked = ["--plan", "--config-file", str(write_run(tmp_path)), *CPU]
     caplog.set_level(logging.INFO)
