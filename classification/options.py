@@ -13,7 +13,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from classification.models import models_meant
-from common.checkpoint import CheckpointError, read_metadata
+from common.checkpoint import read_metadata
 from common.options import (
     OptionError,
     actions_of,
@@ -406,7 +406,8 @@ def parse(
         script, extend: See ``build_parser``.
 
     Returns:
-        The run's options, and its peers as asked for.
+        The run's options, and its peers as asked for; of ``scout`` exported files are not read yet
+        (see ``from_export``).
 
     Raises:
         CheckpointError: A peer given as a file that is missing or broken.
@@ -424,7 +425,8 @@ def parse(
         raise OptionError("no peers: give --peer MODEL for every model, or a `peers:` list in YAML")
     options.peers = [one for asked in options.peers for one in _models_meant(asked)]
     peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
-    peers = [_from_export(peer) for peer in peers]
+    if script != "scout":  # which names all that cannot be had, and may go on without them
+        peers = [from_export(peer) for peer in peers]
     transfer_of(options, [peer.name for peer in peers])
     bare = [
         peer.name
@@ -513,14 +515,16 @@ def _peer_spec(
     )
 
 
-def _from_export(peer: PeerSpec) -> PeerSpec:
-    """Read model, view and options of a peer that is given as a file that a run exported."""
+def from_export(peer: PeerSpec) -> PeerSpec:
+    """Read model, view and options of a peer that is given as a file that a run exported.
+
+    Raises:
+        CheckpointError: The file is missing or broken.
+        OptionError: It does not tell what it holds.
+    """
     if not peer.model.endswith(EXPORT):
         return peer
-    try:
-        told = read_metadata(peer.model)
-    except CheckpointError as error:
-        raise CheckpointError(f"peer {peer.name!r}: {error}") from error
+    told = read_metadata(peer.model)
     if "architecture" not in told:
         raise OptionError(
             f"{peer.model}: does not tell its architecture; give it as the checkpoint of a model: "

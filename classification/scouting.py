@@ -21,7 +21,7 @@ from classification.data import View
 from classification.evaluation import PeerEvaluator
 from classification.held_out import Part
 from classification.models import ModelError
-from classification.options import PeerSpec
+from classification.options import PeerSpec, from_export
 from classification.outputs import metadata
 from classification.peer import build_modules
 from common.broken import BadSamples
@@ -108,6 +108,7 @@ def _most_common(values: Sequence[int]) -> int:
 
 
 def _inspect(spec: PeerSpec, options: argparse.Namespace) -> Candidate:
+    spec = from_export(spec)
     if spec.checkpoint is None and spec.options.pretrained is False:
         raise OptionError(
             f"has no weights (--no-pretrained); give a file: --model {spec.model},checkpoint=FILE"

@@ -310,7 +310,7 @@ def refuse_unfit(unfit: Mapping[str, str], asked: int, skip: bool) -> None:
         OptionError: Some cannot, and ``skip`` is not set (names all of them, with the way out); or
             fewer than two can.
     """
-    told = "\n".join(f"  {name}: {reason}" for name, reason in unfit.items())
+    told = "\n".join(f"  {name}: {why.removeprefix(f'{name}: ')}" for name, why in unfit.items())
     if unfit and not skip:
         raise OptionError(
             f"{len(unfit)} of {asked} models cannot be scouted:\n{told}\n"

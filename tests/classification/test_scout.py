@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from classification.data import open_dataset
 from classification.held_out import Part
 from classification.models import ModelError, models_meant
-from classification.options import build_parser, parse
+from classification.options import build_parser, from_export, parse
 from classification.peer import build_modules
 from classification.plan import measure_team
 from classification.realised import read_run
@@ -231,7 +231,7 @@ def test_costs_are_those_of_the_plan_with_copies_that_teach(scouting, no_report)
     found = scout([*given, "--costs"], bars=False)
     needs = {frozenset(team["members"]): team["memory"] for team in found["teams"]}
     options, specs = parse(given, "scout", add_scout_options)
-    pair = [spec for spec in specs if spec.name in "ab"]
+    pair = [from_export(spec) for spec in specs if spec.name in "ab"]
     modules, views = build_modules(pair, argparse.Namespace(**{**vars(options), "num_classes": 10}))
     world = World(0, 1, 0, torch.device("cpu"))
     plan = measure_team(options, pair, modules, views, world)
@@ -309,6 +309,22 @@ def test_what_cannot_be_scouted_is_named_and_never_dropped_in_silence(
     found = scout([*scouting, *more, "--skip-unfit"], bars=False)
     assert found["names"] == ["a", "b", "c", "d"]
     assert "left out" in caplog.text and "pit_xs_distilled_224" in caplog.text
+
+
+def test_broken_files_that_a_wildcard_meets_are_named_or_left_out(
+    scouting, trained, tmp_path, caplog, no_report
+):
+    for name in "abcd":
+        shutil.copytree(trained / name, tmp_path / "run" / name)
+    broken = tmp_path / "run" / "b" / "last.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    given = [word.replace(str(trained), str(tmp_path / "run")) for word in scouting]
+    given += ["--model", "resnet18x"]
+    with pytest.raises(OptionError, match="2 of 5 models cannot be scouted") as error:
+        scout(given, bars=False)
+    assert f"  b: {broken}: " in str(error.value) and "\n  resnet18x: unknown" in str(error.value)
+    assert scout([*given, "--skip-unfit"], bars=False)["names"] == ["a", "c", "d"]
+    assert str(broken) in caplog.text
 
 
 @pytest.mark.parametrize(
