@@ -658,14 +658,34 @@ def _check_shared(peers: Sequence[PeerConfig]) -> None:
                 )
 
 
+_CROPS = ("relative", "relative_range", "absolute", "absolute_range")
+
+
+def _check_crop(kind: str, size: list[float]) -> None:
+    """Refuse what Detectron2 finds out at the first image, or takes for the other kind."""
+    if kind not in _CROPS:
+        raise ConfigError(f"INPUT.CROP.TYPE is {kind!r}; choose from {', '.join(_CROPS)}")
+    if kind.startswith("relative"):
+        expected = "two shares of the sides, above 0 and at most 1"
+        fits = all(0 < side <= 1 for side in size)
+    else:
+        expected = "two whole numbers of pixels above 0"
+        fits = all(isinstance(side, int) and side > 0 for side in size)
+    if kind == "absolute_range":
+        expected += ", the smaller one first"
+        fits = fits and sorted(size) == size
+    if not fits or len(size) != 2:
+        raise ConfigError(f"INPUT.CROP.SIZE is {size} of TYPE {kind}; expected {expected}")
+
+
 def _check_values(peers: Sequence[PeerConfig]) -> None:
     """Refuse what would end in a traceback only later."""
     cfg = peers[0].cfg
     for key in ("DATALOADER.NUM_WORKERS", "SOLVER.MAX_ITER"):
         if value_at(cfg, key) < 0:
             raise ConfigError(f"{key} is {value_at(cfg, key)}; expected 0 or more")
-    if cfg.INPUT.CROP.ENABLED and not all(side > 0 for side in cfg.INPUT.CROP.SIZE):
-        raise ConfigError(f"INPUT.CROP.SIZE is {cfg.INPUT.CROP.SIZE}; expected more than 0")
+    if cfg.INPUT.CROP.ENABLED:
+        _check_crop(cfg.INPUT.CROP.TYPE, list(cfg.INPUT.CROP.SIZE))
     for peer in peers:
         for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
             values = value_at(peer.cfg, key)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -164,10 +165,21 @@ def test_a_config_of_the_model_zoo_is_found_by_its_name(folder):
         ({"SOLVER": None}, "SOLVER is None; expected keys, of AMP, .*MAX_ITER"),
         ({"SOLVER": {"MAX_ITER": -5}}, "SOLVER.MAX_ITER is -5; expected 0 or more"),
         ({"DATALOADER": {"NUM_WORKERS": -1}}, "NUM_WORKERS is -1; expected 0 or more"),
-        (
-            {"INPUT": {"CROP": {"ENABLED": True, "SIZE": [0, 8]}}},
-            r"SIZE is \[0, 8\]; expected more",
+        *(
+            (
+                {"INPUT": {"CROP": {"ENABLED": True, "TYPE": kind, "SIZE": size}}},
+                rf"SIZE is {re.escape(str(size))} of TYPE {kind}; expected two {what}",
+            )
+            for kind, size, what in (
+                ("absolute", [0, 8], "whole numbers"),
+                ("absolute", [0.5, 0.5], "whole numbers"),
+                ("absolute", [8], "whole numbers"),
+                ("absolute_range", [9, 8], "whole numbers .*, the smaller"),
+                ("relative", [0.5, 1.5], "shares"),
+                ("relative_range", [64, 64], "shares"),
+            )
         ),
+        ({"INPUT": {"CROP": {"ENABLED": True, "TYPE": "abs"}}}, "'abs'; choose from relative, "),
         ({"MODEL": {"PIXEL_MEAN": [1.0]}}, r"'x': MODEL.PIXEL_MEAN is \[1.0\]; expected 3 values"),
     ],
 )

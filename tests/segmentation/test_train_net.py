@@ -602,7 +602,7 @@ def test_peers_of_two_moments_are_refused(finished, datasets, tmp_path):
         (["PEER.fpn.MODEL.BACKBONE.NAME", "no"], "peer 'fpn': No object named 'no' found in"),
         (["PEER.fpn.MODEL.SEM_SEG_HEAD.NAME", "no"], "peer 'fpn': No object named 'no' found in"),
         (["PEER.fpn.MODEL.RESNETS.DEPTH", "51"], "peer 'fpn': KeyError: 51 in Detectron2 at:"),
-        (["INPUT.CROP.TYPE", "abs"], "INPUT: AssertionError in Detectron2 at: assert crop_type"),
+        (["INPUT.CROP.TYPE", "abs"], "CROP.TYPE is 'abs'; choose from relative, relative_range"),
         (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "pick"], "INPUT: AssertionError: pick in Detectron2"),
         (["OUTPUT_DIR", f"{__file__}/out"], "cannot be written to (Not a directory); give another"),
     ],
