@@ -259,11 +259,16 @@ def check_folder(options: argparse.Namespace) -> None:
         raise OptionError(f"{options.data}: no such data folder; give the path of your dataset")
 
 
+class NoImagesError(OptionError):
+    """A folder that holds no images of a split."""
+
+
 def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> Dataset:
     """Open the training or validation split through timm's readers.
 
     Raises:
-        OptionError: A folder that is missing or holds no images.
+        NoImagesError: A folder that holds no images of the split.
+        OptionError: A folder that is missing, or a dataset that cannot be opened.
     """
     check_folder(options)
     mode = options.input_img_mode or ("RGB" if channels == 3 else "L")
@@ -286,6 +291,12 @@ def open_dataset(options: argparse.Namespace, training: bool, channels: int) -> 
             trust_remote_code=options.dataset_trust_remote_code,
         )
     except (RuntimeError, FileNotFoundError, ValueError, ImportError, AssertionError) as error:
+        if not options.dataset and str(error).startswith("Found 0 images"):  # timm's words
+            raise NoImagesError(
+                f"{options.data}: no images of split {split!r} ({error}); expected "
+                f"{Path(options.data, split)}/CLASS/NAME.jpg: give the folder of your dataset, or "
+                f"name the split's with {'--train-split' if training else '--val-split'}"
+            ) from error
         raise OptionError(
             f"{options.data}: cannot open split {split!r} of this dataset: {error}"
         ) from error

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.data import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from classification.data import classes_of, common_view, mode_of, open_dataset
+from classification.data import NoImagesError, classes_of, common_view, mode_of, open_dataset
 from classification.held_out import split_held_out
 from classification.options import PeerSpec, build_parser, parse
 from classification.realised import METRIC, evaluated_on, read_run
@@ -344,6 +345,11 @@ def _open_unlabelled(options: argparse.Namespace) -> Dataset | None:
         return None
     try:
         return _open_split(_as_unlabelled(options), 3)
+    except NoImagesError as error:
+        raise OptionError(
+            f"--unlabelled {options.unlabelled}: no image there, at any depth; give a folder with "
+            f"{', '.join(get_img_extensions())} files"
+        ) from error
     except OptionError as error:
         raise OptionError(f"--unlabelled {error}") from error
 

@@ -139,7 +139,10 @@ def list_unlabelled(folder: Path) -> list[Path]:
         raise OptionError(f"--unlabelled {folder}: no such folder; give one with images")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
     if not files:
-        raise OptionError(f"--unlabelled {folder}: no image there; expected {', '.join(_IMAGES)}")
+        raise OptionError(
+            f"--unlabelled {folder}: no image there, at any depth; give a folder with "
+            f"{', '.join(_IMAGES)} files"
+        )
     return files
 
 

@@ -221,8 +221,13 @@ def test_bad_data_is_named(digits, tmp_path):
     with pytest.raises(OptionError, match="no such data folder"):
         open_dataset(options_of(tmp_path / "nowhere"), True, 3)
     (tmp_path / "empty").mkdir()
+    for training, split in ((True, "train"), (False, "validation")):
+        told = rf"no images of split '{split}' .*expected {tmp_path}/empty/{split}/CLASS/.*-split"
+        with pytest.raises(OptionError, match=told):
+            open_dataset(options_of(tmp_path / "empty"), training, 3)
+    mnist = options_of(tmp_path / "empty", "--dataset", "torch/mnist")
     with pytest.raises(OptionError, match="cannot open split 'train'"):
-        open_dataset(options_of(tmp_path / "empty"), True, 3)
+        open_dataset(mnist, True, 3)
     with pytest.raises(OptionError, match="do not fill one batch of 500; lower --batch-size"):
         loader_of(digits, "-b", "500")
 

@@ -372,7 +372,7 @@ def test_a_folder_without_labels_that_cannot_be_read_is_refused_before_models_ar
     for given in (scouting, scouting[1:]):  # with labelled data and without
         with pytest.raises(OptionError, match="--unlabelled /nowhere: no such data folder"):
             scout([*given, "--unlabelled", "/nowhere"], bars=False)
-        with pytest.raises(OptionError, match=f"--unlabelled {tmp_path}: cannot open split"):
+        with pytest.raises(OptionError, match=f"--unlabelled {tmp_path}: no image there, at any"):
             scout([*given, "--unlabelled", str(tmp_path)], bars=False)
 
 

@@ -256,7 +256,7 @@ def test_pixels_without_labels_are_drawn_from_whole_images(unlabelled, tmp_path)
     assert found.where[small].max() < 48 * 40 and len(set(found.where[small].tolist())) == 512
     assert found.weight[small] * 512 == 48 * 40
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OptionError, match="no image there; expected"):
+    with pytest.raises(OptionError, match="no image there, at any depth; give"):
         draw_unlabelled(tmp_path / "empty", classes, 64, None, 0, plain)
     (unlabelled / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.jpg"):
