@@ -129,7 +129,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     sizes = team_sizes(options.team_size)
     check_least(options, {"samples": 2, "top": 1, "most_teams": 1, "models_at_once": 1})
     world = _start_alone(options)
-    folder = _make_folder(options)
+    folder = _choose_folder(options)
     watch = progress_bars(bars)
     unlabelled = _open_unlabelled(options)
     candidates = find_candidates(specs, options, watch)
@@ -201,7 +201,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     refuse_unlabelled(options.unlabelled)
     refuse_skipping(options.skip_unfit)
     refuse_other_data(str(options.data), [str(run.started.data) for run in runs], "DATA")
-    world, folder, watch = _start_alone(options), _make_folder(options), progress_bars(bars)
+    world, folder, watch = _start_alone(options), _choose_folder(options), progress_bars(bars)
     specs = [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
     candidates = find_candidates(specs, options, watch)
     logits, found = ask(candidates, options, world, watch)
@@ -245,11 +245,11 @@ def _start_alone(options: argparse.Namespace) -> World:
     return world
 
 
-def _make_folder(options: argparse.Namespace) -> Path:
+def _choose_folder(options: argparse.Namespace) -> Path:
     name = options.experiment or f"{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(options.output or _HERE) / name
-    make_writable(folder)
-    make_writable(Path(options.cache), "--cache")
+    make_writable(folder, keep=False)
+    make_writable(Path(options.cache), "--cache", keep=False)
     return folder
 
 

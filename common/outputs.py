@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -303,16 +304,18 @@ def _new_folder(options: argparse.Namespace, names: Sequence[str]) -> Path:
     return Path(options.output or "output/train") / (options.experiment or f"{stamp}-{told}")
 
 
-def make_writable(folder: Path, option: str = "--output") -> None:
+def make_writable(folder: Path, option: str = "--output", keep: bool = True) -> None:
     """Make a folder, and try to write into it.
 
     Args:
         folder: Which.
         option: That named it.
+        keep: Leave it there; otherwise what was made is removed again, for it may stay empty.
 
     Raises:
         OptionError: It cannot be written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -320,6 +323,10 @@ def make_writable(folder: Path, option: str = "--output") -> None:
         raise OptionError(
             f"{option} {folder}: {error.strerror}; give a folder that can be written"
         ) from error
+    if not keep:
+        with contextlib.suppress(OSError):  # another process writes into it already
+            for path in made:
+                path.rmdir()
 
 
 def log_table(rows: Sequence[Mapping[str, str]]) -> None:

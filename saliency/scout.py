@@ -119,7 +119,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     videos = _open(options, bars)
     if options.check_data:
         return {}
-    folder = _make_folder(options)
+    folder = _choose_folder(options)
     watch = progress_bars(bars)
     candidates = inspect(specs, options.peers, options.skip_unfit, watch)
     candidates = without_repeats(candidates, [candidate.spec.name for candidate in candidates])
@@ -175,7 +175,7 @@ def check_predictions(given: Sequence[str], bars: bool = True) -> dict[str, Any]
     roots = [str(run.started.data_root) for run in runs]
     refuse_other_data(str(options.data_root), roots, "--data-root")
     videos, watch = _open(options, bars), progress_bars(bars)
-    folder, world = _make_folder(options), start_world(options.device)
+    folder, world = _choose_folder(options), start_world(options.device)
     specs = [replace(spec, name=name) for spec, name in zip(specs, names, strict=True)]
     candidates = inspect(specs, names, options.skip_unfit, watch)
     view = _answered(candidates, videos, options, world, watch)
@@ -237,12 +237,12 @@ def _open(options: argparse.Namespace, bars: bool) -> VideoSet:
     return videos
 
 
-def _make_folder(options: argparse.Namespace) -> Path:
+def _choose_folder(options: argparse.Namespace) -> Path:
     folder = Path(options.output or _HERE)
     if options.experiment or not options.output:
         folder /= options.experiment or f"{datetime.now():%Y%m%d-%H%M%S}"
-    make_writable(folder)
-    make_writable(options.cache, "--cache")
+    make_writable(folder, keep=False)
+    make_writable(options.cache, "--cache", keep=False)
     return folder
 
 

@@ -163,7 +163,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     run, watch = hold_out(whole), progress_bars(bars)
     if asked.unlabelled is not None:
         list_unlabelled(asked.unlabelled)  # before models answer what has labels
-    folder = _make_folder(asked)
+    folder = _choose_folder(asked)
     candidates = inspect(run, asked.skip_unfit, watch)
     candidates = without_repeats(candidates, [candidate.config.name for candidate in candidates])
     names = [candidate.config.name for candidate in candidates]
@@ -219,7 +219,7 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
     data = [", ".join(one.started.cfg.DATASETS.TEST) for one in runs]
     refuse_other_data(", ".join(run.cfg.DATASETS.TEST), data, "DATASETS.TEST")
     check_classes({peer.name: peer.cfg for peer in run.peers})
-    run, folder = hold_out(run), _make_folder(asked)
+    run, folder = hold_out(run), _choose_folder(asked)
     view = _ask(inspect(run, asked.skip_unfit, watch), run, asked, watch)
 
     def judge(one: Realised) -> Judge:
@@ -241,10 +241,10 @@ def check_predictions(asked: argparse.Namespace, watch: Watch) -> dict[str, Any]
     return write_check(folder, outcome)
 
 
-def _make_folder(asked: argparse.Namespace) -> Path:
+def _choose_folder(asked: argparse.Namespace) -> Path:
     folder = asked.output or _HERE / f"{datetime.now():%Y%m%d-%H%M%S}"
-    make_writable(folder)
-    make_writable(asked.cache, "--cache")
+    make_writable(folder, keep=False)
+    make_writable(asked.cache, "--cache", keep=False)
     return folder
 
 

@@ -343,9 +343,10 @@ def test_broken_files_that_a_wildcard_meets_are_named_or_left_out(
         (["--predictor", "confidence-gap", "--model", "no_such_*"], "stands for no file"),
     ],
 )
-def test_bad_input_ends_in_one_line(scouting, more, told, caplog):
+def test_bad_input_ends_in_one_line_and_leaves_no_folder(scouting, tmp_path, more, told, caplog):
     assert main([*scouting, *more]) == 1
     assert told in caplog.text and "Traceback" not in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

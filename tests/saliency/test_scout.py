@@ -336,7 +336,8 @@ def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
         (("--rule", "one_way:z"), "no peer is named"),
     ):
         with pytest.raises(OptionError, match=told):
-            scout(arguments(data, models, tmp_path, *more), bars=False)
+            scout(arguments(data, models, tmp_path / "out", *more), bars=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_is_no_team_with_itself(data, models, scouted, caplog, no_report):

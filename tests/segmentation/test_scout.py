@@ -364,7 +364,7 @@ def test_predictions_are_compared_with_finished_runs(models, datasets, tmp_path,
 def test_faults_end_in_one_line(models, datasets, tmp_path, caplog, more, message):
     places = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
     assert main(["--config-file", str(models), *places, *more]) == 1
-    assert message in caplog.text
+    assert message in caplog.text and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
@@ -381,6 +381,9 @@ def test_what_cannot_be_ranked_is_refused_before_any_model_is_asked(
             scout([*arguments, *more], bars=False)
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr("segmentation.scouting.inspect", None)  # nor is one looked at
-    for folder, told in (("none", "no such folder"), ("empty", "no image there; expected")):
+    for folder, told in (
+        ("none", "no such folder"),
+        ("empty", "no image there, at any depth; give"),
+    ):
         with pytest.raises(OptionError, match=f"--unlabelled {tmp_path}/{folder}: {told}"):
             scout([*arguments, "--unlabelled", f"{tmp_path}/{folder}"], bars=False)
