@@ -38,6 +38,7 @@ from common.options import (
 from common.planner import add_plan_options
 from common.roles import COMPARING, compares_scores
 from common.score_temperatures import WHEN
+from common.scouting import refuse_few
 from common.trials import with_layout_asked
 
 
@@ -421,9 +422,12 @@ def parse(
     unlabelled = getattr(options, "unlabelled", None)  # scout.py can do without labels
     options.data = options.data or options.data_dir or unlabelled
     _check_ranges(options)
-    if not options.peers:
+    choosing = script == "scout" and not options.realised
+    if not options.peers and not choosing:
         raise OptionError("no peers: give --peer MODEL for every model, or a `peers:` list in YAML")
-    options.peers = [one for asked in options.peers for one in _models_meant(asked)]
+    options.peers = [one for asked in options.peers or () for one in _models_meant(asked)]
+    if choosing:
+        refuse_few(len(options.peers), "a wildcard such as --model 'pit_*', or `peers:` in YAML")
     peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
     if script != "scout":  # which names all that cannot be had, and may go on without them
         peers = [from_export(peer) for peer in peers]

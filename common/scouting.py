@@ -298,6 +298,23 @@ class Team:
         return values[self.members.index(student)]
 
 
+def refuse_few(models: int, example: str) -> None:
+    """Refuse fewer models than a team has, before a rule does so in the words of training.
+
+    Args:
+        models: How many were asked for.
+        example: How more are given.
+
+    Raises:
+        OptionError: Fewer than two.
+    """
+    if models < 2:
+        told = "1 model" if models else "no model"
+        raise OptionError(
+            f"{told} to choose from, and a team needs two: give --model MODEL for each, {example}"
+        )
+
+
 def refuse_unfit(unfit: Mapping[str, str], asked: int, skip: bool) -> None:
     """Stop where models cannot be scouted, or too few can.
 

@@ -33,6 +33,7 @@ from common.options import (
 from common.peers import check_names
 from common.planner import add_plan_options
 from common.resumed import FREE
+from common.scouting import refuse_few
 from common.trials import with_layout_asked
 from saliency.check import DEPTHS
 from saliency.clips import VIEWS, ClipView
@@ -277,6 +278,8 @@ def parse(
     options = parse_over_file(parser, arguments, read_yaml)
     options.dataset = dataset or options.dataset
     _check(options)
+    if script == "scout" and not (options.realised or options.check_data):
+        refuse_few(len(options.peers or ()), "for instance --model vinet_s,checkpoint=vinet_s.pt")
     specs = [] if options.check_data and not options.peers else read_peers(parser, options)
     if specs:
         transfer_of(options, [spec.name for spec in specs])

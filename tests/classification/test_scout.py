@@ -377,6 +377,12 @@ def test_a_folder_without_labels_that_cannot_be_read_is_refused_before_models_ar
             scout([*given, "--unlabelled", str(tmp_path)], bars=False)
 
 
+def test_fewer_models_than_a_team_are_told_in_scoutings_words(tmp_path):
+    for given, told in (([], "no model"), (["--model", "resnet18"], "1 model")):
+        with pytest.raises(OptionError, match=f"^{told} to choose from, .* give --model MODEL"):
+            scout([str(tmp_path), *given], bars=False)
+
+
 def test_wildcards_stand_for_published_models():
     names = models_meant("pit_*")
     assert "pit_xs_224.in1k" in names and all(name.startswith("pit_") for name in names)

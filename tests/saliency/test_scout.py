@@ -349,6 +349,12 @@ def test_a_model_is_no_team_with_itself(data, models, scouted, caplog, no_report
     assert "all models are the same one" in caplog.text
 
 
+def test_fewer_models_than_a_team_are_told_in_scoutings_words(data, tmp_path):
+    for given, told in (([], "no model"), (["--model", "vinet_s"], "1 model")):
+        with pytest.raises(OptionError, match=f"^{told} to choose from, .* give --model MODEL"):
+            scout(arguments(data, given, tmp_path), bars=False)
+
+
 def test_models_that_cannot_be_had_are_all_named_or_left_out(data, models, scouted, caplog):
     bad = [*models, "--model", "no_such_model", "--model", f"{TOY}:no_view"]
     with pytest.raises(OptionError, match="2 of 5 models cannot be scouted"):
