@@ -398,11 +398,17 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """Read the text in a safetensors file's header; empty for other files."""
-    if Path(path).suffix != ".safetensors":
+    """Read the text in a safetensors file's header; empty for other files.
+
+    Raises:
+        CheckpointError: Missing or truncated file.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
         return {}
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: missing or broken safetensors file ({error})") from error
+        raise CheckpointError(_damaged(path, str(error))) from error

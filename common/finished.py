@@ -155,7 +155,10 @@ def require_files(folder: Path, files: Sequence[str]) -> None:
     """
     for name in files:
         if not (folder / name).is_file():
-            raise OptionError(f"{folder}: not the folder of a run of training: it has no {name}")
+            raise OptionError(
+                f"{folder}: not the folder of a run of training: it has no {name}; give the folder "
+                f"that training wrote, with {' and '.join(files)} in it"
+            )
 
 
 def require_ends(folder: Path, names: Sequence[str], last: str) -> None:
@@ -171,7 +174,9 @@ def require_ends(folder: Path, names: Sequence[str], last: str) -> None:
     """
     for name in names:
         if not (folder / name / last).is_file():
-            raise OptionError(f"{folder}: did not finish: {name} has no {last}")
+            raise OptionError(
+                f"{folder}: did not finish: {name} has no {last}; resume it, or leave it out"
+            )
 
 
 def read_ends(

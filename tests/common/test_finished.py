@@ -91,7 +91,9 @@ def test_two_peers_that_start_as_one_model_are_for_controls_alone(tmp_path):
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path):
-    with pytest.raises(OptionError, match=r"it has no args\.yaml"):
+    with pytest.raises(
+        OptionError, match=r"it has no args\.yaml; give the folder that training wrote"
+    ):
         read(tmp_path, None)
     parse = write_run(tmp_path / "x")
     with pytest.raises(OptionError, match="other of a, b cannot be read"):
