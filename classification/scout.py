@@ -53,7 +53,13 @@ from common.scout_check import (
     write_check,
 )
 from common.scout_commands import flags_of, train_command, with_engine
-from common.scout_outcome import describe_outcome, teams_by_size, teams_to_train, write_outcome
+from common.scout_outcome import (
+    describe_outcome,
+    require_team,
+    teams_by_size,
+    teams_to_train,
+    write_outcome,
+)
 from common.scout_starts import unlike_starts
 from common.scouting import (
     PREDICTORS,
@@ -80,7 +86,7 @@ _HERE = Path("output/scout")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
     logging.getLogger("timm").setLevel(logging.WARNING)
-    return run_command(lambda: scout(arguments), FAULTS)
+    return run_command(lambda: require_team(scout(arguments)), FAULTS)
 
 
 def add_scout_options(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from common.disk import atomic_write, write_csv
+from common.options import OptionError
 from common.scouting import Judge, Ranking, Team, first_of_sizes
 from common.survey import Survey, describe_models, describe_pairs
 
@@ -109,6 +110,22 @@ def teams_to_train(outcome: Mapping[str, Any], most: int) -> list[dict[str, Any]
     rounds = zip_longest(*groups)
     best = [team for some in rounds for team in some if team is not None]
     return best[: max(most, len(groups))]
+
+
+def require_team(outcome: Mapping[str, Any]) -> None:
+    """End a command line that has no team to propose, after its report is written.
+
+    Args:
+        outcome: What ``scout.json`` holds; without ``teams`` none were to be proposed.
+
+    Raises:
+        OptionError: No team fits.
+    """
+    if not outcome.get("teams", True):
+        raise OptionError(
+            "no team to propose, for none fits; what the smallest takes is told above, and in the "
+            "report"
+        )
 
 
 def calibration_rows(found: Survey, teams: Sequence[Team]) -> list[dict[str, Any]]:

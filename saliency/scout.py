@@ -38,7 +38,13 @@ from common.scout_check import (
     write_check,
 )
 from common.scout_commands import flags_of, train_command, with_engine
-from common.scout_outcome import describe_ranking, teams_by_size, teams_to_train, write_outcome
+from common.scout_outcome import (
+    describe_ranking,
+    require_team,
+    teams_by_size,
+    teams_to_train,
+    write_outcome,
+)
 from common.scout_starts import unlike_starts
 from common.scouting import Judge, check_request, rank_teams, team_sizes, without_repeats
 from common.team_costs import TeamCosts, add_cost_options, shown_costs
@@ -94,7 +100,7 @@ def add_scout_options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    return run_command(lambda: scout(arguments), FAULTS)
+    return run_command(lambda: require_team(scout(arguments)), FAULTS)
 
 
 def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str, Any]:

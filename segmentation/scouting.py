@@ -37,7 +37,13 @@ from common.scout_check import (
     refuse_unlabelled,
     write_check,
 )
-from common.scout_outcome import describe_outcome, teams_by_size, teams_to_train, write_outcome
+from common.scout_outcome import (
+    describe_outcome,
+    require_team,
+    teams_by_size,
+    teams_to_train,
+    write_outcome,
+)
 from common.scout_starts import unlike_starts
 from common.scouting import (
     PREDICTORS,
@@ -136,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
-    return run_command(lambda: scout(arguments), (OptionError, *FAULTS))
+    return run_command(lambda: require_team(scout(arguments)), (OptionError, *FAULTS))
 
 
 def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_confidence_and_mutual_rank_too(scouting, no_report):
     assert parse(shlex.split(found["commands"][0])[2:])[0].calibrate_scores == "off"
 
 
-def test_teams_that_do_not_fit_a_gpu_are_left_out(scouting, no_report):
+def test_teams_that_do_not_fit_a_gpu_are_left_out(scouting, tmp_path, caplog, no_report):
     free = scout([*scouting, "--costs"], bars=False)
     need = {frozenset(team["members"]): team["memory"] for team in free["teams"]}
     assert len(need) == 6 and all(team["engine"] == "joint" for team in free["teams"])
@@ -224,6 +224,10 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(scouting, no_report):
     assert ("--engine two-pass" in found["commands"][0]) == (first == "two-pass")
     none = scout([*scouting, "--budget-gpu-mem", "10K"], bars=False)
     assert none["teams"] == [] and none["too_large"] == 6 and none["commands"] == []
+    (tmp_path / "s" / "scout.json").unlink()
+    assert main([*scouting, "--budget-gpu-mem", "10K"]) == 1
+    assert "error: no team to propose" in caplog.text and (tmp_path / "s" / "scout.json").exists()
+    assert main([*scouting, "--budget-gpu-mem", "10G"]) == 0
 
 
 def test_costs_are_those_of_the_plan_with_copies_that_teach(scouting, no_report):

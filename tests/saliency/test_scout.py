@@ -212,6 +212,8 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(data, models, scouted, no_repo
     assert ("--engine two-pass" in found["commands"][0]) == (first == "two-pass")
     none = told("--budget-gpu-mem", "1K")
     assert none["teams"] == [] and none["too_large"] == 3 and none["commands"] == []
+    given = arguments(data, models, scouted[0], "--budget-gpu-mem", "1K")
+    assert main(given) == 1 and main(given[:-2]) == 0
 
 
 @pytest.mark.parametrize("rest", [(), ("--model-ema", "--teachers", "ema", "--opt", "sgd")])

@@ -211,6 +211,7 @@ def test_teams_that_do_not_fit_a_gpu_are_left_out(models, scouted, no_report):
     assert found["teams"][0]["engine"] == load_run([file]).transfer.ENGINE
     none = scout([*pairs, "--budget-gpu-mem", "10K"], bars=False)
     assert none["teams"] == [] and none["too_large"] == 3 and none["commands"] == []
+    assert main([*pairs, "--budget-gpu-mem", "10K"]) == 1 and main(pairs) == 0
 
 
 @pytest.fixture
