@@ -13,7 +13,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from classification.models import models_meant
-from common.checkpoint import read_metadata
+from common.checkpoint import CheckpointError, read_metadata
 from common.options import (
     OptionError,
     actions_of,
@@ -430,7 +430,7 @@ def parse(
         refuse_few(len(options.peers), "a wildcard such as --model 'pit_*', or `peers:` in YAML")
     peers = _name_peers([_peer_spec(parser, options, asked) for asked in options.peers])
     if script != "scout":  # which names all that cannot be had, and may go on without them
-        peers = [from_export(peer) for peer in peers]
+        peers = [_read_export(peer) for peer in peers]
     transfer_of(options, [peer.name for peer in peers])
     bare = [
         peer.name
@@ -517,6 +517,13 @@ def _peer_spec(
         published=number(entry.get("published"), f"{where}: published"),
         options=own,
     )
+
+
+def _read_export(peer: PeerSpec) -> PeerSpec:
+    try:
+        return from_export(peer)
+    except CheckpointError as error:
+        raise CheckpointError(f"peer {peer.name!r}: {error}") from error
 
 
 def from_export(peer: PeerSpec) -> PeerSpec:

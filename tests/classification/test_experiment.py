@@ -309,7 +309,7 @@ def test_a_test_set_that_is_trained_on_is_refused_before_any_training(digits, tm
         ({"model": "resnet5O"}, "resnet5O: unknown model; did you mean .*resnet50"),
         ({"model": "resnet50.a1_in2k"}, "unknown pretrained tag 'a1_in2k' of resnet50; its tags"),
         ({"checkpoint": "no.pth"}, r"no\.pth: no such file"),
-        ({"model": "no.safetensors"}, r"no\.safetensors: missing"),
+        ({"model": "no.safetensors"}, r"no\.safetensors: no such file"),
         (
             {"model": "coatnet_0_224", "pretrained": True},
             "timm has no weights for it; give a local",
