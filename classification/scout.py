@@ -161,7 +161,7 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     outcome = describe_outcome(judge, ranking, predictor, student, options.top)
     for fact, candidate in zip(outcome["models"], candidates, strict=True):
         fact |= {"model": candidate.spec.model, "view": str(candidate.view)}
-        fact["parameters"] = candidate.parameters
+        fact |= {"file": _file(candidate.spec), "parameters": candidate.parameters}
     asked = {spec.name: peer for spec, peer in zip(specs, options.peers, strict=True)}
     outcome["commands"] = [
         command_of(
@@ -176,6 +176,9 @@ def scout(arguments: Sequence[str] | None = None, bars: bool = True) -> dict[str
     write_outcome(folder, outcome)
     report = write_scout_report(folder / "report.html", outcome, options.top)
     _tell(outcome, options.top)
+    for fact in outcome["models"]:
+        if fact["name"] not in str(asked[fact["name"]]):  # a number was added: nobody knows it yet
+            _logger.info("%s is %s", fact["name"], fact["file"] or fact["model"])
     _logger.info("report: %s", report)
     return outcome
 
@@ -467,6 +470,11 @@ def _as_judged(options: argparse.Namespace) -> argparse.Namespace:
         return options
     when = "start" if options.calibrate_scores == "off" else options.calibrate_scores
     return argparse.Namespace(**{**vars(options), "calibrate_scores": when})
+
+
+def _file(spec: PeerSpec) -> str:
+    several = isinstance(spec.checkpoint, list)
+    return "+".join(spec.checkpoint) if several else spec.checkpoint or ""
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

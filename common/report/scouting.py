@@ -297,6 +297,7 @@ def _milliseconds(value: Any) -> str:
 
 def _model_table(outcome: Outcome) -> Html:
     head = ["Model", "Accuracy", "Loss", "Confidence", "Temperature", "ECE", "ECE calibrated"]
+    known = any("file" in fact for fact in outcome["models"])
     rows = [
         [
             fact["name"],
@@ -306,6 +307,7 @@ def _model_table(outcome: Outcome) -> Html:
             number(fact["temperature"]),
             as_percent(fact["ece"]),
             as_percent(fact["ece_calibrated"]),
+            *([fact["file"] or fact["model"]] if known else []),
         ]
         for fact in outcome["models"]
     ]
@@ -313,7 +315,7 @@ def _model_table(outcome: Outcome) -> Html:
         "Each alone. Confidence: mean largest probability. The temperature is fitted on half of "
         "the labelled samples by their likelihood; both ECE (15 bins) are of the other half."
     )
-    return data_table(caption, head, rows)
+    return data_table(caption, [*head, *(["From"] * known)], rows)
 
 
 def _calibration_section(outcome: Outcome) -> list[Section]:

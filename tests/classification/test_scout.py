@@ -95,6 +95,27 @@ def test_scouting_ranks_every_pair_and_leaves_its_files(digits, trained, scoutin
     assert found["chosen_on_test"] and "on which training then measures them" in page
 
 
+def test_numbered_names_of_a_wildcard_are_told_with_their_files(
+    scouting, trained, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    for k, name in enumerate("ac"):
+        shutil.copytree(trained / name, tmp_path / "runs" / str(k) / "net")
+    given = [w.replace(f"{trained}/*/last", f"{tmp_path}/runs/*/net/last") for w in scouting]
+    found = scout(given, bars=False)
+    files = {
+        f"net{tail}": f"{tmp_path}/runs/{k}/net/last.safetensors"
+        for k, tail in ((0, ""), (1, "-2"))
+    }
+    assert {fact["name"]: fact["file"] for fact in found["models"]} == files
+    rows = csv.DictReader((tmp_path / "s" / "models.csv").open())
+    assert {row["name"]: row["file"] for row in rows} == files
+    assert f"net-2 is {files['net-2']}" in caplog.text and "net is" not in caplog.text
+    assert all(
+        f">{file}<" in (tmp_path / "s" / "report.html").read_text() for file in files.values()
+    )
+
+
 @pytest.mark.parametrize("split", [(), ("--held-out", "0.25")])
 def test_the_printed_command_trains_the_team(scouting, tmp_path, split):
     found = scout([*scouting, *split, "--rule", "better", "--no-detach-teacher"], bars=False)
