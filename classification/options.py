@@ -611,7 +611,7 @@ def _check_ranges(options: argparse.Namespace) -> None:
     check_least(options, at_least)
     if not options.data and not options.plan:
         raise OptionError(
-            "no data: give the dataset's folder, for instance `train.py /data/imagenet`"
+            "no data: give the dataset's folder as the first word, for instance /data/imagenet"
         )
     if not 0 <= options.held_out < 1:
         raise OptionError(f"--held-out is {options.held_out}; expected 0 or more, below 1")
