@@ -1,6 +1,6 @@
 """The method on composed scenes: every arm from the same checkpoints, over seeds, in two reports.
 
-    make demo TASK=segmentation           3 seeds, about 7 minutes on two cores: proves nothing
+    make demo TASK=segmentation           3 seeds, 7 to 10 minutes on two cores: proves nothing
     make demo TASK=segmentation FULL=1    10 seeds, and longer fine-tuning
 
 Each seed pretrains small segmentors of different architectures on scenes in which each sees other
