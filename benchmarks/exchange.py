@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from fvcore.nn import FlopCountAnalysis
-from measure import machine
+from measure import join, machine
 from torch import Tensor, nn
 
 from classification.losses import SampleLoss
@@ -131,10 +130,7 @@ def seen_bytes(batch: int, classes: int) -> dict[str, int]:
 
 
 def _observe(rank: int, folder: str, batch: int, classes: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    world = distributed.start("cpu")
+    world = join(rank, 2, folder)
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(batch, FEATURES, generator=draw)
     data = images, torch.randint(classes, (batch,), generator=draw)

@@ -1,8 +1,9 @@
-"""What the benchmarks share: alternating timings, the machine."""
+"""What the benchmarks share: alternating timings, processes that meet, the machine."""
 
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import time
@@ -10,6 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
+
+from common import distributed
+from common.distributed import World
 
 
 def turns(
@@ -62,6 +67,21 @@ def alternate(
     """Return the median seconds of functions that are timed in turns; see ``turns``."""
     times = turns(runs, repeats, warm_up, clock)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def join(rank: int, size: int, folder: str) -> World:
+    """Join processes of this machine over gloo, each with one thread.
+
+    Args:
+        rank: Of this process.
+        size: How many there are.
+        folder: An empty one, where they meet.
+    """
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size)
+    return distributed.start("cpu")
 
 
 def machine() -> str:

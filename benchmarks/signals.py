@@ -9,12 +9,12 @@ CPU time counts gloo's own threads too; wall time is what a step becomes longer 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
+import tempfile
 import time
 
 import torch.multiprocessing as mp
-from measure import machine
+from measure import join, machine
 
 from common import distributed
 from common.termination import Termination
@@ -22,17 +22,9 @@ from common.termination import Termination
 TURNS = 5
 
 
-def work(rank: int, size: int, port: int, seconds: float, steps: int) -> None:
+def work(rank: int, size: int, folder: str, seconds: float, steps: int) -> None:
     """Time both ways as one of the ranks; the first prints."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    world = distributed.start("cpu")
+    world = join(rank, size, folder)
     added: list[tuple[float, float]] = []
     with Termination() as termination:
         termination.agreed_after_step(world)  # makes the group
@@ -50,7 +42,7 @@ def work(rank: int, size: int, port: int, seconds: float, steps: int) -> None:
     found = distributed.gather_objects(
         [statistics.median(values) for values in zip(*added, strict=True)]
     )
-    if rank == 0:
+    if world.is_main:
         cpu, wall = (max(values) for values in zip(*found, strict=True))
         print(
             f"{size} processes, a step of {1e3 * seconds:.0f} ms: CPU {1e6 * cpu:+.0f} us, "
@@ -64,12 +56,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--step-ms", type=float, default=20)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--port", type=int, default=29511)
     args = parser.parse_args()
     print(f"added to a step, median of {TURNS} turns; {machine()}", flush=True)
-    for k, size in enumerate(args.processes):
-        given = (size, args.port + k, args.step_ms / 1e3, args.steps)
-        mp.start_processes(work, given, nprocs=size, start_method="spawn")
+    for size in args.processes:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(work, (size, folder, args.step_ms / 1e3, args.steps), nprocs=size)
 
 
 if __name__ == "__main__":
