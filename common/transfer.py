@@ -206,9 +206,12 @@ class KnowledgeTransfer:
             per_student = torch.zeros(len(outputs), device=score.device, dtype=score.dtype)
         else:
             kl = self._kl(outputs, copies)
-            per_student = _reduce(kl, roles, mask)
+            if not at_positions:
+                kl = _over_positions(kl, mask, axes=3)
+            lessons = (roles.to(kl.dtype) * kl).sum(dim=0)
+            per_student = _over_positions(lessons, mask, axes=2).mean(dim=1)
             total = total + self.weight_at(step) * per_student.sum()
-            kl = _at_roles(kl.detach(), roles, mask)
+            kl = kl.detach()
             if mask is not None and at_positions:
                 roles = roles * mask
         return TransferResult(
@@ -522,30 +525,19 @@ def _check_shapes(outputs: Sequence[PeerOutput], names: Sequence[str] | None) ->
 
 def _common_mask(outputs: Sequence[PeerOutput]) -> Tensor | None:
     masks = [output.mask for output in outputs if output.mask is not None]
-    return torch.stack(masks).all(dim=0) if masks else None
+    if all(mask is masks[0] for mask in masks):
+        return masks[0] if masks else None
+    return torch.stack(masks).all(dim=0)
 
 
-def _reduce(kl: Tensor, roles: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over samples of the role-weighted KL, per student [N]."""
-    spatial = list(range(3, kl.dim()))
-    roles = roles.to(kl.dtype).view(*roles.shape, *[1] * (kl.dim() - roles.dim()))
-    weighted = (roles * kl).sum(dim=0)
-    if not spatial:
-        return weighted.mean(dim=1)
+def _over_positions(x: Tensor, mask: Tensor | None, axes: int) -> Tensor:
+    """Take the mean over each sample's valid positions: all after the first ``axes``, if any."""
+    if x.dim() == axes:
+        return x
     if mask is None:
-        return weighted.flatten(2).mean(dim=2).mean(dim=1)
+        return x.flatten(axes).mean(dim=axes)
     valid = mask.flatten(1).sum(dim=1).clamp(min=1)
-    return ((weighted * mask).flatten(2).sum(dim=2) / valid).mean(dim=1)
-
-
-def _at_roles(kl: Tensor, roles: Tensor, mask: Tensor | None) -> Tensor:
-    """Bring the KL to the roles' shape: averaged over positions where roles are per sample."""
-    if kl.dim() == roles.dim():
-        return kl
-    if mask is None:
-        return kl.flatten(3).mean(dim=3)
-    valid = mask.flatten(1).sum(dim=1).clamp(min=1)
-    return (kl * mask).flatten(3).sum(dim=3) / valid
+    return (x * mask).flatten(axes).sum(dim=axes) / valid
 
 
 def _stack_correct(outputs: Sequence[PeerOutput]) -> Tensor | None:

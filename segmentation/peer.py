@@ -51,6 +51,11 @@ class Batch:
         return at_grid(self.target, self.grid)
 
     @functools.cached_property
+    def valid(self) -> Tensor:
+        """Which positions of the grid have a label, bool [B, h, w]; found once for all peers."""
+        return self.labels != self.ignore
+
+    @functools.cached_property
     def labelled(self) -> Tensor:
         """Whether any pixel has a label, a bool on the device; found once for all peers."""
         return (self.target != self.ignore).any()
@@ -145,7 +150,9 @@ class SegmentorPeer(Peer):
         Of a frozen peer, and of an average that teaches, the evaluation's as far as the prediction.
         """
         losses, logits = self._run(batch)
-        score, valid = dense_score(logits, batch.labels, batch.ignore, self.granularity)
+        score, valid = dense_score(
+            logits, batch.labels, batch.ignore, self.granularity, batch.valid
+        )
         if losses is None:
             task_loss = -score.mean()  # for the record alone; nothing is learned from it
         else:
@@ -428,7 +435,11 @@ def mask_classification_logits(class_logits: Tensor, mask_logits: Tensor) -> Ten
 
 @torch.no_grad()
 def dense_score(
-    logits: Tensor, target: Tensor, ignore_index: int = 255, granularity: str = "image"
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = 255,
+    granularity: str = "image",
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score a dense prediction by minus its cross entropy, on the prediction's grid.
 
@@ -437,6 +448,7 @@ def dense_score(
         target: Labels [B, H, W]; brought to the grid by nearest neighbour.
         ignore_index: The label of pixels that do not count; padding has it too.
         granularity: ``image``: the mean over each image's valid pixels; ``pixel``: each pixel.
+        valid: Which positions of the grid count [B, h, w], bool, where that is known already.
 
     Returns:
         The score [B] or [B, h, w], in nats, no gradient, float32 or wider, 0 where nothing is
@@ -448,7 +460,7 @@ def dense_score(
     if granularity not in ("image", "pixel"):
         raise ValueError(f"granularity is {granularity!r}; choose from image, pixel")
     labels = at_grid(target, logits.shape[-2:])
-    valid = labels != ignore_index
+    valid = labels != ignore_index if valid is None else valid
     wide = logits if logits.dtype == torch.float64 else logits.float()
     with torch.autocast(logits.device.type, enabled=False):
         score = -F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="none")

@@ -68,6 +68,7 @@ def test_dense_score_by_hand():
     torch.testing.assert_close(pixels[0], expected)
     assert valid[0].tolist() == [[True, True], [False, True]]
     score, same = dense_score(logits, target)
+    assert torch.equal(dense_score(logits, target, valid=valid)[0], score)
     torch.testing.assert_close(score, expected.sum().view(1) / 3)
     assert torch.equal(valid, same)
 
