@@ -18,6 +18,8 @@ COLLAPSE = 0.95
 _PAIR = ("taught", "gap", "kl", "teacher_right", "student_right")
 _PEER = ("teaches", "task_loss", "transfer_loss", "not_finite")
 _ALL = ("samples", "taught_samples", "batches")
+_TOGETHER = 16  # batches that are counted in a row
+_SMALL = 2**16  # numbers of a batch's KL; larger ones are counted at once
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,26 @@ class Ledger:
         self._interval = torch.zeros(self._size, dtype=dtype, device=device)
         self._epoch = torch.zeros_like(self._interval)
         self._tells = True
+        self._waiting: list[TransferResult] = []
 
-    @torch.no_grad()
     def add(self, result: TransferResult) -> None:
         """Count one batch, without waiting for the device.
 
-        Of one whose losses or scores are not finite, only that is counted.
+        Of one whose losses or scores are not finite, only that is counted. Small ones are kept and
+        counted several at a time: between large models' steps a CPU has lost these operations from
+        its caches, and the first of a row takes five times as long as the others.
         """
+        self._waiting.append(result)
+        if len(self._waiting) == _TOGETHER or result.kl.numel() > _SMALL:
+            self._count_waiting()
+
+    @torch.no_grad()
+    def _count_waiting(self) -> None:
+        for result in self._waiting:
+            self._count(result)
+        self._waiting = []
+
+    def _count(self, result: TransferResult) -> None:
         dtype = self._interval.dtype
         taught = (result.roles > 0).to(dtype)
         gap = result.score.unsqueeze(1) - result.score.unsqueeze(0)
@@ -164,6 +179,7 @@ class Ledger:
 
     def read(self) -> Lessons:
         """Sum the interval over all ranks, fold it into the epoch, start a new interval."""
+        self._count_waiting()
         self._epoch += self._interval
         total = sum_over_ranks(self._interval.clone(), self.ranks)
         self._interval.zero_()
@@ -171,6 +187,7 @@ class Ledger:
 
     def read_epoch(self) -> Lessons:
         """Sum the epoch over all ranks, including the running interval; start a new epoch."""
+        self._count_waiting()
         self._epoch += self._interval
         self._interval.zero_()
         total = sum_over_ranks(self._epoch.clone(), self.ranks)
@@ -179,10 +196,12 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's running counts."""
+        self._count_waiting()
         return {"interval": self._interval.cpu(), "epoch": self._epoch.cpu(), "tells": self._tells}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up running counts."""
+        self._waiting = []
         self._interval.copy_(state["interval"])
         self._epoch.copy_(state["epoch"])
         self._tells = state["tells"]

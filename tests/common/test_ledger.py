@@ -1,6 +1,7 @@
 """The ledger: counts by hand, collapse, ranks and intervals."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -58,6 +59,34 @@ def test_intervals_add_up_to_the_epoch_and_survive_a_resume():
     other.load_state_dict(ledger.state_dict())
     assert ledger.read_epoch() == other.read_epoch()
     assert ledger.read_epoch().samples == 0
+
+
+@pytest.mark.parametrize("batches", [1, 15, 16, 17, 40])
+def test_batches_that_wait_are_counted_wherever_counts_are_read(batches):
+    ledger, other = Ledger(["a", "b"]), Ledger(["a", "b"])
+    for _ in range(batches):
+        ledger.add(result_of(ROLES, SCORE, KL, CORRECT))
+    other.load_state_dict(ledger.state_dict())
+    assert other.read() == ledger.read()
+    assert ledger.read_epoch().batches == batches
+
+
+def test_a_loaded_state_replaces_batches_that_wait():
+    ledger = Ledger(["a", "b"])
+    ledger.add(result_of(ROLES, SCORE, KL, CORRECT))
+    ledger.load_state_dict(Ledger(["a", "b"]).state_dict())
+    assert ledger.read().batches == 0
+
+
+def test_large_batches_are_not_kept():
+    ledger = Ledger(["a", "b"])
+    result = result_of(ROLES, SCORE, KL, None)
+    result.roles = result.kl = torch.zeros(2, 2, 3, 80, 80)
+    result.score = torch.zeros(2, 3, 80, 80)
+    kept = weakref.ref(result)
+    ledger.add(result)
+    del result
+    assert kept() is None
 
 
 def test_maps_count_as_shares_of_a_sample():
