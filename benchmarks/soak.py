@@ -223,6 +223,8 @@ def _slope(hours: np.ndarray, values: np.ndarray) -> tuple[float, float]:
     )
     if len(x) < 3:
         return float("nan"), float("nan")
+    if np.ptp(y) == 0:  # scipy knows no error of a line through equal values
+        return 0.0, 0.0
     fit = stats.linregress(x, y)
     return float(fit.slope), float(stats.t.ppf(0.975, len(x) - 2) * fit.stderr)
 
