@@ -35,6 +35,7 @@ from common.outputs import (
     check_resumed,
     finish,
     folder_of,
+    log_resumed,
     plain,
     progress_bars,
     read_resumed,
@@ -127,7 +128,7 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     if state is not None:
         source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
-        _logger.info("resumed after epoch %d", trainer.progress.epoch)
+        log_resumed(options, trainer.progress)
     if options.start_epoch is not None:
         trainer.begin_at(options.start_epoch)
     if world.is_main:  # once nothing is refused any more: a resumed run keeps its own till then

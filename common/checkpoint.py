@@ -253,7 +253,10 @@ def _wrong_part(path: Path) -> str:
         return ""
     with zipfile.ZipFile(path) as archive:
         part = archive.testzip()
-    return "" if part is None else f"the checksum of its part {part} is wrong"
+    if part is None:
+        return ""
+    inside = part.partition("/")[2] or part  # torch puts all into a folder of the name it wrote to
+    return f"the checksum of its part {inside} is wrong"
 
 
 def _damage(path: Path) -> str:

@@ -32,7 +32,7 @@ from common.ranks import refuse_other_moments
 from common.report import write_run_report
 from common.resumed import changed_options, forgotten_options
 from common.termination import EXIT_STATUS, Preempted, end_interrupted
-from common.trainer import Trainer, Writer
+from common.trainer import Progress, Trainer, Writer
 
 _logger = logging.getLogger("train")
 
@@ -189,16 +189,17 @@ def read_resumed(
     if options.resume == "auto":
         state = _read_newest(options)
     else:
-        state = load_run(Path(options.resume)) if options.resume else None
+        state = _read_asked(options) if options.resume else None
     if state is None:
         return None
     config = plain(options)
     for name in lasting:
         had = state["config"].get(name, config[name])
         if had != config[name]:
+            told = f"with --{name} {had}" if had else f"without --{name}, of another task"
             raise CheckpointError(
-                f"{options.resume}: a run with --{name} {had}, this one has {config[name]}; start "
-                "a run of its own from the peers' weights"
+                f"{options.resume}: a run {told}, this one has {config[name]}; start a run of its "
+                "own from the peers' weights"
             )
     changed = changed_options(state["config"], config, plain(defaults), free)
     if changed and not options.allow_changed_options:
@@ -234,6 +235,29 @@ def _read_newest(options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     options.resume, state = str(found[0]), found[1]
     return state
+
+
+def _read_asked(options: argparse.Namespace) -> dict[str, Any]:
+    try:
+        return load_run(Path(options.resume))
+    except CheckpointError as error:
+        runs = list_runs(resumed_folder(options))
+        others = [path.name for path in runs if path.is_file() and str(path) not in str(error)]
+        if not others:
+            raise
+        raise CheckpointError(
+            f"{error}. Other run files of its folder: {', '.join(others)}; --resume one of them, "
+            "or --resume auto with the run's --experiment for the newest good one"
+        ) from error
+
+
+def log_resumed(options: argparse.Namespace, progress: Progress) -> None:
+    """Say from what the run goes on, and where it stands."""
+    begun = f" and {progress.batch} batches of the next" if progress.batch else ""
+    _logger.info(
+        "resumed from %s: after %d epochs%s, %d optimizer steps in all",
+        *(options.resume, progress.epoch, begun, progress.updates),
+    )
 
 
 def check_resumed(state: Mapping[str, Any] | None) -> None:

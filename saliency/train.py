@@ -31,6 +31,7 @@ from common.outputs import (
     check_resumed,
     finish,
     folder_of,
+    log_resumed,
     log_table,
     on_main,
     plain,
@@ -165,7 +166,7 @@ def run(
     if state is not None:
         source = resumed_folder(options)
         trainer.resume(state, optimizer=not options.no_resume_opt, source=source)
-        _logger.info("resumed after epoch %d", trainer.progress.epoch)
+        log_resumed(options, trainer.progress)
     if world.is_main:
         _write_arguments(trainer.folder, options, keep_dataset=dataset is None)
     trainer.writers = _writers(options, trainer.folder, world, trainer.progress)

@@ -254,27 +254,33 @@ def find(folder: Path) -> dict[str, Any] | None:
     return _read_record(path) if path.is_file() else None
 
 
-def find_good(folder: Path, learning: Sequence[str]) -> dict[str, Any] | None:
+def find_good(folder: Path, names: Sequence[str], learning: Sequence[str]) -> dict[str, Any] | None:
     """Read the newest record that is good and whose checkpoints are; warn of newer ones.
 
     Args:
         folder: Of the run.
-        learning: Names of the peers that have checkpoints.
+        names: Of its peers.
+        learning: Names of those that have checkpoints.
 
     Returns:
         The record; None where the folder has none.
 
     Raises:
-        CheckpointError: It has some, and none is good.
+        CheckpointError: It has some, and none is good; or it is a run of other peers.
     """
     paths = [path for path in (folder / RECORD,) if path.is_file()] + _older_records(folder)[::-1]
     passed: list[int] = []
     for path in paths:
         try:
             record = _read_record(path)
-            if record["iteration"] in passed:
-                continue  # told already, of the same checkpoint's other record
-            passed.append(record["iteration"])
+        except CheckpointError as error:
+            _logger.warning("passed over: %s", error)
+            continue
+        _refuse_other_peers(folder, record, names)
+        if record["iteration"] in passed:
+            continue  # told already, of the same checkpoint's other record
+        passed.append(record["iteration"])
+        try:
             for name in learning:
                 _read_peer(folder / name / record["file"], record["iteration"] - 1)
         except CheckpointError as error:
@@ -299,6 +305,14 @@ def _read_record(path: Path) -> dict[str, Any]:
             "package"
         )
     return record
+
+
+def _refuse_other_peers(folder: Path, record: Mapping[str, Any], names: Sequence[str]) -> None:
+    if list(record["peers"]) != list(names):
+        raise CheckpointError(
+            f"{folder / RECORD}: the run had the peers {', '.join(record['peers'])}, this one has "
+            f"{', '.join(names)}; give the same peers in the same order"
+        )
 
 
 def refuse_other_settings(
@@ -344,11 +358,7 @@ def load(
             model or optimizer.
     """
     names = [peer.name for peer in peers]
-    if list(record["peers"]) != names:
-        raise CheckpointError(
-            f"{folder / RECORD}: the run had the peers {', '.join(record['peers'])}, this one has "
-            f"{', '.join(names)}; give the same peers in the same order"
-        )
+    _refuse_other_peers(folder, record, names)
     kept: dict[str, dict[str, Any]] = {name: {} for name in names}
     for peer in peers:
         if peer.optimizer is not None:

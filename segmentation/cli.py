@@ -485,7 +485,7 @@ def _handlers_of_files() -> list[logging.Handler]:
 def _at_last_checkpoint(run: RunConfig, resume: bool | str) -> list[Any]:
     """Point every peer that learned at its file of the run's last checkpoint."""
     if resume == "auto":
-        record = checkpoints.find_good(run.output_dir, run.learning)
+        record = checkpoints.find_good(run.output_dir, run.names, run.learning)
     else:
         record = checkpoints.find(run.output_dir)
     if record is None:

@@ -371,7 +371,7 @@ class TransferTrainer(TrainerBase):
 
     def _find_record(self, auto: bool, allow: bool) -> dict[str, Any] | None:
         if auto:
-            record = checkpoints.find_good(self.folder, self.run.learning)
+            record = checkpoints.find_good(self.folder, self.run.names, self.run.learning)
         else:
             record = checkpoints.find(self.folder)
         refuse_other_moments(*([] if record is None else [record["iteration"]]))

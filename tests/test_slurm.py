@@ -122,6 +122,6 @@ def test_a_job_that_gets_sigterm_is_requeued_and_goes_on(tmp_path, cluster):
     assert 0 < stands["updates"] < 60
     assert subprocess.run(command, check=False, **start).returncode == 0
     assert load_run(tmp_path / "run")["progress"]["updates"] == 60
-    assert "resumed after epoch" in (tmp_path / "log").read_text()
+    assert "resumed from" in (tmp_path / "log").read_text()
     assert (tmp_path / "run" / "report.html").exists()
     assert len((tmp_path / "told").read_text().splitlines()) == 1

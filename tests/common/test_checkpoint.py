@@ -106,8 +106,8 @@ def test_a_flipped_bit_in_the_weights_is_told(tmp_path, caplog):
     assert torch.equal(read_file(path)["weight"], weights) and not caplog.text
     path.write_bytes(_flipped(path.read_bytes(), weights.numpy().tobytes()))
     assert not torch.equal(read_file(path)["weight"], weights)
-    assert f"{path}: read, but the checksum of its part peer/data/0 is wrong" in caplog.text
-    with pytest.raises(CheckpointError, match="the checksum of its part peer/data/0 is wrong"):
+    assert f"{path}: read, but the checksum of its part data/0 is wrong" in caplog.text
+    with pytest.raises(CheckpointError, match="the checksum of its part data/0 is wrong"):
         read_file(path, sums=True)
 
 

@@ -40,7 +40,11 @@ def test_a_broken_checkpoint_is_refused_by_name(copied, harm):
     path = newest(folder / "run")
     harm(path)
     assert task.run(folder, resume=True) == 1
-    assert str(path) in the_line(folder)
+    line = the_line(folder)
+    assert str(path) in line
+    if path.name != "run.pt":
+        others = ", ".join(run.name for run in list_runs(folder / "run")[:-1])
+        assert f"Other run files of its folder: {others}; --resume one of them" in line
 
 
 @pytest.mark.slow
@@ -204,3 +208,9 @@ def test_another_data_set_is_refused_at_a_resume(whole_runs, tmp_path):
     one.main = lambda output, resume: main(None, "train", one.arguments(output, resume=resume))
     assert one.run(tmp_path, resume=True) == 1
     assert "a run with --dataset dhf1k, this one has ucf_sports" in the_line(tmp_path)
+
+
+def test_a_run_of_another_task_is_refused_as_such(whole_runs, tmp_path):
+    shutil.copytree(whole_runs("classification").folder / "run", tmp_path / "run")
+    assert whole_runs("saliency").task.run(tmp_path, resume=True) == 1
+    assert "a run without --dataset, of another task, this one has dhf1k" in the_line(tmp_path)

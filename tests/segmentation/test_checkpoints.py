@@ -18,7 +18,7 @@ def save(folder, iteration, keep=3, evaluated=False):
         content = {"model": {}, "optimizer": {}, "scheduler": {}, "iteration": iteration - 1}
         torch.save(content, folder / name / file)
     state = dict.fromkeys(checkpoints._KEYS - {"format"})
-    state |= {"iteration": iteration, "file": file}
+    state |= {"iteration": iteration, "file": file, "peers": list(PEERS)}
     checkpoints.save_record(folder, PEERS, state, keep)
 
 
@@ -33,7 +33,7 @@ def files_of(*iterations):
 
 
 def found(folder):
-    record = checkpoints.find_good(folder, PEERS)
+    record = checkpoints.find_good(folder, PEERS, PEERS)
     return record and record["iteration"]
 
 
@@ -65,6 +65,14 @@ def test_what_is_broken_is_passed_over_and_told(tmp_path, caplog, broken, stands
         cut(tmp_path / name)
     assert found(tmp_path) == stands
     assert all(f"passed over: {tmp_path / name}" in caplog.text for name in broken)
+
+
+def test_other_peers_are_no_fault_of_the_files(tmp_path, caplog):
+    save(tmp_path, 2)
+    names = [*PEERS, "third"]
+    with pytest.raises(CheckpointError, match=f"had the peers {', '.join(PEERS)}, this one has"):
+        checkpoints.find_good(tmp_path, names, names)
+    assert not caplog.text
 
 
 def test_files_of_another_moment_are_passed_over(tmp_path):
