@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -41,6 +41,32 @@ class EpochBatches(Sampler[list[Any]]):
             epoch, batch = epoch + 1, 0
 
 
+class Received(Iterator[Any]):
+    """What a loader's processes read, of which a thread receives the next while a step runs.
+
+    A reading process hands a batch's memory over only when it is asked, and answers when it finds
+    time between two samples.
+
+    Args:
+        batches: Of a loader with processes that read.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self._thread = ThreadPoolExecutor(1, "receive")
+        self._coming = self._thread.submit(next, batches)
+
+    def __next__(self) -> Any:
+        """Return the next batch, and have the one after it received."""
+        coming = self._coming
+        self._coming = self._thread.submit(next, self._batches)
+        return coming.result()
+
+    def drop(self) -> None:
+        """Wait for what is being received: a loader serves one iteration at a time."""
+        self._coming.exception()
+
+
 class ReadAhead:
     """Batches of an epoch, from processes that go on with the next one when its last is read.
 
@@ -48,9 +74,6 @@ class ReadAhead:
     further ahead than torch's loader is within an epoch: by its usual number of batches, and one
     that is received. Where an epoch is not the one that is expected next, what was read for that is
     dropped.
-
-    A thread receives the next batch while a step runs: a reading process hands a batch's memory
-    over only when it is asked, and answers when it finds time between two samples.
 
     Args:
         dataset: Asked for draws.
@@ -81,8 +104,6 @@ class ReadAhead:
             **reading,
         )
         self._running: Iterator[Any] = iter(())
-        self._receiver = ThreadPoolExecutor(1, "receive") if workers else None
-        self._coming: Future[Any] | None = None
         self._next: tuple[int, int] | None = None
         self._asked = 0, 0
 
@@ -90,11 +111,12 @@ class ReadAhead:
         """Begin to read an epoch, without its first ``start`` batches."""
         self._asked = epoch, start
         if start < len(self) and self._next != self._asked:
-            if self._coming is not None:
-                self._coming.exception()  # the loader serves one at a time; this batch is dropped
+            if isinstance(self._running, Received):
+                self._running.drop()
             self._order.position = self._next = self._asked
             self._running = iter(self._loader)
-            self._receive()
+            if self._loader.num_workers:
+                self._running = Received(self._running)
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""
@@ -106,15 +128,4 @@ class ReadAhead:
         epoch, start = self._asked
         for batch in range(start + 1, len(self) + 1):
             self._next = (epoch, batch) if batch < len(self) else (epoch + 1, 0)
-            yield self._received()
-
-    def _receive(self) -> None:
-        if self._receiver is not None:
-            self._coming = self._receiver.submit(next, self._running)
-
-    def _received(self) -> Any:
-        if self._coming is None:
-            return next(self._running)
-        coming = self._coming
-        self._receive()
-        return coming.result()
+            yield next(self._running)

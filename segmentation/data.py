@@ -18,6 +18,7 @@ from detectron2.structures import Instances
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.ahead import Received
 from common.apart import WAY_OUT, in_both, told_shared
 from common.broken import (
     BadSample,
@@ -339,7 +340,7 @@ def build_train_loader(
         worker_init_fn=outlive_sigterm,
     )
     batches = iter(loader)  # opened now: that draws from torch's generator
-    return iter(Counted(batches, bad))
+    return iter(Counted(Received(batches) if workers else batches, bad))
 
 
 def load_datasets(names: Sequence[str]) -> list[dict[str, Any]]:

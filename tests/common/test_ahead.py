@@ -1,13 +1,14 @@
 """Reading across the end of an epoch: the same batches in the same order, and no further ahead."""
 
 import os
+import threading
 import time
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from common.ahead import ReadAhead
+from common.ahead import ReadAhead, Received
 
 COUNT, SIZE, SAMPLES = 4, 3, 11
 
@@ -93,6 +94,25 @@ def test_the_next_epoch_is_read_while_nobody_asks_and_no_further(tmp_path):
     assert list(loader) == naive(0)
     ahead = {draw for batch in naive(1)[:window] for draw in batch}
     assert settled(tmp_path, SAMPLES + len(ahead)) == {draw for draw in draws(0, 0)} | ahead
+
+
+def test_a_batch_is_received_while_nobody_asks_for_it_and_its_fault_told_in_its_turn():
+    received = threading.Semaphore(0)
+
+    def batches():
+        for number in range(3):
+            received.release()
+            yield number
+        received.release()
+        raise ValueError("the fourth cannot be read")
+
+    found = Received(batches())
+    assert received.acquire(timeout=60)
+    for number in range(3):
+        assert next(found) == number
+        assert received.acquire(timeout=60)
+    with pytest.raises(ValueError, match="the fourth"):
+        next(found)
 
 
 def test_the_same_processes_read_all_epochs():
