@@ -263,7 +263,11 @@ def _failed(error: object) -> int:
 
 def train(run: RunConfig, resume: bool | str = False, allow: bool = False) -> TransferTrainer:
     """Train as the run says, evaluate with TTA where it is asked for, write the report."""
+    configs = _configs(run)
     trainer = TransferTrainer(run, resume, allow)
+    if comm.is_main_process():  # a resume that is refused leaves those of the run
+        for path, text in configs.items():
+            write_text(path, text)
     run = trainer.run
     trainer.train()
     with trainer.finishing():
@@ -437,7 +441,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
 
 
 def begin(run: RunConfig) -> None:
-    """Make the run's folder, log into it, and write down its configs."""
+    """Make the run's folder and log into it."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
     for name in _LOGGERS:
         setup_logger(str(run.output_dir), distributed_rank=comm.get_rank(), name=name)
@@ -446,13 +450,13 @@ def begin(run: RunConfig) -> None:
         handler.handleError = lambda record: None  # a full disk is told by what cannot be saved
     _logger.info("machine:\n%s", collect_env_info())
     torch.backends.cudnn.benchmark = run.cfg.CUDNN_BENCHMARK
-    if not comm.is_main_process():
-        return
-    for peer in run.peers:
-        folder = Path(peer.cfg.OUTPUT_DIR)
-        write_text(folder / "config.yaml", peer.cfg.dump())
-    text = yaml.safe_dump({"TRANSFER": yaml.safe_load(run.transfer.dump())}, sort_keys=False)
-    write_text(run.output_dir / "transfer.yaml", text)
+
+
+def _configs(run: RunConfig) -> dict[Path, str]:
+    """Return the texts of a run's config files, by their paths."""
+    files = {Path(peer.cfg.OUTPUT_DIR) / "config.yaml": peer.cfg.dump() for peer in run.peers}
+    transfer = {"TRANSFER": yaml.safe_load(run.transfer.dump())}
+    return files | {run.output_dir / "transfer.yaml": yaml.safe_dump(transfer, sort_keys=False)}
 
 
 def hush() -> None:

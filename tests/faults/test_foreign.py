@@ -153,6 +153,19 @@ def test_another_runs_checkpoint_is_refused_by_name(whole_runs, tmp_path, task, 
     assert says in the_line(tmp_path)
 
 
+def configs(run):
+    return {str(path.relative_to(run)): path.read_text() for path in run.rglob("*.yaml")}
+
+
+def test_an_evaluation_alone_leaves_a_runs_configs(whole_runs, tmp_path):
+    whole = whole_runs("segmentation")
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    one = other(whole.task, ("--resume", "--resume\n--eval-only"), "TRANSFER.RULE", "none")
+    assert one.run(tmp_path, resume=True) == 0
+    found = configs(tmp_path / "run")
+    assert found == configs(whole.folder / "run") and "fpn/config.yaml" in found
+
+
 def test_a_segmentation_run_under_other_settings_is_refused_with_all_of_them(whole_runs, tmp_path):
     whole = whole_runs("segmentation")
     shutil.copytree(whole.folder / "run", tmp_path / "run")
@@ -161,12 +174,14 @@ def test_a_segmentation_run_under_other_settings_is_refused_with_all_of_them(who
     line = the_line(tmp_path)
     for change in ("RULE 'random' -> 'mutual'", "TEMPERATURE 1.0 -> 2.0", "SEED 1 -> 9"):
         assert change in line
+    assert configs(tmp_path / "run") == configs(whole.folder / "run")
     assert "--allow-changed-options" in line and "MAX_ITER" not in line
     one = other(whole.task, ("--resume", "--resume\n--allow-changed-options"), *more)
     assert one.run(tmp_path, resume=True) == 0
     told = (tmp_path / "log.txt").read_text()
     assert "resuming with other settings than the run had: SEED 1 -> 9" in told
     assert "SOLVER.MAX_ITER was 4, is 5" in told
+    assert "RULE: mutual" in configs(tmp_path / "run")["transfer.yaml"]
 
 
 @pytest.mark.parametrize("task", ["classification", "saliency"])
