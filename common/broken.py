@@ -128,6 +128,7 @@ class BadSamples:
         fault: Class of the error.
 
     Attributes:
+        tells: Warn of each file here; of processes that read the same samples one is enough.
         found: Reasons by file, in the order in which they were met.
         left_out: Those that evaluations left out.
     """
@@ -141,6 +142,7 @@ class BadSamples:
         self.most = most
         self.option = option
         self.fault = fault
+        self.tells = True
         self.found: dict[str, str] = {}
         self.left_out: set[str] = set()
 
@@ -159,7 +161,7 @@ class BadSamples:
             self.found[each.name] = each.reason
             new_here = evaluating and each.name not in self.left_out
             self.left_out |= {each.name} if evaluating else set()
-            if self.most and (new or new_here):
+            if self.tells and self.most and (new or new_here):
                 what = "left out of evaluations" if evaluating else "replaced by others"
                 _logger.warning("broken, %s: %s (%d of %d)", what, each, len(self.found), self.most)
         if len(self.found) > self.most:
@@ -293,5 +295,5 @@ def _death_told(error: BaseException) -> str:
     return (
         f"a process that reads data {ended}, {cause}; start fewer of them (--workers, "
         "DATALOADER.NUM_WORKERS; 0 reads in this process), make batches smaller, or give the "
-        "machine more memory; resume from the last run file"
+        "machine more memory; resume from the last run file, if any"
     )

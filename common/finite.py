@@ -22,7 +22,8 @@ _logger = logging.getLogger(__name__)
 ON_NONFINITE = ("stop", "skip")
 MOST_SKIPS = 10
 DIVERGED = (
-    "lower that peer's lr, clip its gradients, or train in bfloat16; resume from the last run file"
+    "lower that peer's lr, clip its gradients, or train in bfloat16; resume from the last run "
+    "file, if any"
 )
 _SKIP = "--on-nonfinite skip, or TRANSFER.ON_NONFINITE"
 _CAUSES = "look at these samples; " + DIVERGED

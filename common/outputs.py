@@ -38,7 +38,7 @@ _logger = logging.getLogger("train")
 
 _LOST_RANK = (
     "error: another process of the run has ended; its own error says why, and where there is none "
-    "it was killed, most likely for want of memory; resume from the last run file"
+    "it was killed, most likely for want of memory; resume from the last run file, if any"
 )
 
 

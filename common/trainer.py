@@ -200,6 +200,7 @@ class Trainer:
         self.watch = watch
         self.names_of = names_of
         self.bad = bad or BadSamples()
+        self.bad.tells = world.seat == 0  # the other peers' processes read the same
         self.finite = engine.finite = FiniteCheck(peers, plan.on_nonfinite, plan.max_skips)
         self.halves = halves
         self.soups: list[Soup] = []

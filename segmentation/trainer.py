@@ -121,6 +121,7 @@ class TransferTrainer(TrainerBase):
         self.best: dict[str, list[float]] = {}
         self.origins = self._tell_origins(record)
         self.bad = allowed(run.transfer.MAX_BAD_SAMPLES)
+        self.bad.tells = self.world.seat == 0  # the other peers' processes read the same
         self.soups: list[Soup] = []
         records = load_datasets(run.cfg.DATASETS.TRAIN)
         sets = run.cfg.DATASETS

@@ -84,6 +84,13 @@ def test_one_more_than_allowed_stops_and_names_them(workers):
         batches_of(BadSamples(7), workers, many)
 
 
+def test_who_does_not_tell_counts_all_the_same(caplog):
+    bad = BadSamples(2)
+    bad.tells = False
+    batches_of(bad)
+    assert len(bad.found) == 2 and not caplog.text
+
+
 def test_where_nothing_can_replace_it_the_run_stops():
     with pytest.raises(BadSampleError, match=r"\.png: gone; no sound sample is found"):
         batches_of(BadSamples(50), broken={k: "gone" for k in range(20)})
