@@ -102,7 +102,7 @@ def choose_layouts(
         chosen: What a resumed run had chosen; such peers are not tried again.
     """
 
-    def faster(i: int) -> bool:
+    def faster(i: int) -> tuple[bool, str]:
         seconds = time_layouts(functools.partial(build, i), world.device, dtype, world)
         return _is_faster(asking[i], seconds)
 
@@ -128,14 +128,14 @@ def choose_compilation(
         mode_of: Of the compiler, for each number.
     """
 
-    def faster(i: int) -> bool:
+    def faster(i: int) -> tuple[bool, str]:
         once = functools.partial(build, i)
         try:
             seconds = time_compiled(once, world.device, dtype, mode_of(i))
         except RuntimeError as error:  # none installed, or a model that it cannot take
             reason = str(error).strip().splitlines()[0]
             _logger.warning("%s: not compiled, the compiler fails here: %s", asking[i], reason)
-            return False
+            return False, ""
         return _is_faster(asking[i], seconds)
 
     return _decided(asking, faster, world, chosen)
@@ -214,23 +214,27 @@ def with_layout_asked(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decided(
     asking: Mapping[int, str],
-    faster: Callable[[int], bool],
+    faster: Callable[[int], tuple[bool, str]],
     world: World,
     chosen: Mapping[str, bool] | None,
 ) -> dict[str, bool]:
     known = dict(chosen or {})
     mine = {name: faster(i) for i, name in asking.items() if name not in known and world.holds(i)}
+    told: dict[str, str] = {}
     for found in reversed(distributed.gather_objects(mine)):
-        known |= found
+        known |= {name: taken for name, (taken, _) in found.items()}
+        told |= {name: why for name, (_, why) in found.items()}
+    if distributed.is_first():  # of peers that others hold, too
+        for why in filter(None, told.values()):
+            _logger.info("%s", why)
     return {name: known[name] for name in asking.values()}
 
 
-def _is_faster(who: str, seconds: Mapping[str, float]) -> bool:
-    """Whether the second of two ways is faster by the margin; logs both."""
+def _is_faster(who: str, seconds: Mapping[str, float]) -> tuple[bool, str]:
+    """Whether the second of two ways is faster by the margin, and both in words."""
     (usual, before), (other, now) = seconds.items()
     faster = now < (1 - MARGIN) * before
-    _logger.info(
-        "%s: forward and backward %.1f ms %s, %.1f ms %s: %s is taken",
-        who, 1e3 * before, usual, 1e3 * now, other, other if faster else usual,
-    )  # fmt: skip
-    return faster
+    return faster, (
+        f"{who}: forward and backward {1e3 * before:.1f} ms {usual}, {1e3 * now:.1f} ms {other}: "
+        f"{other if faster else usual} is taken"
+    )

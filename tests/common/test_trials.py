@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 
 import pytest
 import torch
@@ -45,10 +46,14 @@ def test_a_resumed_run_keeps_what_was_chosen(monkeypatch):
 def _chooses(world, file, seats, chosen):
     """Choose where every rank measures something else; write down what each then has."""
     trials.time_layouts = seconds(0.5 if world.rank == 0 else 1.5)
+    records = []
+    trials._logger.addFilter(records.append)
+    trials._logger.setLevel(logging.INFO)
     if seats > 1:
         world = distributed.seat_peers(world, seats)
     found = choose_layouts({0: "a", 1: "b"}, build, world, chosen=chosen)
-    (file / f"{world.rank}.json").write_text(json.dumps(found))
+    told = [record.getMessage().partition(":")[0] for record in records]
+    (file / f"{world.rank}.json").write_text(json.dumps([found, told]))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,9 @@ def _chooses(world, file, seats, chosen):
 def test_all_ranks_take_the_same_choice(tmp_path, seats, chosen, taken):
     launch(_chooses, 2, tmp_path, seats, chosen)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert found == [dict(zip("ab", taken, strict=True))] * 2
+    assert [choice for choice, _ in found] == [dict(zip("ab", taken, strict=True))] * 2
+    tried = sorted(set("ab") - set(chosen or ()))
+    assert [sorted(told) for _, told in found] == [tried, []]  # of both peers, by the first alone
 
 
 class Talking(ToyPeer):
