@@ -8,7 +8,6 @@ CLASSIFICATION = [
     "fvcore>=0.1.5,<0.2",
     "huggingface_hub>=0.23,<3",
     "pillow>=10.3,<14",
-    "pyyaml>=6,<7",
     "tensorboard>=2.15,<3",
 ]
 SEGMENTATION = [
@@ -25,7 +24,6 @@ SEGMENTATION = [
     "omegaconf>=2.1,<2.4",
     "pillow>=10.3,<14",
     "pycocotools>=2.0.2,<3",
-    "pyyaml>=6,<7",
     "tabulate>=0.8,<1",
     "termcolor>=1.1,<4",
     "yacs>=0.1.8,<0.2",
@@ -34,7 +32,6 @@ SALIENCY = [
     "torchvision>=0.21,<1",
     "opencv-python>=4.8,<5",
     "pillow>=10.3,<14",
-    "pyyaml>=6,<7",
     "tensorboard>=2.15,<3",
     "av>=12,<19",
 ]
@@ -62,6 +59,7 @@ setup(
         "safetensors>=0.4.3,<1",
         "matplotlib>=3.8,<4",
         "tqdm>=4.60,<5",
+        "pyyaml>=6,<7",
     ],
     extras_require={
         "cluster": ["submitit>=1.5,<2"],

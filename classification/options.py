@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from timm.utils import ParseKwargs
 
 from classification.models import models_meant
@@ -33,13 +32,13 @@ from common.options import (
     peer_mapping,
     transfer_of,
     truth,
-    yaml_fault,
 )
 from common.planner import add_plan_options
 from common.roles import COMPARING, compares_scores
 from common.score_temperatures import WHEN
 from common.scouting import refuse_few
 from common.trials import with_layout_asked
+from common.yaml_files import read_yaml as read_plain_yaml
 
 
 @dataclass(frozen=True)
@@ -479,12 +478,9 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file into plain containers.
 
     Raises:
-        OptionError: Not plain YAML, or an option of timm's that is not taken here.
+        OptionError: As ``common.yaml_files``, or an option of timm's that is not taken here.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise OptionError(f"{path}: not plain YAML: {yaml_fault(error)}") from error
+    content = read_plain_yaml(path)
     for key in content if isinstance(content, dict) else ():
         option = "--" + str(key).replace("_", "-")
         if option in REJECTED:

@@ -24,14 +24,6 @@ class OptionError(ValueError):
     """An argument that cannot be used; says which, and what to do."""
 
 
-def yaml_fault(error: Exception) -> str:
-    """Say in one line why a file is not plain YAML; YAML's own errors draw over several."""
-    told = " ".join(str(getattr(error, "problem", None) or error).split())
-    mark = getattr(error, "problem_mark", None)
-    where = f", line {mark.line + 1}" if mark is not None else ""
-    return f"{told}{where}; write plain text, numbers, lists and mappings alone"
-
-
 def add_transfer_options(group: Any) -> None:
     """Add the options of ``KnowledgeTransfer`` to a parser or a group of it."""
     add = group.add_argument

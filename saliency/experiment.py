@@ -24,12 +24,13 @@ from common.distributed import World
 from common.experiment import Measured, Trained, hidden_by, refuse_frozen, unchanged
 from common.options import OptionError
 from common.outputs import start_world
+from common.yaml_files import read_yaml
 from saliency.cards import files_of
 from saliency.clips import ClipView
 from saliency.corruptions import SEVERITIES
 from saliency.evaluation import flatten
 from saliency.layouts import VideoSet, open_dataset
-from saliency.options import PeerSpec, parse, read_yaml
+from saliency.options import PeerSpec, parse
 from saliency.peer import build_modules, check_sources
 from saliency.train import (
     FAULTS,

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.options import (
     OptionError,
     actions_of,
@@ -28,13 +26,13 @@ from common.options import (
     peer_mapping,
     transfer_of,
     truth,
-    yaml_fault,
 )
 from common.peers import check_names
 from common.planner import add_plan_options
 from common.resumed import FREE
 from common.scouting import refuse_few
 from common.trials import with_layout_asked
+from common.yaml_files import read_yaml
 from saliency.check import DEPTHS
 from saliency.clips import VIEWS, ClipView
 from saliency.layouts import LAYOUTS
@@ -382,18 +380,6 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
         for sign in "_-"
         if name in PEER_OPTIONS and action.const is not None
     ]
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file into plain containers.
-
-    Raises:
-        OptionError: Not plain YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise OptionError(f"{path}: not plain YAML: {yaml_fault(error)}") from error
 
 
 def _check(options: argparse.Namespace) -> None:

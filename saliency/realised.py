@@ -10,7 +10,8 @@ from pathlib import Path
 from common import finished
 from common.finished import ReadRun
 from common.options import OptionError
-from saliency.options import PEER_OPTIONS, parse, read_yaml
+from common.yaml_files import read_yaml
+from saliency.options import PEER_OPTIONS, parse
 
 # What decides what a peer predicts before training; the rest of PEER_OPTIONS is how it is trained.
 AT_START = "backbone size view before stride mean std kwargs".split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,12 @@ from common import recipes
 from common.engine import ENGINES
 from common.finite import MOST_SKIPS, ON_NONFINITE
 from common.guard import POLICIES
+from common.options import OptionError
 from common.peers import check_names
 from common.roles import check_rule
 from common.transfer import SCORES, TEACHERS, KnowledgeTransfer
 from common.trials import AUTO
+from common.yaml_files import FAULTS, fault_told, refuse_large
 from segmentation import compat
 from segmentation.errors import ConfigError, told_of
 from segmentation.keys import choices, value_at
@@ -36,6 +39,7 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 PEER_KEYS = ("NAME", "CONFIG", "WEIGHTS", "OPTS", "FROZEN", "LAYOUT")
 LAYOUTS = ("contiguous", "channels_last", AUTO)
 PEER_PREFIX = "PEER."
+_MOST_FILES = 50  # that one config may name by _BASE_, directly and by way of others
 # What recipes set, by what it is called here; and what they may not set, by how it is here.
 OF_RECIPE = {
     "rule": "RULE",
@@ -341,19 +345,45 @@ def read_yaml(path: Path, allow_unsafe: bool = False) -> dict[str, Any]:
     """Read a YAML file and those it has as ``_BASE_``.
 
     Raises:
-        ConfigError: Missing or broken, or it holds Python to run and is not trusted.
+        ConfigError: Missing, broken or too large by its aliases, or it holds Python to run and is
+            not trusted.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; check --config-file")
     try:
-        content = CfgNode.load_yaml_with_base(str(path), allow_unsafe=allow_unsafe)
+        content = _looked_at(path).load_yaml_with_base(str(path), allow_unsafe=allow_unsafe)
+    except OptionError as error:
+        raise ConfigError(str(error)) from error
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(_unsafe(path, error)) from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, AssertionError, TypeError) as error:
+    except (OSError, AssertionError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
+    except FAULTS as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({fault_told(error)})") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: holds no keys")
     return dict(content)
+
+
+def _looked_at(path: Path) -> type[CfgNode]:
+    """Return Detectron2's reader with a look at every file's aliases before its values are made."""
+    opened: list[str] = []
+
+    class Reader(CfgNode):
+        @classmethod
+        def _open_cfg(cls, filename: str) -> io.StringIO:
+            with super()._open_cfg(filename) as file:
+                text = file.read()
+            opened.append(filename)
+            if len(opened) > _MOST_FILES:
+                raise OptionError(
+                    f"{path}: names more than {_MOST_FILES} files by _BASE_; look whether one of "
+                    "them names itself"
+                )
+            refuse_large(filename, text)
+            return io.StringIO(text)
+
+    return Reader
 
 
 def _unsafe(path: Path, error: yaml.constructor.ConstructorError) -> str:

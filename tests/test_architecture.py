@@ -24,6 +24,7 @@ COMMON_MAY = {
     "mlxtend",
     "sklearn",
     "submitit",
+    "yaml",
 }
 HOSTS = {
     "classification": {"detectron2", "mask2former", "cv2"},

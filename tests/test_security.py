@@ -3,6 +3,7 @@
 import argparse
 import ast
 import copy
+import importlib
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from classification.images import BrokenImageError, read_image
 from classification.models import ModelError, create_classifier
@@ -24,6 +26,8 @@ from classification.options import parse
 from classification.train import main as classify
 from classification.validate import main as validate
 from common.checkpoint import CheckpointError, read_file, read_metadata
+from common.options import OptionError
+from common.yaml_files import read_yaml
 from saliency import images
 from saliency.errors import DataError
 from saliency.evaluate import main as evaluate_saliency
@@ -411,6 +415,88 @@ def test_text_that_is_no_utf8_is_refused_by_name(tmp_path, caplog):
 MIB = 2**20
 
 
+def aliases(levels, each="[*b{0},*b{0},*b{0},*b{0},*b{0},*b{0},*b{0},*b{0},*b{0},*b{0}]"):
+    """Write lines of YAML, each ten times what the line before stands for; ``b0`` is a mapping."""
+    lines = [f"b{k + 1}: &b{k + 1} {each.format(k)}" for k in range(levels)]
+    return "\n".join(["b0: &b0 {k: 1}", *lines, ""])
+
+
+MERGES = "{{z{0}: 1, <<: [*b{0},*b{0},*b{0},*b{0},*b{0},*b{0},*b{0},*b{0},*b{0},*b{0}]}}"
+YAML_BOMBS = {
+    "aliases": (aliases(9), "it would hold more than 100000 characters"),
+    "keys that are merged": (aliases(9, MERGES), "it would hold more than 100000 characters"),
+    "a long text": (
+        "b0: &b0 " + "x" * 10_000 + "\nb1: [" + "*b0, " * 10_000 + "]\n",
+        "it would hold more than",
+    ),
+    "a chain": (aliases(2000, "[*b{0}]"), "it is nested more than 100 deep"),
+    "a list that holds itself": ("b0: &b0 [1, *b0]\n", "one of its values holds itself"),
+    "lists that hold one another": ("b0: &b0 {k: &b1 {k: [*b0, *b1]}}\n", "holds itself"),
+}
+
+
+@pytest.mark.parametrize("name", YAML_BOMBS)
+def test_yaml_that_multiplies_by_its_aliases_is_refused_before_it_is_made(tmp_path, name):
+    text, fault = YAML_BOMBS[name]
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+
+    def read():
+        mine = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mine + 2**30,) * 2)
+        read_yaml(path)
+
+    grown, told = grown_by(read)
+    assert told.startswith(f"OptionError: {path}: refused, ") and fault in told and grown < 64
+    assert "write the values out in place of aliases" in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a: &a {x: 1, y: [2, 3]}\nb: {<<: *a, x: 2}\nc: [*a, *a]\n",
+        aliases(3),
+        f"a: {'x' * 120_000}\nb: &b {{x: 1}}\nc: *b\n",
+    ],
+)
+def test_ordinary_aliases_and_long_files_are_read(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert read_yaml(path) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["lr: 2001-99-99", "lr: !!int ''", "lr: !!timestamp x", "lr: !!bool x", "[" * 5000]
+)
+def test_yaml_of_values_that_are_none_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(OptionError, match=f"{path}: not plain YAML: "):
+        read_yaml(path)
+
+
+YAML_COMMANDS = {
+    "classification": lambda file: classify([str(file.parent), "-c", str(file)]),
+    "saliency": lambda file: train_saliency("dhf1k", "t", ["-c", str(file)]),
+    "classification's experiment": lambda file: experiment_of("classification", file),
+    "saliency's experiment": lambda file: experiment_of("saliency", file),
+}
+
+
+def experiment_of(task, file):
+    return importlib.import_module(f"{task}.experiment").main([str(file)])
+
+
+@pytest.mark.parametrize("command", YAML_COMMANDS)
+def test_every_command_refuses_aliases_that_multiply(tmp_path, caplog, command):
+    path = tmp_path / "run.yaml"
+    path.write_text(aliases(6).replace("b6: ", "lr: "))
+    assert path.stat().st_size < 600
+    told = one_line(caplog, YAML_COMMANDS[command](path))
+    assert told.startswith(f"error: {path}: refused, written out it would hold more than")
+
+
 def grown_by(work):
     """Return how many MiB the most memory of a process grew by while it worked, and its error."""
     end, start = os.pipe()
@@ -654,6 +740,28 @@ def test_yaml_of_segmentation_runs_nothing(segmentation, tmp_path, capfd, where)
     assert segmentation["cli"].main(["--config-file", str(tmp_path / "run.yaml")]) == 1
     told = capfd.readouterr().err
     assert f"{where}: holds Python to run" in told and not proof.exists()
+
+
+@pytest.mark.parametrize("where", ["run.yaml", "peer.yaml", "base.yaml"])
+def test_yaml_of_segmentation_cannot_multiply(segmentation, tmp_path, capfd, where):
+    peers = "[{NAME: a, CONFIG: peer.yaml}]"
+    (tmp_path / "run.yaml").write_text(f"TRANSFER: {{RULE: none, PEERS: {peers}}}\n")
+    (tmp_path / "peer.yaml").write_text("_BASE_: base.yaml\nVERSION: 2\n")
+    (tmp_path / "base.yaml").write_text("VERSION: 2\n")
+    with (tmp_path / where).open("a") as file:
+        file.write(aliases(6) + "SOLVER: {STEPS: *b6}\n")
+    assert segmentation["cli"].main(["--config-file", str(tmp_path / "run.yaml")]) == 1
+    told = capfd.readouterr().err
+    assert f"{where}: refused, written out it would hold more than" in told
+    assert "Traceback" not in told and len(told) < 2000
+
+
+def test_yaml_of_segmentation_that_is_its_own_base_is_refused(segmentation, tmp_path, capfd):
+    path = tmp_path / "run.yaml"
+    path.write_text("_BASE_: [run.yaml, run.yaml]\n")
+    assert segmentation["cli"].main(["--config-file", str(path)]) == 1
+    told = capfd.readouterr().err
+    assert f"{path}: names more than 50 files by _BASE_" in told and "Traceback" not in told
 
 
 def test_pictures_of_too_many_pixels_are_named_in_segmentation(segmentation, huge):
