@@ -1,6 +1,6 @@
 """What teaching costs: the joint step against the sum of the peers' own steps, for every task.
 
-    python benchmarks/step_overhead.py [--task classification] [--repeats 9]
+    python benchmarks/step_overhead.py [--task classification] [--repeats 9] [--parts]
 
 Both sides do the same work per peer: own view, forward, the task's own loss, backward, step of the
 same optimizer. The joint step adds roles, KL, the check that all is finite and the ledger. Measured
@@ -8,6 +8,8 @@ in CPU seconds of one thread, in turns within one run, every second one backward
 may be busy; the ratio is that of a turn, its median with quartiles and a 95 % interval (binomial).
 Expected: at most 1.02 times the sum. ``fixed`` are linear models, whose steps are nearly nothing:
 what is added shows there in microseconds. ``--pixels`` is the side of segmentation's images.
+``--parts`` tells what each part costs that only the joint step has, between steps of all peers, and
+each peer's optimizer step as a loop over its parameters, as foreach and fused.
 glibc returns freed memory to the system after a step and faults it in again at the next, the more
 the more activations live at once; the script starts itself again with that switched off for both
 sides, as a GPU's caching allocator has it.
@@ -74,6 +76,7 @@ def asked(about: str, repeats: int, tasks: Sequence[str] = ()) -> argparse.Names
     parser.add_argument("--peers", nargs="+", default=PEERS, help="classifiers")
     if tasks:
         parser.add_argument("--pixels", type=int, default=64, help="segmentation")
+        parser.add_argument("--parts", action="store_true", help="what each part of a step costs")
         parser.add_argument("--task", choices=["all", *tasks], default="all")
     args = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():
@@ -217,6 +220,81 @@ def compare(peers: PeerGroup, batch: Callable[[], Any], alone: Alone, repeats: i
     )
 
 
+class Timed:
+    """CPU seconds that functions take within one step, by what is told of them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def of(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        self.seconds[what] = 0.0
+
+        def timed(*given: Any, **named: Any) -> Any:
+            start = time.process_time()
+            found = function(*given, **named)
+            self.seconds[what] += time.process_time() - start
+            return found
+
+        return timed
+
+
+class TimedTransfer(KnowledgeTransfer):
+    """The transfer, its forward timed."""
+
+    def timed_by(self, timed: Timed) -> TimedTransfer:
+        self._forward = timed.of("transfer, forward", super().__call__)
+        return self
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self._forward(*given, **named)
+
+
+def parts(peers: PeerGroup, batch: Callable[[], Any], repeats: int) -> Iterator[str]:
+    """Yield a row for each part that only the joint step has: mean CPU ms a step, and quartiles.
+
+    The mean, since the ledger counts several small batches at a time.
+    """
+    timed = Timed()
+    transfer = TimedTransfer("best", names=peers.names).timed_by(timed)
+    engine, ledger = JointEngine(peers, transfer, CPU), Ledger(peers.names)
+    check = engine.finite
+    look = timed.of("look whether gradients are finite", check.note_gradients)
+    check.note_gradients = look  # type: ignore[method-assign]
+    for name in ("begin", "note", "passes"):
+        setattr(check, name, timed.of(f"finite losses and scores: {name}", getattr(check, name)))
+    add = timed.of("ledger", ledger.add)
+    rows: dict[str, list[float]] = {what: [] for what in timed.seconds}
+
+    def step() -> None:
+        timed.seconds.update(dict.fromkeys(timed.seconds, 0.0))
+        add(engine.step(batch(), step=0))
+        for what, taken in timed.seconds.items():
+            rows[what].append(1e3 * taken)
+
+    turns({"joint": step}, repeats, warm_up=2, clock=time.process_time)
+    for what, taken in rows.items():
+        low, _, high = statistics.quantiles(taken[2:], n=4)
+        yield f"   {statistics.fmean(taken[2:]):8.3f} ms ({low:.3f} to {high:.3f})   {what}"
+
+
+def optimizers(peer: Peer, repeats: int) -> str:
+    """Return a row: CPU ms of AdamW's step as a loop, as foreach and fused."""
+    learning = [p for p in peer.module.parameters() if p.requires_grad]
+    for p in learning:
+        p.grad = torch.zeros_like(p)
+    ways: dict[str, Any] = {
+        "loop": {"foreach": False, "fused": False},
+        "foreach": {"foreach": True},
+        "fused": {"fused": True},
+    }
+    runs = {way: torch.optim.AdamW(learning, lr=0.0, **how).step for way, how in ways.items()}
+    seconds = turns(runs, repeats, clock=time.process_time)
+    told = ", ".join(
+        f"{way} {1e3 * statistics.median(taken):.2f}" for way, taken in seconds.items()
+    )
+    return f"   AdamW's step of {peer.name}, {len(learning)} parameters, ms: {told}"
+
+
 def interval_rank(count: int) -> int:
     """Return r, so that the r-th smallest and largest of values, from 0, hold the median at 95 %.
 
@@ -235,9 +313,15 @@ def main() -> None:
     logging.disable(logging.WARNING)
     print(f"CPU seconds, medians; ratio with quartiles and [95 % interval]; {machine()}")
     for task in TASKS if args.task == "all" else [args.task]:
-        print(f"{task}\n N  own steps, sum    joint step   ratio", flush=True)
+        columns = "CPU ms of a step" if args.parts else "own steps, sum    joint step   ratio"
+        print(f"{task}\n N  {columns}", flush=True)
         groups, batch, alone = TASKS[task](args)
         for peers in groups:
+            if args.parts:
+                print(f"{len(peers):2} {', '.join(peers.names)}")
+                print(*parts(peers, batch, args.repeats), sep="\n", flush=True)
+                print(*(optimizers(peer, args.repeats) for peer in peers), sep="\n", flush=True)
+                continue
             repeats = max(args.repeats, 500) if task == "fixed" else args.repeats  # microseconds
             print(compare(peers, batch, alone, repeats), flush=True)
 
