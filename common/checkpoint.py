@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from common import distributed
 from common.disk import atomic_write
+from common.pickles import TooMuch, try_torch_file
 
 _logger = logging.getLogger(__name__)
 
@@ -30,6 +31,9 @@ WEIGHT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model", "weights", 
 _RUN_FILE = re.compile(r"run-(\d{5})-(\d{8})\.pt")
 _HOLLOW = 2**20  # bytes that a tensor may claim without having them
 _PREFIXES = ("module.", "_orig_mod.")
+_WAY_OUT = "save its state_dict alone (torch.save(model.state_dict(), ...) or safetensors)"
+# What torch's reader would build, and may take more memory than the file holds.
+_LARGE = re.compile(r"torch\._(utils|tensor)\..*|torch\.\w*Tensor|_codecs\..*|bytearray")
 
 
 class CheckpointError(ValueError):
@@ -156,11 +160,14 @@ def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
         wrong = _wrong_part(path)
         if sums and wrong:
             raise CheckpointError(_damaged(path, wrong))
+        try_torch_file(path, _is_zip(path))
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         _refuse_hollow(path, content)
     except CheckpointError:
         raise
+    except TooMuch as error:
+        raise CheckpointError(f"{path}: refused, {error}; {_WAY_OUT}") from error
     except pickle.UnpicklingError as error:
         damage = _damage(path)
         told = _damaged(path, damage) if damage else _unsafe(path, str(error))
@@ -213,21 +220,32 @@ def _refuse_hollow(path: Path, content: Any) -> None:
     Raises:
         CheckpointError: Names where in the file it is.
     """
-    seen, left = set(), [("", content)]  # containers may hold one another
+    seen: set[int] = set()
+    left: list[tuple[Any, Any]] = [((), content)]  # containers may hold one another
     while left:
-        name, value = left.pop()
+        place, value = left.pop()
         if id(value) in seen:
             continue
         if isinstance(value, Tensor):
             claimed = value.numel() * value.element_size()
             if claimed > _HOLLOW and claimed > _stored(value):
                 raise CheckpointError(
-                    f"{path}: refused, {name} claims {claimed} bytes, and the file holds "
+                    f"{path}: refused, {_named(place)} claims {claimed} bytes, and the file holds "
                     f"{_stored(value)} of them; save its contiguous() dense copy"
                 )
         elif isinstance(value, (Mapping, list, tuple, set, argparse.Namespace)):
             seen.add(id(value))
-            left += [(f"{name}.{k}" if name else str(k), x) for k, x in _items(value)]
+            left += [((place, k), x) for k, x in _items(value)]
+
+
+def _named(place: Any, most: int = 200) -> str:
+    """Write a place, which is the place around it and a key: joined for errors alone, as keys may
+    be long and containers deep."""
+    name = ""
+    while place and len(name) < most:
+        place, key = place
+        name = f"{str(key)[:most]}.{name}" if name else str(key)[:most]
+    return f"... {name}" if place else name
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -288,9 +306,14 @@ def _unsafe(path: Path, message: str) -> str:
             f"{path}: not a checkpoint that can be read safely (it begins with {head!r}); it is "
             "damaged or something else, a web page for instance: copy or download it again"
         )
+    if _LARGE.fullmatch(found.group(1)):
+        return (
+            f"{path}: refused, it asks for {found.group(1)!r}, which can take more memory than the "
+            f"file holds; of plain dense tensors, {_WAY_OUT}"
+        )
     return (
         f"{path}: refused, it asks to run {found.group(1)!r}, and checkpoints never execute code "
-        "here; save its state_dict alone (torch.save(model.state_dict(), ...) or safetensors)"
+        f"here; {_WAY_OUT}"
     )
 
 
