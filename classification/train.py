@@ -184,7 +184,12 @@ def start(options: argparse.Namespace) -> World:
 
 def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
-    state = read_resumed(options, outputs.FREE_TO_CHANGE, defaults=build_parser().parse_args([]))
+    state = read_resumed(
+        options,
+        outputs.FREE_TO_CHANGE,
+        defaults=build_parser().parse_args([]),
+        kept=("resolved_num_classes",),
+    )
     if state is None:
         return None
     options.num_classes = state["config"]["resolved_num_classes"]

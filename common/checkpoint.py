@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from common import distributed
 from common.disk import atomic_write
 from common.pickles import TooMuch, try_torch_file
+from common.shapes import fault_of_run
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def load_run(path: Path) -> dict[str, Any]:
     """Read a run file, or the newest one of a folder.
 
     Raises:
-        CheckpointError: No such file, not a run file, or of a newer format.
+        CheckpointError: No such file, not a run file, of a newer format, or one from which no
+            trainer could go on: names what it lacks.
     """
     path = Path(path)
     if path.is_dir():
@@ -94,6 +96,12 @@ def load_run(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: run file of format {state['format']}, this version reads up to {RUN_FORMAT}; "
             "update the package"
+        )
+    fault = fault_of_run(state)
+    if fault:
+        raise CheckpointError(
+            f"{path}: a run file that was changed, or none of this project: {fault}; resume from "
+            "another one, or start a run of its own from the peers' weights"
         )
     return state
 

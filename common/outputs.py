@@ -164,6 +164,7 @@ def read_resumed(
     free: Collection[str],
     defaults: argparse.Namespace,
     lasting: Iterable[str] = (),
+    kept: Iterable[str] = (),
 ) -> dict[str, Any] | None:
     """Read the run that ``--resume`` names, and let this one go on in its folder.
 
@@ -177,14 +178,15 @@ def read_resumed(
         free: Names of options under which a run is still the same run.
         defaults: Of the options, for runs of versions that did not have some of them.
         lasting: Names of options under which it would be another run, whatever is allowed.
+        kept: Names of counts that every run of the task keeps beside its options.
 
     Returns:
         What ``load_run`` gives; None: a fresh run.
 
     Raises:
         OptionError: ``auto`` without --experiment, which names the folder.
-        CheckpointError: As ``load_run``; with ``auto``, no file of several can be read; or other
-            options, each of which is named with both values.
+        CheckpointError: As ``load_run``; with ``auto``, no file of several can be read; a run of
+            another task; or other options, each of which is named with both values.
     """
     if options.resume == "auto":
         state = _read_newest(options)
@@ -193,6 +195,12 @@ def read_resumed(
     if state is None:
         return None
     config = plain(options)
+    missing = [name for name in kept if not isinstance(state["config"].get(name), int)]
+    if missing:
+        raise CheckpointError(
+            f"{options.resume}: a run of another task: it keeps no {missing[0]}; resume it by that "
+            "task's script, or start a run of its own from the peers' weights"
+        )
     for name in lasting:
         had = state["config"].get(name, config[name])
         if had != config[name]:

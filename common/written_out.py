@@ -51,12 +51,18 @@ def fault_of(
     return ""
 
 
-def fault_of_plain(value: Any) -> str:
-    """Say why settings are no small plain containers; nothing where they are."""
+def fault_of_plain(value: Any, name: str) -> str:
+    """Say why settings are no small plain containers; nothing where they are.
+
+    Args:
+        value: The settings.
+        name: Of them, in the answer.
+    """
     try:
-        return fault_of(value, _parts, _length, MOST)
+        fault = fault_of(value, _parts, _length, MOST)
     except TypeError as error:
-        return str(error)
+        return f"{name} holds {error}"
+    return f"{name} is too large: {fault}" if fault else ""
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -66,7 +72,7 @@ def _parts(value: Any) -> Iterable[Any]:
         return value
     if value is None or isinstance(value, (str, int, float)):
         return ()
-    raise TypeError(f"it holds a {type(value).__name__}, which is no plain setting")
+    raise TypeError(f"a {type(value).__name__}, which is no plain setting")
 
 
 def _length(value: Any) -> int:

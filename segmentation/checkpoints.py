@@ -19,6 +19,22 @@ import torch
 
 from common.checkpoint import CheckpointError, atomic_write, load_weights, read_file
 from common.peers import Peer
+from common.shapes import (
+    BEST_OF_PEER,
+    COUNT,
+    MAPPING,
+    NUMBER,
+    OPTIMIZER,
+    POSITIVE,
+    STATE,
+    TEXT,
+    TRUTH,
+    WEIGHTS,
+    Each,
+    Kind,
+    fault_of,
+    fault_of_parts,
+)
 from segmentation.peer import SegmentorPeer
 
 _logger = logging.getLogger(__name__)
@@ -31,9 +47,33 @@ SOUP = "model_soup.pth"
 FINAL = "model_final.pth"
 LAST = "last_checkpoint"  # where Detectron2 looks for a file's name
 _FILE = re.compile(r"(?:model_(\d{7,})(?:_after)?\.pth|run_(\d{7,})\.pt)")
+_MODEL = re.compile(r"model_\d{7,}(?:_after)?\.pth")
 _PEER_KEYS = {"model", "optimizer", "scheduler", "iteration"}
 _LEARNING = "unaveraged"  # the weights that learn, where "model" is their average
-_KEYS = {"format", "iteration", "peers", "seed", "ranks", "scaler", "best", "history", "lessons"}
+_RECORD = {
+    **STATE,
+    "format": POSITIVE,
+    "iteration": POSITIVE,
+    "peers": [TEXT],
+    "file": Kind("the name of a checkpoint", lambda x: TEXT.fits(x) and bool(_MODEL.fullmatch(x))),
+    "seed": COUNT,
+    "best": Each((NUMBER, COUNT)),
+    "history": [{"iteration": COUNT}],
+    "lessons": [{"iteration": COUNT}],
+    "settings?": Each(TEXT),
+    "max_iter?": COUNT,
+    "origins?": Each(TEXT),
+    "layouts?": Each(TRUTH),
+    "due?": TRUTH,
+}
+_PEER = {
+    "model": WEIGHTS,
+    f"{_LEARNING}?": WEIGHTS,
+    "best?": BEST_OF_PEER,
+    "optimizer": OPTIMIZER,
+    "scheduler": MAPPING,
+    "iteration": COUNT,
+}
 
 
 def save_peers(
@@ -297,12 +337,15 @@ def find_good(folder: Path, names: Sequence[str], learning: Sequence[str]) -> di
 
 def _read_record(path: Path) -> dict[str, Any]:
     record = read_file(path, sums=True)
-    if not set(record) >= _KEYS:
-        raise CheckpointError(f"{path}: not the record of a run; remove it, or resume elsewhere")
-    if record["format"] > FORMAT:
+    version = record.get("format")
+    if POSITIVE.fits(version) and version > FORMAT:
         raise CheckpointError(
-            f"{path}: format {record['format']}, this version reads up to {FORMAT}; update the "
-            "package"
+            f"{path}: format {version}, this version reads up to {FORMAT}; update the package"
+        )
+    fault = fault_of(record, _RECORD) or fault_of_parts(record, record["peers"], record["best"])
+    if fault:
+        raise CheckpointError(
+            f"{path}: not the record of a run, or changed: {fault}; remove it, or resume elsewhere"
         )
     return record
 
@@ -398,8 +441,11 @@ def _load_peer(path: Path, peer: Any, iteration: int) -> dict[str, Any]:
 
 def _read_peer(path: Path, iteration: int) -> dict[str, Any]:
     content = read_file(path, sums=True)
-    if not set(content) >= _PEER_KEYS:
-        raise CheckpointError(f"{path}: not a checkpoint of a run; it cannot be resumed")
+    fault = fault_of(content, _PEER)
+    if fault:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of a run, or changed: {fault}; it cannot be resumed"
+        )
     if content["iteration"] != iteration:
         raise CheckpointError(
             f"{path}: of iteration {content['iteration']}, the run's record is of {iteration}; the "

@@ -22,6 +22,7 @@ from common.checkpoint import (
     save_run,
     save_weights,
 )
+from tests.common.toy import run_state
 
 
 class Bomb:
@@ -151,8 +152,7 @@ def test_training_checkpoints_give_their_weights(tmp_path):
 
 def test_only_the_newest_run_files_stay_and_the_newest_is_read(tmp_path):
     for epoch, batch in [(0, 5), (1, 0), (1, 7), (2, 0)]:
-        state = {"peers": {}, "progress": {"epoch": epoch}, "ranks": [], "config": {}}
-        save_run(tmp_path, state, epoch, batch, keep=2)
+        save_run(tmp_path, run_state(epoch, batch), epoch, batch, keep=2)
     names = [path.name for path in list_runs(tmp_path)]
     assert names == ["run-00001-00000007.pt", "run-00002-00000000.pt"]
     assert load_run(tmp_path)["progress"]["epoch"] == 2
@@ -160,13 +160,12 @@ def test_only_the_newest_run_files_stay_and_the_newest_is_read(tmp_path):
 
 
 def test_a_run_that_goes_on_from_an_older_file_keeps_what_it_saves_and_no_later_one(tmp_path):
-    state = {"peers": {}, "progress": {}, "ranks": [], "config": {}}
     for epoch in (1, 2, 3):
-        save_run(tmp_path, state, epoch, 0, keep=3)
+        save_run(tmp_path, run_state(epoch), epoch, 0, keep=3)
     (tmp_path / "run-00003-00000000.pt").write_bytes(b"broken")
-    saved = save_run(tmp_path, {**state, "config": {"from": 1}}, 1, 5, keep=1)
+    saved = save_run(tmp_path, run_state(1, 5, begun=1), 1, 5, keep=1)
     assert list_runs(tmp_path) == [saved]
-    assert newest_good_run(tmp_path)[1]["config"] == {"from": 1}
+    assert newest_good_run(tmp_path)[1]["config"] == {"begun": 1}
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 from common.distributed import World
 from common.engine import JointEngine
 from common.peers import Peer, PeerGroup
-from common.trainer import Plan, Trainer
+from common.trainer import Plan, Trainer, rng_state
 from common.transfer import KnowledgeTransfer, PeerOutput
 
 CLASSES, FEATURES = 5, 8
@@ -82,6 +82,25 @@ class ToyLoader:
     def __iter__(self):
         for k in range(self.start, self.batches):
             yield make_batch(self.size, seed=1000 * self.epoch + k)
+
+
+def rank_state():
+    """Return what a process of a run leaves in a run's files, as small as can be."""
+    return {
+        "rng": rng_state(HERE.device),
+        "ledger": {"interval": torch.zeros(1), "epoch": torch.zeros(1), "tells": True},
+        "transfer": {"generator": None},
+        "buffers": {},
+    }
+
+
+def run_state(epoch=0, batch=0, **config):
+    """Return a run file's content without peers."""
+    told = {"epoch": epoch, "batch": batch, "updates": 0, "best": {}, "history": [], "lessons": []}
+    return {
+        "peers": {}, "progress": told, "ranks": [rank_state()], "scaler": {}, "evaluator": {},
+        "config": config,
+    }  # fmt: skip
 
 
 class ToyEvaluator:

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from common.checkpoint import list_runs
 from saliency.train import main
@@ -22,6 +23,13 @@ def flip(path):
     for _ in range(20):  # one may hit padding, which nobody reads
         whole[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
     path.write_bytes(whole)
+
+
+def multiplied():
+    value = "x"
+    for _ in range(7):
+        value = [value] * 10
+    return value
 
 
 def newest(folder):
@@ -223,6 +231,33 @@ def test_another_data_set_is_refused_at_a_resume(whole_runs, tmp_path):
     one.main = lambda output, resume: main(None, "train", one.arguments(output, resume=resume))
     assert one.run(tmp_path, resume=True) == 1
     assert "a run with --dataset dhf1k, this one has ucf_sports" in the_line(tmp_path)
+
+
+@pytest.mark.parametrize("allowed", [(), (ALLOWED,)])
+def test_classification_refuses_a_run_of_another_task_whatever_is_allowed(
+    whole_runs, tmp_path, allowed
+):
+    shutil.copytree(whole_runs("saliency").folder / "run", tmp_path / "run")
+    assert whole_runs("classification").task.run(tmp_path, *allowed, resume=True) == 1
+    assert "a run of another task: it keeps no resolved_num_classes" in the_line(tmp_path)
+
+
+@pytest.mark.parametrize("task", ["classification", "saliency"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"progress": {}}, "progress has no 'epoch'"),
+        ({"config": {"lr": multiplied()}}, "config is too large: written out it would hold more"),
+    ],
+)
+def test_a_run_file_that_was_changed_is_refused_by_name(whole_runs, tmp_path, task, changes, says):
+    whole = whole_runs(task)
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    path = newest(tmp_path / "run")
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+    assert whole.task.run(tmp_path, ALLOWED, resume=True) == 1
+    line = the_line(tmp_path)
+    assert str(path) in line and says in line and len(line) < 1000
 
 
 def test_a_run_of_another_task_is_refused_as_such(whole_runs, tmp_path):

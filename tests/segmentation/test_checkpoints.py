@@ -7,6 +7,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 
 from common.checkpoint import CheckpointError
 from segmentation import checkpoints
+from tests.common.toy import rank_state
 
 PEERS = ("a", "b")
 
@@ -15,10 +16,11 @@ def save(folder, iteration, keep=3, evaluated=False):
     file = checkpoints.file_of(iteration, evaluated)
     for name in PEERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-        content = {"model": {}, "optimizer": {}, "scheduler": {}, "iteration": iteration - 1}
+        optimizer = {"state": {}, "param_groups": []}
+        content = {"model": {}, "optimizer": optimizer, "scheduler": {}, "iteration": iteration - 1}
         torch.save(content, folder / name / file)
-    state = dict.fromkeys(checkpoints._KEYS - {"format"})
-    state |= {"iteration": iteration, "file": file, "peers": list(PEERS)}
+    state = {"iteration": iteration, "file": file, "peers": list(PEERS), "seed": 1, "scaler": {}}
+    state |= {"ranks": [rank_state()], "best": {}, "history": [], "lessons": []}
     checkpoints.save_record(folder, PEERS, state, keep)
 
 
@@ -130,3 +132,53 @@ def test_a_flipped_bit_in_a_best_file_is_seen(tmp_path):
     content[content.index(torch.full((99,), 7.0).numpy().tobytes()) + 80] ^= 1
     path.write_bytes(content)
     assert checkpoints.fault_of_best(tmp_path, "a", 4) == "cannot be read"
+
+
+def change(path, edit):
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda x: x.pop("file"), "it has no 'file'"),
+        (lambda x: x.update(file="../../model_0000001.pth"), "file is '../../model_0000001.pth'"),
+        (lambda x: x.update(iteration="2"), "iteration is '2', expected a count from 1 on"),
+        (lambda x: x.update(format="x"), "format is 'x', expected a count from 1 on"),
+        (lambda x: x.update(peers=3), "peers is of the kind int, expected a list"),
+        (lambda x: x.update(ranks=[]), "ranks are 0, expected a multiple of seats, 1"),
+        (lambda x: x.update(settings={"SEED": [1]}), "settings.SEED is of the kind list"),
+        (lambda x: x.update(best={"c": [1.0, 2]}), "it tells of 'c', which is none of its peers"),
+        (lambda x: x.update(history=[{}]), "history.0 has no 'iteration'"),
+        (lambda x: x["ranks"][0].pop("rng"), "ranks.0 has no 'rng'"),
+    ],
+)
+def test_a_record_of_another_shape_is_refused_by_name(tmp_path, edit, says):
+    save(tmp_path, 2)
+    assert checkpoints.find(tmp_path)["iteration"] == 2
+    change(tmp_path / "run.pt", edit)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.find(tmp_path)
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path / 'run.pt'}: not the record of a run, or changed: ")
+    assert says in told and told.endswith("remove it, or resume elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda x: x.pop("scheduler"), "it has no 'scheduler'"),
+        (lambda x: x.update(scheduler=[]), "scheduler is of the kind list, expected a mapping"),
+        (lambda x: x.update(model={"w": 1.0}), "model.w is 1.0, expected a tensor"),
+        (lambda x: x["optimizer"].pop("param_groups"), "optimizer has no 'param_groups'"),
+    ],
+)
+def test_a_peers_file_of_another_shape_is_passed_over_by_name(tmp_path, caplog, edit, says):
+    for iteration in (2, 4):
+        save(tmp_path, iteration)
+    path = tmp_path / "b" / "model_0000003.pth"
+    change(path, edit)
+    assert found(tmp_path) == 2
+    assert f"{path}: not a checkpoint of a run, or changed: {says}" in caplog.text
