@@ -24,8 +24,14 @@ from common.distributed import World
 from common.guard import FLIPS
 from common.peers import PeerGroup
 from common.score_temperatures import ScoreTemperatures
+from common.shapes import TENSOR, Kind, OrNone, fault_of
 from common.transfer import confidence
 
+_STATE = {  # of the evaluator, in a run file
+    "baseline": OrNone(Kind("a table", lambda x: isinstance(x, Tensor) and x.dim() == 2)),
+    "valid?": OrNone(TENSOR),
+    "temperatures?": OrNone({"values": OrNone(TENSOR)}),
+}
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -290,8 +296,11 @@ class PeerEvaluator:
         """Take up a baseline.
 
         Raises:
-            CheckpointError: It is of other validation data.
+            CheckpointError: It is of other validation data, or none.
         """
+        fault = fault_of(state, _STATE, "evaluator")
+        if fault:
+            raise CheckpointError(f"the run file was changed: {fault}; resume from another one")
         baseline = state["baseline"]
         if None not in (baseline, self.count) and baseline.shape[1] != self.count:
             raise CheckpointError(

@@ -19,6 +19,8 @@ from common.peers import check_names
 from common.roles import RULES
 from common.transfer import CLASSES, SCORES, TEACHERS, KnowledgeTransfer
 
+_SHOWN = 500  # characters of a value in an error
+
 
 class OptionError(ValueError):
     """An argument that cannot be used; says which, and what to do."""
@@ -306,6 +308,15 @@ def _of_recipe(recipe: str | None, actions: Mapping[str, argparse.Action]) -> di
     return {name: value for name, value in values.items() if name in actions}
 
 
+def shown(value: Any) -> str:
+    """Return a value as errors show it: as Python writes it, and of long ones the beginning."""
+    try:
+        told = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        told = f"{type(value).__name__} of thousands of digits"
+    return told if len(told) <= _SHOWN else f"{told[:_SHOWN]}... ({len(told)} characters)"
+
+
 def read_values(actions: Mapping[str, argparse.Action], content: Any, where: str) -> dict[str, Any]:
     """Turn a config file's content into what the flags themselves would give.
 
@@ -326,7 +337,7 @@ def read_values(actions: Mapping[str, argparse.Action], content: Any, where: str
     for key, value in content.items():
         dest = str(key).replace("-", "_")
         if dest == "peers" and not isinstance(value, list):
-            raise OptionError(f"{where}: peers is {value!r}; expected a list of them")
+            raise OptionError(f"{where}: peers is {shown(value)}; expected a list of them")
         if dest not in actions:
             raise OptionError(f"{where}: unknown option {key!r}{near(dest, actions)}")
         values[dest] = value if dest == "peers" else coerce(actions[dest], value, where)
@@ -343,26 +354,28 @@ def coerce(action: argparse.Action, value: Any, where: str) -> Any:
         return None
     if isinstance(action.default, dict):
         if not isinstance(value, Mapping):
-            raise OptionError(f"{where}: {action.dest} is {value!r}; expected key: value pairs")
+            raise OptionError(
+                f"{where}: {action.dest} is {shown(value)}; expected key: value pairs"
+            )
         return dict(value)
     if isinstance(action.const, bool) or isinstance(action, argparse.BooleanOptionalAction):
         return truth(value, f"{where}: {action.dest}")
     if isinstance(value, (list, tuple)) != takes_many(action):
-        raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
+        raise OptionError(f"{where}: {action.dest} is {shown(value)}; expected {_kind(action)}")
     if isinstance(action.const, str) and (value is True or value == "true"):
         return action.const
     values = value if isinstance(value, (list, tuple)) else [value]
     if isinstance(action.nargs, int) and len(values) != action.nargs:
-        raise OptionError(f"{where}: {action.dest} is {value!r}; expected {_kind(action)}")
+        raise OptionError(f"{where}: {action.dest} is {shown(value)}; expected {_kind(action)}")
     try:
         made = [action.type(item) if callable(action.type) else str(item) for item in values]
-    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+    except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
         raise OptionError(
-            f"{where}: {action.dest} is {value!r}; expected {_kind(action)}"
+            f"{where}: {action.dest} is {shown(value)}; expected {_kind(action)}"
         ) from error
     if action.choices is not None and any(item not in action.choices for item in made):
         raise OptionError(
-            f"{where}: {action.dest} is {value!r}; choose from {', '.join(action.choices)}"
+            f"{where}: {action.dest} is {shown(value)}; choose from {', '.join(action.choices)}"
         )
     return made if isinstance(value, (list, tuple)) else made[0]
 
@@ -388,7 +401,7 @@ def truth(value: Any, where: str) -> bool:
         return value
     known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if str(value).lower() not in known:
-        raise OptionError(f"{where} is {value!r}; expected true or false")
+        raise OptionError(f"{where} is {shown(value)}; expected true or false")
     return known[str(value).lower()]
 
 
@@ -400,8 +413,8 @@ def number(value: Any, where: str) -> float | None:
     """
     try:
         return None if value is None else float(value)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{where} is {value!r}; expected a number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise OptionError(f"{where} is {shown(value)}; expected a number") from error
 
 
 def peer_mapping(asked: str | Mapping[str, Any], alone: Iterable[str] = ()) -> dict[str, Any]:
@@ -416,22 +429,22 @@ def peer_mapping(asked: str | Mapping[str, Any], alone: Iterable[str] = ()) -> d
     """
     if isinstance(asked, Mapping):
         if "model" not in asked:
-            raise OptionError(f"peer {dict(asked)!r}: it needs a `model:`")
+            raise OptionError(f"peer {shown(dict(asked))}: it needs a `model:`")
         return dict(asked)
     model, *pairs = asked.split(",")
     entry: dict[str, Any] = {"model": model.strip()}
     if not entry["model"] or "=" in entry["model"]:
-        raise OptionError(f"peer {asked!r}: expected MODEL[,key=value...]")
+        raise OptionError(f"peer {shown(asked)}: expected MODEL[,key=value...]")
     for pair in pairs:
         key, sign, value = pair.partition("=")
         key = key.strip()
         if not sign and key not in alone:
-            raise OptionError(f"peer {asked!r}: {pair!r} is not key=value")
+            raise OptionError(f"peer {shown(asked)}: {pair!r} is not key=value")
         outer, dot, inner = key.partition(".")
         if dot:
             inside = entry.setdefault(outer, {})
             if not isinstance(inside, dict):
-                raise OptionError(f"peer {asked!r}: {outer} is given as one value and by keys")
+                raise OptionError(f"peer {shown(asked)}: {outer} is given as one value and by keys")
             inside[inner] = literal(value)
         else:
             entry[key] = value if sign else True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from common.options import literal, peer_mapping
+from common.options import literal, peer_mapping, shown
 
 # Options of every task under which a resumed run is still the same run: where it reads, writes and
 # computes, how often it logs, evaluates and saves, how long it is, and what is tried after it.
@@ -41,7 +41,7 @@ def changed_options(
         if name == "peers":
             found += _changed_peers(old, value, free)
         elif name not in free and old != value:
-            found.append(f"--{name.replace('_', '-')} {old!r} -> {value!r}")
+            found.append(f"--{name.replace('_', '-')} {shown(old)} -> {shown(value)}")
     return found
 
 
@@ -49,7 +49,7 @@ def forgotten_options(
     had: Mapping[str, Any], given: Mapping[str, Any], free: Collection[str]
 ) -> list[str]:
     """Tell which options of an older version's run there are no more, each with its value."""
-    return [f"{k} {v!r}" for k, v in had.items() if k not in given and k not in free]
+    return [f"{k} {shown(v)}" for k, v in had.items() if k not in given and k not in free]
 
 
 def _changed_peers(old: Any, new: Any, free: Collection[str]) -> Iterator[str]:
@@ -61,7 +61,7 @@ def _changed_peers(old: Any, new: Any, free: Collection[str]) -> Iterator[str]:
         told = now.get("name") or now["model"]
         for key in dict.fromkeys((*was, *now)):
             if key not in free and key not in _FREE_OF_PEER and was.get(key) != now.get(key):
-                values = f"{was.get(key, 'not given')!r} -> {now.get(key, 'not given')!r}"
+                values = " -> ".join(shown(its.get(key, "not given")) for its in (was, now))
                 yield f"{key} of peer {number} ({told}) {values}"
 
 

@@ -566,7 +566,7 @@ class Trainer:
             optimizer: False: take weights and position, but fresh optimizers.
 
         Raises:
-            CheckpointError: The run had other peers.
+            CheckpointError: The run had other peers, or measured something else at its start.
         """
         if list(state["peers"]) != self.peers.names:
             raise CheckpointError(
@@ -584,6 +584,7 @@ class Trainer:
             history=list(saved["history"]),
             lessons=list(saved["lessons"]),
         )
+        self._check_start_was_measured()
         self._take_over_best(source or self.folder, state["peers"])
         if self.halves is not None:
             self._take_over_starts(source or self.folder)
@@ -618,6 +619,21 @@ class Trainer:
         mine = saved_ranks.of_place(self.world)
         if mine is not None:
             load_rng_state(mine["rng"], self.world.device)
+
+    def _check_start_was_measured(self) -> None:
+        """Refuse a run whose start has no value of the metric that the guard compares with it.
+
+        Raises:
+            CheckpointError: Names the first.
+        """
+        needed = [f"{name}/{self.plan.metric}" for name in self._learners]
+        starts = self.progress.history[:1]
+        missing = [name for name in needed for start in starts if name not in start]
+        if missing and self.plan.guard.policy != "off":
+            raise CheckpointError(
+                f"the run did not measure {missing[0]} at its start, which the guard compares "
+                "with; give the run's own --eval-metric, or --guard off"
+            )
 
     def _take_over_share(self, seats: Sequence[Mapping[str, Any]]) -> None:
         """Take up what the run's processes that read this one's share of the data knew."""

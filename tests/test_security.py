@@ -479,6 +479,15 @@ def test_yaml_of_values_that_are_none_is_refused_by_name(tmp_path, text):
         read_yaml(path)
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "0x" + "f" * 4000, "[" + "a, " * 900 + "]"])
+@pytest.mark.parametrize("task", ["classification", "saliency"])
+def test_long_values_are_refused_in_a_short_line(tmp_path, caplog, task, value):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"lr: {value}\n")
+    told = one_line(caplog, YAML_COMMANDS[task](path))
+    assert told.startswith(f"error: {path}: lr is ") and len(told) < 800
+
+
 YAML_COMMANDS = {
     "classification": lambda file: classify([str(file.parent), "-c", str(file)]),
     "saliency": lambda file: train_saliency("dhf1k", "t", ["-c", str(file)]),

@@ -19,6 +19,12 @@ def test_every_change_is_told_with_both_values():
     assert changed(rule="mutual", lr=0.2) == ["--rule 'best' -> 'mutual'", "--lr 0.1 -> 0.2"]
 
 
+def test_long_values_are_told_by_their_beginning():
+    (told,) = changed(rule="x" * 9999)
+    assert told.startswith("--rule 'best' -> 'xxx") and told.endswith("... (10001 characters)")
+    assert len(told) < 600
+
+
 def test_free_options_are_not_compared():
     had = {**RUN, "log_interval": 50, "epochs": 10}
     assert changed(had=had, log_interval=1, epochs=20) == []

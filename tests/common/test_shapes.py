@@ -131,3 +131,11 @@ def test_run_files_of_older_versions_are_read(run, tmp_path):
     trainer = make_trainer(tmp_path, epochs=2)
     trainer.resume(load_run(tmp_path), source=run)
     assert trainer.fit().epoch == 2
+
+
+def test_a_start_without_the_metric_of_the_guard_is_refused_at_once(run, tmp_path):
+    state = load_run(run)
+    del state["progress"]["history"][0]["p1/top1"]
+    with pytest.raises(CheckpointError, match=r"did not measure p1/top1 at its start.*--guard off"):
+        make_trainer(tmp_path, epochs=2, guard=Bounds("warn", 1.0)).resume(state, source=run)
+    make_trainer(tmp_path, epochs=2, guard=Bounds("off")).resume(state, source=run)

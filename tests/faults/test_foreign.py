@@ -242,6 +242,16 @@ def test_classification_refuses_a_run_of_another_task_whatever_is_allowed(
     assert "a run of another task: it keeps no resolved_num_classes" in the_line(tmp_path)
 
 
+@pytest.mark.slow
+def test_a_classification_run_without_its_baseline_is_refused(whole_runs, tmp_path):
+    whole = whole_runs("classification")
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    path = newest(tmp_path / "run")
+    torch.save({**torch.load(path, weights_only=True), "evaluator": {}}, path)
+    assert whole.task.run(tmp_path, resume=True) == 1
+    assert "the run file was changed: evaluator has no 'baseline'" in the_line(tmp_path)
+
+
 @pytest.mark.parametrize("task", ["classification", "saliency"])
 @pytest.mark.parametrize(
     ("changes", "says"),
