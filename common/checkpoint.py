@@ -32,7 +32,7 @@ WEIGHT_KEYS = ("state_dict_ema", "state_dict", "model_ema", "model", "weights", 
 _RUN_FILE = re.compile(r"run-(\d{5})-(\d{8})\.pt")
 _HOLLOW = 2**20  # bytes that a tensor may claim without having them
 _PREFIXES = ("module.", "_orig_mod.")
-_WAY_OUT = "save its state_dict alone (torch.save(model.state_dict(), ...) or safetensors)"
+WAY_OUT = "save its state_dict alone (torch.save(model.state_dict(), ...) or safetensors)"
 # What torch's reader would build, and may take more memory than the file holds.
 _LARGE = re.compile(r"torch\._(utils|tensor)\..*|torch\.\w*Tensor|_codecs\..*|bytearray")
 
@@ -175,7 +175,7 @@ def read_file(path: Path | str, sums: bool = False) -> dict[str, Any]:
     except CheckpointError:
         raise
     except TooMuch as error:
-        raise CheckpointError(f"{path}: refused, {error}; {_WAY_OUT}") from error
+        raise CheckpointError(f"{path}: refused, {error}; {WAY_OUT}") from error
     except pickle.UnpicklingError as error:
         damage = _damage(path)
         told = _damaged(path, damage) if damage else _unsafe(path, str(error))
@@ -317,11 +317,11 @@ def _unsafe(path: Path, message: str) -> str:
     if _LARGE.fullmatch(found.group(1)):
         return (
             f"{path}: refused, it asks for {found.group(1)!r}, which can take more memory than the "
-            f"file holds; of plain dense tensors, {_WAY_OUT}"
+            f"file holds; of plain dense tensors, {WAY_OUT}"
         )
     return (
         f"{path}: refused, it asks to run {found.group(1)!r}, and checkpoints never execute code "
-        f"here; {_WAY_OUT}"
+        f"here; {WAY_OUT}"
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +15,14 @@ from typing import IO, Any
 
 import torch
 
+_OPCODES = {code.code.encode("latin1"): code for code in pickletools.opcodes}
+_MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
+_LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: "<B",
+    pickletools.TAKEN_FROM_ARGUMENT4: "<i",
+    pickletools.TAKEN_FROM_ARGUMENT4U: "<I",
+    pickletools.TAKEN_FROM_ARGUMENT8U: "<Q",
+}
 LATIN = ("latin1", "latin-1")  # what plain bytes are written with under protocol 2
 _MAGIC = 0x1950A86A20F9469CFC6C  # that torch's files began with before they were zips
 
@@ -59,6 +69,7 @@ class BoundedUnpickler(pickle.Unpickler):
         self.left = self.size = self.end - begin  # elements and bytes that may be copied
         self.made: dict[str, Any] = {
             "collections.OrderedDict": self._names,
+            "builtins.set": self._set,
             "_codecs.encode": self._encoded,
         }
 
@@ -72,7 +83,8 @@ class BoundedUnpickler(pickle.Unpickler):
         try:
             return super().load()
         finally:
-            self.memo.clear()  # it holds this object's methods, and so itself and all that was read
+            self.memo.clear()  # both hold this object's methods, and so itself and what was read
+            self.made.clear()
 
     def charge(self, *copied: Any) -> None:
         """Count what is copied."""
@@ -88,6 +100,12 @@ class BoundedUnpickler(pickle.Unpickler):
         names.charge = self.charge
         return names
 
+    def _set(self, given: Any = ()) -> set[Any]:
+        if not isinstance(given, (list, tuple, set)):
+            raise pickle.UnpicklingError(f"a set of a {type(given).__name__}")
+        self.charge(given)
+        return set(given)
+
     def _encoded(self, text: str, encoding: str) -> bytes:
         if encoding not in LATIN:
             raise TooMuch(f"it asks for '_codecs.encode' with {str(encoding)[:40]!r}")
@@ -96,14 +114,41 @@ class BoundedUnpickler(pickle.Unpickler):
 
 
 def _check_opcodes(stream: IO[bytes]) -> None:
-    """Read to a pickle's end, and refuse a place in the memo that makes the memo itself large."""
-    begin = stream.tell()
-    try:
-        for code, value, at in pickletools.genops(stream):
-            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > at - begin:  # type: ignore
-                raise TooMuch(f"its pickle asks for a memo of {value} places")
-    except ValueError as error:
-        raise pickle.UnpicklingError(str(error)) from error
+    """Go to a pickle's end, and refuse what the reader makes room for before it has it.
+
+    Lengths behind the end of the file, and places in the memo that no earlier ones lead up to.
+    """
+    here = stream.tell()
+    end = stream.seek(0, io.SEEK_END)
+    stream.seek(here)
+    for count in itertools.count(1):
+        code = _OPCODES.get(key := stream.read(1))
+        if code is None:
+            raise pickle.UnpicklingError(f"invalid load key, {key!r}") if key else EOFError
+        value = _argument(stream, code, end)
+        if value is not None and code.name in _MEMO and value > count:
+            raise TooMuch(f"its pickle asks for a memo of {value} places")
+        if code.name == "STOP":
+            return
+
+
+def _argument(stream: IO[bytes], code: pickletools.OpcodeInfo, end: int) -> int | None:
+    """Go behind an opcode's argument; return it where it is a place in the memo."""
+    if code.arg is None:
+        return None
+    if code.arg.n == pickletools.UP_TO_NEWLINE:
+        line = stream.readline()
+        if code.name in ("GLOBAL", "INST"):
+            stream.readline()
+        return int(line) if code.name in _MEMO else None
+    if code.arg.n < 0:
+        form = _LENGTHS[code.arg.n]
+        (length,) = struct.unpack(form, stream.read(struct.calcsize(form)))
+        if not 0 <= length <= end - stream.tell():
+            raise EOFError(f"{length} bytes of its pickle are not there")
+        stream.seek(length, io.SEEK_CUR)
+        return None
+    return int.from_bytes(stream.read(code.arg.n), "little")
 
 
 class _Inert:
@@ -150,7 +195,6 @@ class _Trial(BoundedUnpickler):
         attributes = {"__setstate__": lambda _, state: self.charge(*_states(state))}
         self.made |= {
             "collections.Counter": self._names,
-            "builtins.set": self._set,
             "builtins.complex": complex,
             "argparse.Namespace": type("Namespace", (), attributes),
             "torch.Size": self._size,
@@ -241,12 +285,6 @@ class _Trial(BoundedUnpickler):
             raise pickle.UnpicklingError("GLOBAL torch._tensor._rebuild_from_type_v2")
         self.charge(*_states(state))
         return make(*given)
-
-    def _set(self, given: Any = ()) -> set[Any]:
-        if not isinstance(given, (list, tuple, set)):
-            raise pickle.UnpicklingError(f"a set of a {type(given).__name__}")
-        self.charge(given)
-        return set(given)
 
     def _size(self, given: Any = ()) -> tuple[Any, ...]:
         self.charge(given)

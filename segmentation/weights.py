@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import timm
@@ -19,22 +21,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from common.card import told_sum
-from common.checkpoint import CheckpointError, load_weights, read_weights
+from common.checkpoint import WAY_OUT, CheckpointError, load_weights, read_weights
+from common.pickles import BoundedUnpickler, TooMuch
 from segmentation.mask2former import load_transformers
 
 _logger = logging.getLogger(__name__)
 
-# What arrays are pickled with, by numpy 1 and 2; nothing of it runs code that the file brings.
-_ALLOWED = {
-    *(
-        (f"numpy.{core}.multiarray", name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
-    *(("numpy", name) for name in ("ndarray", "dtype")),
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-}
+_TYPE = re.compile(r"[<>=|]?[?a-zA-Z]\d{0,9}")
 _ENOUGH = 0.9
 _WHERE = ("model", "blobs")  # Detectron2's and Caffe2's files have their arrays under these
 _CAFFE2 = "conv1_w"  # in every ResNet of the zoo's ImageNetPretrained/MSRA
@@ -45,39 +38,118 @@ _NOT_IN_BACKBONES = re.compile(
 )
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds containers and arrays of numbers, and refuses everything else by its name."""
+class _Type:
+    """A ``numpy.dtype`` out of a pickle: of numbers or text, not of fields."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
+    def __init__(self, name: str, *_: Any) -> None:
+        if not isinstance(name, str) or not _TYPE.fullmatch(name):
+            raise pickle.UnpicklingError(f"numpy.dtype of {str(name)[:40]!r}")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        if any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError("numpy.dtype of fields")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """A numpy array out of a pickle: the bytes that were read, and what they mean.
+
+    Its bytes are looked at by ``numbers`` alone, so that many arrays of the same bytes are no more.
+    """
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, is_fortran, raw = state
+        self.state = shape, kind, is_fortran, raw
+
+    @property
+    def size(self) -> int:
+        raw = self.state[3]
+        return len(raw) if isinstance(raw, (bytes, bytearray, str)) else 0
+
+    def numbers(self) -> np.ndarray:
+        """Return the numbers, without a copy.
+
+        Raises:
+            ValueError, TypeError: It holds none, or fewer or more than its shape.
+        """
+        shape, kind, is_fortran, raw = self.state
+        if not isinstance(kind, _Type) or kind.dtype.kind not in "biufc":
+            raise TypeError("not an array of numbers")
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # of Python 2
+        if math.prod(shape) * kind.dtype.itemsize != len(raw):
+            raise ValueError(f"an array of shape {shape} has {len(raw)} bytes")
+        return np.ndarray(shape, kind.dtype, raw, order="F" if is_fortran else "C")
+
+
+class _ArrayUnpickler(BoundedUnpickler):
+    """Builds containers, keeps the bytes of arrays, and refuses everything else by its name.
+
+    What numpy 1 and 2 pickle arrays with is replaced, so that no file can call numpy.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(stream, encoding="latin1")
+        self.array_class = object()
+        self.made |= {"numpy.ndarray": self.array_class, "numpy.dtype": _Type}
+        self.made["builtins.bytes"] = self._no_bytes
+        for core in ("core", "_core"):
+            self.made[f"numpy.{core}.multiarray._reconstruct"] = self._new
+            self.made[f"numpy.{core}.multiarray.scalar"] = self._scalar
+            self.made[f"numpy.{core}.numeric._frombuffer"] = self._of_buffer
+
+    def _new(self, kind: Any, shape: Any, code: Any) -> _Array:
+        if kind is not self.array_class or shape != (0,):
+            raise TooMuch(f"it asks for an array of shape {str(shape)[:40]} without its numbers")
+        return _Array()
+
+    def _of_buffer(self, raw: Any, kind: Any, shape: Any, order: Any) -> _Array:
+        array = _Array()
+        array.state = shape, kind, order == "F", raw
+        return array
+
+    def _no_bytes(self, *given: Any) -> bytes:
+        """Give the empty bytes that protocol 2 has no other way to write."""
+        if given:
+            raise TooMuch("it asks for bytes without giving them")
+        return b""
+
+    def _scalar(self, *_: Any) -> None:
+        """Drop a numpy number beside the arrays, of which no weights are made."""
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
     """Read one of Detectron2's ``.pkl`` files: containers and numpy arrays, nothing that runs.
 
+    Returns:
+        What the file holds, with an ``_Array`` for each array.
+
     Raises:
         CheckpointError: Missing or broken, or it asks for anything else; names it.
     """
     try:
-        content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        content = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+    except TooMuch as error:
+        raise CheckpointError(f"{path}: refused, {error}; {WAY_OUT}") from error
     except pickle.UnpicklingError as error:
+        asked = str(error).removeprefix("GLOBAL ")
         raise CheckpointError(
-            f"{path}: refused, or no pickle: {error}. Checkpoints never execute code here; save "
-            "the weights alone (torch.save(model.state_dict(), ...) or safetensors)"
+            f"{path}: refused, or no pickle: {asked}. Checkpoints never execute code here; "
+            f"{WAY_OUT}"
         ) from error
     except (
         OSError,
         EOFError,
         ValueError,
-        IndexError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
-        ImportError,  # of numpy 2's modules under numpy 1
         ArithmeticError,
         MemoryError,
+        struct.error,
     ) as error:
         raise CheckpointError(
             f"{path}: missing or broken file ({error}); fetch it again"
@@ -107,13 +179,28 @@ def read_segmentor(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds no arrays of weights")
     arrays = {
-        name: value
+        str(name): value
         for name, value in content.items()
-        if isinstance(value, np.ndarray) and not name.endswith("_momentum")
+        if isinstance(value, _Array) and not str(name).endswith("_momentum")
     }
-    if not arrays or any(array.dtype.hasobject for array in arrays.values()):
+    if not arrays or any(array.state is None for array in arrays.values()):
         raise CheckpointError(f"{path}: holds no arrays of weights")
-    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    distinct = {id(array): array for array in arrays.values()}  # one may have several names
+    claimed = sum(array.size for array in distinct.values())
+    if claimed > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: refused, its arrays claim {claimed} bytes, more than the file has; {WAY_OUT}"
+        )
+    try:
+        tensors = {key: _tensor(array.numbers()) for key, array in distinct.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: holds no arrays of weights ({error})") from error
+    return {name: tensors[id(array)] for name, array in arrays.items()}
+
+
+def _tensor(numbers: np.ndarray) -> Tensor:
+    """Copy numbers out of the file's bytes, in this machine's order."""
+    return torch.from_numpy(np.array(numbers, dtype=numbers.dtype.newbyteorder("=")))
 
 
 def load_peer_weights(module: nn.Module, source: str, who: str) -> None:

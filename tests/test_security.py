@@ -6,6 +6,7 @@ import codecs
 import copy
 import importlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -43,11 +44,15 @@ FOLDERS = ("common", "classification", "saliency", "segmentation", "benchmarks",
 # What the rules below find, and why it is there.
 ALLOWED = {
     ("common/pickles.py", "pickle.Unpickler"): "builds plain containers, no larger than the file",
-    ("segmentation/weights.py", "pickle.Unpickler"): "refuses all but containers and arrays",
+    (
+        "segmentation/weights.py",
+        "common.pickles.BoundedUnpickler",
+    ): "refuses all but containers and arrays",
 }
 CODE = {
     *(f"{kind}.{name}" for kind in ("pickle", "_pickle", "dill", "cloudpickle", "marshal")
-      for name in ("load", "loads", "Unpickler")),
+      for name in ("load", "loads", "Unpickler", "_Unpickler")),
+    "common.pickles.BoundedUnpickler",
     *("joblib.load", "shelve.open", "pandas.read_pickle", "torch.jit.load", "torch.hub.load"),
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "runpy.run_path"),
     *("torch.package.PackageImporter", "torch.serialization.add_safe_globals"),
@@ -621,6 +626,96 @@ def test_a_small_torch_file_fills_no_memory(tmp_path, what, zipped):
         assert "save its state_dict alone" in told
 
 
+class Part:
+    """Stands for a storage beside the pickle, with whatever is claimed of it."""
+
+    def __init__(self, key, count, *view, kind=torch.ByteStorage):
+        self.claim = ("storage", kind, key, "cpu", count, *view)
+
+    def tensor(self, *size):
+        strides = [1] * len(size)
+        return Call(torch._utils._rebuild_tensor_v2, self, 0, size, (*strides,), False, None)
+
+
+class PartPickler(pickle.Pickler):
+    def persistent_id(self, value):
+        return value.claim if isinstance(value, Part) else None
+
+
+def write_parts(path, content, zipped, parts):
+    """Write a torch file of both forms by hand."""
+    stream = io.BytesIO()
+    PartPickler(stream, protocol=2).dump(content)
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("w/data.pkl", stream.getvalue())
+            for key, data in {**parts, "../version": b"3"}.items():
+                archive.writestr(f"w/data/{key}".replace("data/../", ""), data)
+        return
+    head = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
+    pickles = [*(pickle.dumps(x, 2) for x in head), stream.getvalue(), pickle.dumps([*parts], 2)]
+    stored = [struct.pack("<q", len(data)) + data for data in parts.values()]
+    path.write_bytes(b"".join(pickles + stored))
+
+
+def cases(word):
+    """Give a word in all its cases: torch finds a part by any of them."""
+    return map("".join, itertools.product(*zip(word, word.upper(), strict=True)))
+
+
+HALF = {"abcdefghi": bytes(2**19)}
+PARTS = {
+    "one part, by many names": (
+        lambda: [Part(key, 2**19) for key in cases("abcdefghi")],
+        True, HALF, "no part data/abcdefghI",
+    ),
+    "one part, by keys that differ from themselves": (
+        lambda: [Part(float("nan"), 2**19) for _ in range(2**9)],
+        True, {"nan": bytes(2**19)}, "not a checkpoint that can be read safely",
+    ),
+    "more than the part has": (
+        lambda: Part("0", 2**28).tensor(2**28), True, {"0": bytes(9)},
+        "storage '0' claims 268435456 bytes, and the file has 9",
+    ),
+    "more than the file has": (
+        lambda: Part("0", 2**28, None).tensor(2**28), False, {},
+        "storage '0' claims 268435456 bytes",
+    ),
+    "a part that is not there": (
+        lambda: Part("0", 99, None).tensor(99), False, {},
+        "claims bytes that the file does not have",
+    ),
+    "a tensor that reaches behind its part": (
+        lambda: Part("0", 9, None).tensor(2**28), False, {}, "a tensor claims 268435456 bytes of a"
+    ),
+    "a part of a storage that reaches behind it": (
+        lambda: Part("0", 9, ("1", 0, 2**28)).tensor(2**28), False, {"0": bytes(9)},
+        "claims more than the storage",
+    ),
+    "one storage of two types": (
+        lambda: [Part("0", 8, None, kind=torch.DoubleStorage), Part("0", 64, None).tensor(64)],
+        False, {}, "a tensor claims 512 bytes of a storage of 64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_parts_that_claim_more_than_they_have_are_refused(tmp_path, what):
+    make, zipped, parts, says = PARTS[what]
+    path = tmp_path / "w.pth"
+    write_parts(path, {"w": make()}, zipped, parts)
+    grown, told = grown_by(lambda: read_file(path))
+    assert told.startswith(f"CheckpointError: {path}: ") and says in told and grown < 64
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_parts_that_are_there_are_read(tmp_path, zipped):
+    path = tmp_path / "w.pth"
+    view = [] if zipped else [None]
+    write_parts(path, {"w": Part("0", 3, *view).tensor(3)}, zipped, {"0": b"abc"})
+    assert read_file(path)["w"].tolist() == [*b"abc"]
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -662,6 +757,7 @@ def test_what_training_checkpoints_hold_is_read(tmp_path, zipped):
         "half": [torch.ones(3, dtype=kind) for kind in (torch.half, torch.bfloat16, torch.bool)],
         "complex": torch.ones(2, dtype=torch.complex64).conj(),
         "empty": torch.zeros(0, 3),
+        "of Python 2": Call(OrderedDict, [["a", 1]]),
         "view": torch.arange(12.0).reshape(3, 4)[1:, ::2].t(),
     }
     if zipped:  # torch itself does not read these in its older form
@@ -670,6 +766,7 @@ def test_what_training_checkpoints_hold_is_read(tmp_path, zipped):
     torch.save(kept, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     read = read_file(tmp_path / "w.pth")
     assert list(read) == list(kept)
+    assert read.pop("of Python 2") == {"a": 1}
     for name in ("plain", "bytes", "args"):
         assert read[name] == kept[name]
     assert read["named"].note == named.note
@@ -897,3 +994,51 @@ def test_pictures_of_too_many_pixels_are_named_in_segmentation(segmentation, hug
     ):
         grown, told = grown_by(work)
         assert told.startswith(f"DataError: {huge}: ") and grown < 40
+
+
+class SameBytes(Call):
+    """An array of bytes that others have too."""
+
+    def __reduce__(self):
+        state = (1, (len(self.given[0]),), np.dtype("u1"), False, self.given[0])
+        return RECONSTRUCT, (np.ndarray, (0,), b"b"), state
+
+
+RECONSTRUCT, SCALAR = np.zeros(1).__reduce__()[0], np.float32(1).__reduce__()[0]
+RAW, SAME = bytes(2**19), np.zeros(2**19, np.uint8)
+LARGE_PICKLES = {
+    "an array without its numbers": lambda: {"w": Call(np.ndarray, (2**28,), "b")},
+    "empty bytes": lambda: {"w": Call(bytes, 2**28)},
+    "a new array": lambda: {"w": Call(RECONSTRUCT, np.ndarray, (2**28,), b"b")},
+    "a number of many bytes": lambda: {"w": Call(SCALAR, np.dtype("V268435456"))},
+    "bytes that double": lambda: {"w": doubled(22)},
+    "dicts": lambda: {"w": [Call(OrderedDict, NAMED) for _ in range(COPIES)]},
+    "many arrays of the same bytes": lambda: {f"{k}": SameBytes(None, RAW) for k in range(512)},
+    "one array by many names": lambda: {f"{k}": SAME for k in range(512)},
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("what", LARGE_PICKLES)
+def test_a_small_pickle_of_a_segmentor_fills_no_memory(segmentation, tmp_path, what, protocol):
+    path = tmp_path / "w.pkl"
+    path.write_bytes(pickle.dumps({"model": LARGE_PICKLES[what]()}, protocol))
+    assert path.stat().st_size < 2 * MIB
+    grown, told = grown_by(lambda: segmentation["weights"].read_segmentor(path))
+    assert grown < 64
+    if what == "one array by many names":  # which is read, and is one tensor
+        assert told == "nothing was raised"
+    else:
+        assert told.startswith(f"CheckpointError: {path}: ")
+
+
+@pytest.mark.parametrize(
+    "opcode",
+    [b"r" + struct.pack("<I", 2**24), b"p%d\n" % 2**24, b"\x96" + struct.pack("<Q", 2**28)],
+)
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_a_pickle_that_makes_its_reader_large_is_refused(segmentation, tmp_path, opcode, suffix):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(b"\x80\x05}" + opcode + b".")
+    grown, told = grown_by(lambda: segmentation["weights"].read_segmentor(path))
+    assert told.startswith(f"CheckpointError: {path}: ") and grown < 64

@@ -1,5 +1,7 @@
 import os
 import pickle
+import struct
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -36,14 +38,61 @@ def test_whole_models_load_from_every_kind_of_file(tmp_path, suffix):
     assert all(torch.equal(x, other.state_dict()[k]) for k, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_pickles_of_old_and_new_numpy(tmp_path, protocol):
-    path = tmp_path / "old.pkl"
-    content = pickle.dumps({"model": {"a": np.arange(3.0)}}, protocol=protocol)
-    path.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    if protocol == 4:  # there the length of the name is written before it
-        path.write_bytes(content)
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("core", [b"numpy._core.", b"numpy.core."], ids=["numpy 2", "numpy 1"])
+def test_pickles_of_old_and_new_numpy(tmp_path, protocol, core):
+    arrays = {
+        "a": np.arange(3.0),
+        "turned": np.asfortranarray(np.arange(6, dtype="i4").reshape(2, 3)),
+        "strided": np.arange(8, dtype="u1")[::2],
+        "big-endian": np.arange(3, dtype=">f4"),
+        "half": np.ones((2, 1), "f2"),
+        "bool": np.array([True, False]),
+        "none": np.zeros((0, 2), "f4"),
+        "one": np.array(5),
+    }
+    arrays["tied"] = arrays["a"]
+    rest = {"lr": np.float32(0.1), "names": np.array(["x"]), "raw": b"\xff", "set": {1}}
+    rest["order"] = OrderedDict(a=1)
+    content = pickle.dumps({**rest, "model": arrays}, protocol=protocol)
+    for module in (b"multiarray", b"numeric"):
+        here, there = ((b"\x8c%c" % len(x) if protocol > 3 else b"c") + x
+                       for x in (b"numpy._core." + module, core + module))  # fmt: skip
+        content = content.replace(here, there)
+    if protocol > 3:  # where the length of the whole is written before it
+        content = content[:3] + struct.pack("<Q", len(content) - 11) + content[11:]
+    (tmp_path / "old.pkl").write_bytes(content)
+    read = read_segmentor(tmp_path / "old.pkl")
+    assert list(read) == list(arrays)
+    for name, array in arrays.items():
+        assert read[name].numpy().dtype == array.dtype.newbyteorder("=")
+        assert read[name].shape == array.shape and (read[name].numpy() == array).all(), name
+
+
+def test_a_pickle_of_python_2(tmp_path):
+    path, raw = tmp_path / "old.pkl", np.arange(3.0).tobytes()
+    path.write_bytes(
+        b"\x80\x02}q\x01U\x05modelq\x02}q\x03U\x01aq\x04cnumpy.core.multiarray\n_reconstruct\n"
+        b"q\x05cnumpy\nndarray\nq\x06K\x00\x85U\x01b\x87Rq\x07(K\x01K\x03\x85cnumpy\ndtype\n"
+        b"U\x02f8K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        b"U\x18" + raw + b"tbss."
+    )
     assert read_segmentor(path)["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.array([None, {}]), "holds no arrays of weights"),
+        (np.array(["text"]), "holds no arrays of weights"),
+        (np.zeros(2, [("a", "f4")]), "refused, or no pickle: numpy.dtype of "),
+    ],
+)
+def test_arrays_of_no_numbers_are_refused(tmp_path, array, says):
+    path = tmp_path / "odd.pkl"
+    path.write_bytes(pickle.dumps({"model": {"a": array}}, 2))
+    with pytest.raises(CheckpointError, match=rf"odd\.pkl: {says}"):
+        read_segmentor(path)
 
 
 class Payload:
