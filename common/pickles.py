@@ -108,7 +108,10 @@ class BoundedUnpickler(pickle.Unpickler):
 
     def _encoded(self, text: str, encoding: str) -> bytes:
         if encoding not in LATIN:
-            raise TooMuch(f"it asks for '_codecs.encode' with {str(encoding)[:40]!r}")
+            raise TooMuch(
+                f"it asks for '_codecs.encode' with {str(encoding)[:40]!r}, which can take more "
+                "memory than the file holds"
+            )
         self.charge(text)
         return text.encode(encoding)
 

@@ -93,16 +93,19 @@ class _ArrayUnpickler(BoundedUnpickler):
 
     def __init__(self, stream: BinaryIO) -> None:
         super().__init__(stream, encoding="latin1")
-        self.array_class = object()
-        self.made |= {"numpy.ndarray": self.array_class, "numpy.dtype": _Type}
+        self.made |= {"numpy.ndarray": self._array, "numpy.dtype": _Type}
         self.made["builtins.bytes"] = self._no_bytes
         for core in ("core", "_core"):
             self.made[f"numpy.{core}.multiarray._reconstruct"] = self._new
             self.made[f"numpy.{core}.multiarray.scalar"] = self._scalar
             self.made[f"numpy.{core}.numeric._frombuffer"] = self._of_buffer
 
+    def _array(self, *_: Any) -> None:
+        """Stand for numpy's class of arrays, which no array of numbers is made by a call of."""
+        raise TooMuch("it asks for a 'numpy.ndarray' without its numbers")
+
     def _new(self, kind: Any, shape: Any, code: Any) -> _Array:
-        if kind is not self.array_class or shape != (0,):
+        if kind != self._array or shape != (0,):
             raise TooMuch(f"it asks for an array of shape {str(shape)[:40]} without its numbers")
         return _Array()
 
