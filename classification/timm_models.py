@@ -21,9 +21,11 @@ from torch import nn
 
 from classification.heads import ModelError, Weights, has_same_trunk, load_classifier
 from classification.hub import NETWORK_ERRORS, find_cached, is_hub_reachable
-from common.checkpoint import read_weights
+from common.checkpoint import CheckpointError, read_file, read_weights
 
 _ELSEWHERE = ("hf-hub:", "local-dir:")  # names that timm resolves without its own list
+_TORCH = (".pth", ".pth.tar", ".bin")
+_TIMMS = ("pytorch_model", "model", "open_clip_pytorch_model")  # that timm takes before others
 # What timm's filters do with files that they were not written for.
 _FOREIGN = (LookupError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError)
 
@@ -176,6 +178,24 @@ def _build(name: str, img_size: int | tuple[int, int] | None = None, **options: 
     return module
 
 
+def _check_folder(folder: Path) -> None:
+    """Read a folder's torch files as all others are, before timm does: it reads them with fewer
+    checks.
+
+    Raises:
+        ModelError: One is refused.
+    """
+    if not folder.is_dir() or (folder / "model.safetensors").exists():
+        return
+    files = [path for path in sorted(folder.iterdir()) if path.name.endswith(_TORCH)]
+    named = [path for path in files if path.name.split(".")[0] in _TIMMS]
+    for path in named or ([] if any(folder.glob("*.safetensors")) else files):
+        try:
+            read_file(path)
+        except CheckpointError as error:
+            raise ModelError(str(error)) from error
+
+
 def build_stock(name: str, stock: str, **options: Any) -> nn.Module:
     """Call ``timm.create_model`` for the model ``stock``; errors speak of ``name``.
 
@@ -183,6 +203,8 @@ def build_stock(name: str, stock: str, **options: Any) -> nn.Module:
         ModelError: Options that the constructor refuses, or weights that cannot be fetched.
     """
     options = {key: value for key, value in options.items() if value is not None}
+    if stock.startswith("local-dir:") and options.get("pretrained"):
+        _check_folder(Path(stock.removeprefix("local-dir:").split("?")[0]))
     try:
         return timm.create_model(stock, **options)
     except NETWORK_ERRORS as error:

@@ -343,6 +343,15 @@ def test_timms_and_hugging_faces_folders_run_nothing(tmp_path, how):
     assert not proof.exists()
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "other.pth"])
+def test_timms_folders_fill_no_memory(tmp_path, file):
+    torch.save({"w": Call(bytearray, 2**28)}, tmp_path / file)
+    config = {"architecture": "test_vit", "num_classes": 2, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    grown, told = grown_by(lambda: create_classifier(f"local-dir:{tmp_path}", pretrained=True))
+    assert f"{tmp_path / file}: refused, it asks for 'bytearray'" in told and grown < 64
+
+
 def test_code_of_a_folder_is_never_implied(tmp_path, caplog):
     code = f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n"
     (tmp_path / "own.py").write_text(code)
