@@ -51,12 +51,13 @@ TEXT = Kind("text", lambda x: isinstance(x, str))
 TENSOR = Kind("a tensor", lambda x: isinstance(x, Tensor))
 LIST = Kind("a list", lambda x: isinstance(x, (list, tuple)))
 MAPPING = Kind("a mapping", lambda x: isinstance(x, Mapping))
+VALUE = Kind("text or a number", lambda x: x is None or isinstance(x, (str, int, float)))
 PEER = Kind("text or a mapping", lambda x: isinstance(x, (str, Mapping)))
 
 WEIGHTS = Each(TENSOR)
 OPTIMIZER = {"state": MAPPING, "param_groups": [{"params": LIST}]}
 BEST_OF_PEER = {"module": WEIGHTS, "average": OrNone(WEIGHTS)}
-GUARD = {"beyond": Each(COUNT), "events": [{"peer": TEXT, "action": TEXT}]}
+GUARD = {"beyond": Each(COUNT), "events": [{"peer": TEXT, "action": TEXT, "*": VALUE}]}
 # What every file of a run's state holds, of all tasks; a key with ? may be missing.
 STATE = {
     "ranks": [
@@ -77,7 +78,7 @@ STATE = {
     "scaler": MAPPING,
     "guard?": OrNone(GUARD),
     "finite?": {"skipped": Each(COUNT), "total": COUNT, "in_a_row": COUNT},
-    "bad?": {"found": MAPPING, "left_out": [TEXT]},
+    "bad?": {"found": Each(TEXT), "left_out": [TEXT]},
 }
 RUN = {
     **STATE,
@@ -97,8 +98,8 @@ RUN = {
         "updates": COUNT,
         "cut?": (POSITIVE, POSITIVE),
         "best": Each((NUMBER, COUNT)),
-        "history": [{"epoch": COUNT}],
-        "lessons": [{"epoch": COUNT}],
+        "history": [{"epoch": COUNT, "*": VALUE}],
+        "lessons": [{"epoch": COUNT, "*": VALUE}],
     },
     "config": {
         "epochs?": COUNT,
@@ -143,8 +144,8 @@ def fault_of(value: Any, shape: Any, name: str = "") -> str:
     Args:
         value: As read.
         shape: A ``Kind``; a mapping of the keys that must be there (those with a ? may be missing)
-            to shapes; a list with the shape of all items; a tuple with that of each; ``Each`` or
-            ``OrNone``.
+            to shapes, and of ``*`` to that of all other values; a list with the shape of all items;
+            a tuple with that of each; ``Each`` or ``OrNone``.
         name: Of the value, in the answer.
     """
     if isinstance(shape, OrNone):
@@ -168,7 +169,7 @@ def fault_of(value: Any, shape: Any, name: str = "") -> str:
             return _told(f"a key of {name}", odd[0], TEXT.told)
         inner = [(x, shape.shape, _joined(name, key)) for key, x in value.items()]
     else:
-        missing = [key for key in shape if key[-1] != "?" and key not in value]
+        missing = [key for key in shape if key[-1] not in "?*" and key not in value]
         if missing:
             return f"{name or 'it'} has no {missing[0]!r}"
         inner = [
@@ -176,6 +177,9 @@ def fault_of(value: Any, shape: Any, name: str = "") -> str:
             for key, own in ((key.removesuffix("?"), own) for key, own in shape.items())
             if key in value
         ]
+        if "*" in shape:
+            others = [key for key in value if key not in shape]
+            inner += [(value[key], shape["*"], _joined(name, str(key))) for key in others]
     return next((fault for part in inner if (fault := fault_of(*part))), "")
 
 

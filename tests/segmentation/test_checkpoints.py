@@ -152,6 +152,10 @@ def change(path, edit):
         (lambda x: x.update(settings={"SEED": [1]}), "settings.SEED is of the kind list"),
         (lambda x: x.update(best={"c": [1.0, 2]}), "it tells of 'c', which is none of its peers"),
         (lambda x: x.update(history=[{}]), "history.0 has no 'iteration'"),
+        (
+            lambda x: x.update(history=[{"iteration": 2, "a/mIoU": []}]),
+            "history.0.a/mIoU is of the",
+        ),
         (lambda x: x["ranks"][0].pop("rng"), "ranks.0 has no 'rng'"),
     ],
 )
