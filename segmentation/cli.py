@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -263,11 +263,10 @@ def _failed(error: object) -> int:
 
 def train(run: RunConfig, resume: bool | str = False, allow: bool = False) -> TransferTrainer:
     """Train as the run says, evaluate with TTA where it is asked for, write the report."""
-    configs = _configs(run)
+    configs = configs_of(run)  # before building changes them
     trainer = TransferTrainer(run, resume, allow)
     if comm.is_main_process():  # a resume that is refused leaves those of the run
-        for path, text in configs.items():
-            write_text(path, text)
+        write_configs(configs)
     run = trainer.run
     trainer.train()
     with trainer.finishing():
@@ -452,11 +451,17 @@ def begin(run: RunConfig) -> None:
     torch.backends.cudnn.benchmark = run.cfg.CUDNN_BENCHMARK
 
 
-def _configs(run: RunConfig) -> dict[Path, str]:
+def configs_of(run: RunConfig) -> dict[Path, str]:
     """Return the texts of a run's config files, by their paths."""
     files = {Path(peer.cfg.OUTPUT_DIR) / "config.yaml": peer.cfg.dump() for peer in run.peers}
     transfer = {"TRANSFER": yaml.safe_load(run.transfer.dump())}
     return files | {run.output_dir / "transfer.yaml": yaml.safe_dump(transfer, sort_keys=False)}
+
+
+def write_configs(configs: Mapping[Path, str]) -> None:
+    """Write what ``configs_of`` gave."""
+    for path, text in configs.items():
+        write_text(path, text)
 
 
 def hush() -> None:

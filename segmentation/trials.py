@@ -32,7 +32,7 @@ from common.experiment import (
 from common.options import OptionError
 from segmentation import checkpoints
 from segmentation.cards import files_of
-from segmentation.cli import begin, end_logging, hush, train
+from segmentation.cli import begin, configs_of, end_logging, hush, train, write_configs
 from segmentation.config import PEER_PREFIX, RunConfig, load_content, read_yaml, recipe_keys
 from segmentation.corruptions import SEVERITIES
 from segmentation.data import allowed, check_apart, check_classes, classes_of, load_datasets
@@ -179,6 +179,7 @@ class Segmentation:
         }
         if all(peer.frozen for peer in run.peers):
             end_logging()
+            write_configs(configs_of(run))
             starts = {peer.name: Path(peer.cfg.MODEL.WEIGHTS) for peer in run.peers}
             return unchanged(starts, folder, self.suffix, files)
         resumed = (folder / checkpoints.RECORD).is_file()
