@@ -24,8 +24,13 @@ from classification.hub import NETWORK_ERRORS, find_cached, is_hub_reachable
 from common.checkpoint import CheckpointError, read_file, read_weights
 
 _ELSEWHERE = ("hf-hub:", "local-dir:")  # names that timm resolves without its own list
-_TORCH = (".pth", ".pth.tar", ".bin")
-_TIMMS = ("pytorch_model", "model", "open_clip_pytorch_model")  # that timm takes before others
+# What timm takes of a folder: the first that is there, else the first file of the first ending.
+_TIMMS = (
+    "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
+)  # fmt: skip
+_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".bin")
 # What timm's filters do with files that they were not written for.
 _FOREIGN = (LookupError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError)
 
@@ -179,21 +184,21 @@ def _build(name: str, img_size: int | tuple[int, int] | None = None, **options: 
 
 
 def _check_folder(folder: Path) -> None:
-    """Read a folder's torch files as all others are, before timm does: it reads them with fewer
-    checks.
+    """Read the file that timm takes of a folder as all others are, before timm does: it reads torch
+    files with fewer checks.
 
     Raises:
-        ModelError: One is refused.
+        ModelError: It is refused.
     """
-    if not folder.is_dir() or (folder / "model.safetensors").exists():
+    named = (folder / name for name in _TIMMS if (folder / name).exists())
+    others = (path for ending in _ENDINGS for path in sorted(folder.glob(f"*{ending}")))
+    path = next(named, None) or next(others, None)
+    if path is None or path.suffix == ".safetensors":
         return
-    files = [path for path in sorted(folder.iterdir()) if path.name.endswith(_TORCH)]
-    named = [path for path in files if path.name.split(".")[0] in _TIMMS]
-    for path in named or ([] if any(folder.glob("*.safetensors")) else files):
-        try:
-            read_file(path)
-        except CheckpointError as error:
-            raise ModelError(str(error)) from error
+    try:
+        read_file(path)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
 
 
 def build_stock(name: str, stock: str, **options: Any) -> nn.Module:

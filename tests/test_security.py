@@ -352,6 +352,18 @@ def test_timms_folders_fill_no_memory(tmp_path, file):
     assert f"{tmp_path / file}: refused, it asks for 'bytearray'" in told and grown < 64
 
 
+def test_of_a_timm_folder_only_the_file_that_timm_takes_is_looked_at(tmp_path):
+    model = create_classifier("test_vit", num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    write_evil(tmp_path / "training_args.bin", tmp_path / "executed", "torch")
+    config = {"architecture": "test_vit", "num_classes": 2, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = create_classifier(f"local-dir:{tmp_path}", pretrained=True)
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(read.state_dict()[name], model.state_dict()[name])
+    assert not (tmp_path / "executed").exists()
+
+
 def test_code_of_a_folder_is_never_implied(tmp_path, caplog):
     code = f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n"
     (tmp_path / "own.py").write_text(code)
