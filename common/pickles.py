@@ -7,6 +7,7 @@ import itertools
 import pickle
 import pickletools
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -161,6 +162,14 @@ class _Inert:
         raise pickle.UnpicklingError("state for a tensor")
 
 
+class _EarlyParameter(_Inert):
+    """A parameter as torch wrote it before 1.0: called with its tensor, given three flags later."""
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 3 or state[2]:
+            raise pickle.UnpicklingError("a parameter with hooks, or with a state of another kind")
+
+
 class _Kind(_Inert):
     def __init__(self, itemsize: int) -> None:
         self.itemsize = itemsize
@@ -207,6 +216,7 @@ class _Trial(BoundedUnpickler):
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._tensor_of_dtype,
+            "torch.nn.parameter.Parameter": self._early_parameter,
             "torch._utils._rebuild_parameter": self._parameter,
             "torch._utils._rebuild_parameter_with_state": self._parameter,
             "torch._tensor._rebuild_from_type_v2": self._tensor_with_state,
@@ -283,6 +293,10 @@ class _Trial(BoundedUnpickler):
         self.charge(*_states(state))
         return _Inert()
 
+    def _early_parameter(self, data: Any) -> _EarlyParameter:
+        self._parameter(data, None, None)
+        return _EarlyParameter()
+
     def _tensor_with_state(self, make: Any, kind: Any, given: Any, state: Any) -> _Inert:
         if make not in (self._tensor, self._tensor_of_dtype) or kind is not self.tensor_class:
             raise pickle.UnpicklingError("GLOBAL torch._tensor._rebuild_from_type_v2")
@@ -311,6 +325,9 @@ def try_torch_file(path: Path, is_zip: bool) -> None:
     room = path.stat().st_size
     with path.open("rb") as stream:
         trials = _trials(stream, room)
+        if tarfile.is_tarfile(stream):
+            return  # torch refuses it by that
+        stream.seek(0)
         if next(trials)[0] != _MAGIC:
             return  # torch refuses it, and reads no further
         for _ in range(2):  # the protocol, and of what machine

@@ -60,6 +60,7 @@ class _Array:
 
     def __init__(self) -> None:
         self.state: Any = None
+        self.axes: Any = None  # in which they lie in memory, where neither C nor Fortran has it
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, is_fortran, raw = state
@@ -82,7 +83,8 @@ class _Array:
         raw = raw.encode("latin1") if isinstance(raw, str) else raw  # of Python 2
         if math.prod(shape) * kind.dtype.itemsize != len(raw):
             raise ValueError(f"an array of shape {shape} has {len(raw)} bytes")
-        return np.ndarray(shape, kind.dtype, raw, order="F" if is_fortran else "C")
+        array = np.ndarray(shape, kind.dtype, raw, order="F" if is_fortran else "C")
+        return array if self.axes is None else array.transpose(self.axes)
 
 
 class _ArrayUnpickler(BoundedUnpickler):
@@ -109,8 +111,9 @@ class _ArrayUnpickler(BoundedUnpickler):
             raise TooMuch(f"it asks for an array of shape {str(shape)[:40]} without its numbers")
         return _Array()
 
-    def _of_buffer(self, raw: Any, kind: Any, shape: Any, order: Any) -> _Array:
+    def _of_buffer(self, raw: Any, kind: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
         array = _Array()
+        array.axes = axes if order == "K" else None
         array.state = shape, kind, order == "F", raw
         return array
 

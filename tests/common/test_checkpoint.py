@@ -3,6 +3,8 @@
 import argparse
 import os
 import pickle
+import tarfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -196,3 +198,34 @@ def test_what_is_no_run_file_is_refused(tmp_path):
     torch.save({"format": 99, **dict.fromkeys(RUN_KEYS)}, path)
     with pytest.raises(CheckpointError, match="format 99"):
         load_run(path)
+
+
+class EarlyParameter:
+    """Pickled as torch did before it had a function to rebuild parameters."""
+
+    def __init__(self, data, hooks=()):
+        self.data, self.hooks = data, hooks
+
+    def __reduce__(self):
+        return nn.Parameter, (self.data,), (True, False, OrderedDict(self.hooks))
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_parameters_of_early_torch_are_read(tmp_path, as_zip):
+    file = tmp_path / "early.pth"
+    content = {"w": EarlyParameter(torch.arange(3.0))}
+    torch.save(content, file, _use_new_zipfile_serialization=as_zip)
+    assert read_weights(file)["w"].tolist() == [0, 1, 2]
+    content = {"w": EarlyParameter(torch.arange(3.0), {"hook": 1})}
+    torch.save(content, file, _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(CheckpointError, match=str(file)):
+        read_weights(file)
+
+
+def test_a_tar_of_early_torch_is_refused_as_such(tmp_path):
+    file = tmp_path / "early.tar"
+    (tmp_path / "storages").write_bytes(b"x" * 600)
+    with tarfile.open(file, "w:", format=tarfile.PAX_FORMAT) as archive:
+        archive.add(tmp_path / "storages", "storages")
+    with pytest.raises(CheckpointError, match="tar"):
+        read_weights(file)

@@ -44,6 +44,7 @@ def test_pickles_of_old_and_new_numpy(tmp_path, protocol, core):
     arrays = {
         "a": np.arange(3.0),
         "turned": np.asfortranarray(np.arange(6, dtype="i4").reshape(2, 3)),
+        "transposed": np.arange(24, dtype="f4").reshape(2, 3, 4).transpose(1, 0, 2),
         "strided": np.arange(8, dtype="u1")[::2],
         "big-endian": np.arange(3, dtype=">f4"),
         "half": np.ones((2, 1), "f2"),
