@@ -188,6 +188,6 @@ def _joined(name: str, key: str) -> str:
 
 
 def _told(name: str, value: Any, expected: str) -> str:
-    plain = value is None or isinstance(value, (str, bool, float))
+    plain = value is None or isinstance(value, (str, int, float))
     shown = f"{value!r:.99}" if plain else f"of the kind {type(value).__name__}"
     return f"{name} is {shown}, expected {expected}"

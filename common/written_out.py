@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 MOST = 100_000  # characters and containers; a long config has some thousands
+MOST_SETTINGS = 50 * MOST  # of a run file, which holds what YAML without aliases may have held
 _DEEPEST = 100  # containers in one another; Python recurses into them
 
 
@@ -59,7 +60,7 @@ def fault_of_plain(value: Any, name: str) -> str:
         name: Of them, in the answer.
     """
     try:
-        fault = fault_of(value, _parts, _length, MOST)
+        fault = fault_of(value, _parts, _length, MOST_SETTINGS)
     except TypeError as error:
         return f"{name} holds {error}"
     return f"{name} is too large: {fault}" if fault else ""

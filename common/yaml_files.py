@@ -18,6 +18,9 @@ FAULTS = (
 )  # fmt: skip
 
 
+_WAY_OUT = "write the values out in place of aliases (*), and less deep in one another"
+
+
 def read_yaml(path: Path) -> Any:
     """Read a YAML file into plain containers.
 
@@ -53,7 +56,7 @@ def refuse_large(path: Path | str, text: str) -> None:
     most = max(written_out.MOST, 2 * len(text))
     fault = "" if root is None else written_out.fault_of(root, _parts, _length, most)
     if fault:
-        raise OptionError(f"{path}: refused, {fault}; write the values out in place of aliases (*)")
+        raise OptionError(f"{path}: refused, {fault}; {_WAY_OUT}")
 
 
 def _parts(node: yaml.Node) -> Iterable[yaml.Node]:

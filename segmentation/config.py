@@ -354,11 +354,11 @@ def read_yaml(path: Path, allow_unsafe: bool = False) -> dict[str, Any]:
         content = _looked_at(path).load_yaml_with_base(str(path), allow_unsafe=allow_unsafe)
     except OptionError as error:
         raise ConfigError(str(error)) from error
-    except yaml.constructor.ConstructorError as error:
-        raise ConfigError(_unsafe(path, error)) from error
     except (OSError, AssertionError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
     except FAULTS as error:
+        if ":python/" in str(getattr(error, "problem", "")) and not allow_unsafe:
+            raise ConfigError(_unsafe(path, error)) from error
         raise ConfigError(f"{path}: cannot be read as YAML ({fault_told(error)})") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: holds no keys")
@@ -381,12 +381,14 @@ def _looked_at(path: Path) -> type[CfgNode]:
                     "them names itself"
                 )
             refuse_large(filename, text)
+            if yaml.compose(text, Loader=yaml.SafeLoader) is None:
+                raise OptionError(f"{filename}: holds no keys")
             return io.StringIO(text)
 
     return Reader
 
 
-def _unsafe(path: Path, error: yaml.constructor.ConstructorError) -> str:
+def _unsafe(path: Path, error: Any) -> str:
     return (
         f"{path}: holds Python to run ({error.problem}, line {error.problem_mark.line + 1} of it "
         "or of its _BASE_); write the value out, or trust the file with --allow-unsafe-config"

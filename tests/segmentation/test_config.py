@@ -247,6 +247,8 @@ def test_no_list_of_peers_is_refused(folder):
         (PEER.replace("VERSION: 2", "VERSION: 3"), "a.yaml: VERSION 3: Cannot merge a v3 config"),
         (PEER.replace("VERSION: 2", "VERSION: 1\nSOLVERR:\n  A: 1"), "a.yaml: VERSION 1: "),
         ("\udcff\udcfe", "a.yaml: cannot be read as YAML .*utf-8"),
+        ("# nothing\n", "a.yaml: holds no keys"),
+        ("<<: 3\n", r"a.yaml: cannot be read as YAML \(expected a mapping"),
     ],
 )
 def test_peers_configs_that_cannot_be_read_are_named(folder, text, message):
