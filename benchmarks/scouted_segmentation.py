@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from segmentation import scenes
-from segmentation.cli import begin, end_logging
+from segmentation.cli import begin, configs_of, end_logging, write_configs
 from segmentation.config import load_content
 from segmentation.demo import CONFIGS, PRETRAINING
 from segmentation.scouting import scout
@@ -85,6 +85,7 @@ def train(
     content = {"TRANSFER": {"RULE": rule, "PEERS": peers}}
     run = load_content(content, folder / "scouting.yaml", [*fixed, *options])
     begin(run)
+    write_configs(configs_of(run))
     try:
         trainer = TransferTrainer(run)
         trainer.train()
