@@ -147,7 +147,7 @@ def change(path, edit):
         (lambda x: x.update(file="../../model_0000001.pth"), "file is '../../model_0000001.pth'"),
         (lambda x: x.update(iteration="2"), "iteration is '2', expected a count from 1 on"),
         (lambda x: x.update(format="x"), "format is 'x', expected a count from 1 on"),
-        (lambda x: x.update(peers=3), "peers is of the kind int, expected a list"),
+        (lambda x: x.update(peers=3), "peers is 3, expected a list"),
         (lambda x: x.update(ranks=[]), "ranks are 0, expected a multiple of seats, 1"),
         (lambda x: x.update(settings={"SEED": [1]}), "settings.SEED is of the kind list"),
         (lambda x: x.update(best={"c": [1.0, 2]}), "it tells of 'c', which is none of its peers"),
