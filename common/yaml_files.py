@@ -16,8 +16,6 @@ FAULTS = (
     yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError,
     ArithmeticError,
 )  # fmt: skip
-
-
 _WAY_OUT = "write the values out in place of aliases (*), and less deep in one another"
 
 
@@ -39,7 +37,7 @@ def read_yaml(path: Path) -> Any:
         raise OptionError(f"{path}: not plain YAML: {fault_told(error)}") from error
 
 
-def refuse_large(path: Path | str, text: str) -> None:
+def refuse_large(path: Path | str, text: str) -> yaml.Node | None:
     """Refuse YAML whose aliases make a few lines of it fill the memory, before it is made.
 
     Merge keys (``<<``) count as what they name. A file without aliases is never too long.
@@ -47,6 +45,9 @@ def refuse_large(path: Path | str, text: str) -> None:
     Args:
         path: Names the file in errors.
         text: What it holds.
+
+    Returns:
+        What it is made of; None: nothing.
 
     Raises:
         OptionError: It would be too large or nested too deeply, or a value holds itself.
@@ -57,6 +58,7 @@ def refuse_large(path: Path | str, text: str) -> None:
     fault = "" if root is None else written_out.fault_of(root, _parts, _length, most)
     if fault:
         raise OptionError(f"{path}: refused, {fault}; {_WAY_OUT}")
+    return root
 
 
 def _parts(node: yaml.Node) -> Iterable[yaml.Node]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import detectron2
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.projects.deeplab import add_deeplab_config
@@ -380,8 +379,7 @@ def _looked_at(path: Path) -> type[CfgNode]:
                     f"{path}: names more than {_MOST_FILES} files by _BASE_; look whether one of "
                     "them names itself"
                 )
-            refuse_large(filename, text)
-            if yaml.compose(text, Loader=yaml.SafeLoader) is None:
+            if refuse_large(filename, text) is None:
                 raise OptionError(f"{filename}: holds no keys")
             return io.StringIO(text)
 
