@@ -27,6 +27,7 @@ from common import distributed
 from common.apart import WAY_OUT, in_both, told_shared
 from common.broken import BadSampleError, BadSamples
 from common.checkpoint import CheckpointError
+from common.claimed import claims_end
 from common.disk import OutputError
 from common.distributed import World
 from common.engine import build_engine
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(work, FAULTS)
 
 
+@claims_end()
 def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
     """Train as the arguments say.
 

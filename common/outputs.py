@@ -23,8 +23,9 @@ from common import distributed
 from common.board import Board
 from common.broken import WorkerDiedError, worker_deaths_told
 from common.checkpoint import CheckpointError, list_runs, load_run, newest_good_run
+from common.claimed import claim
 from common.clock import with_lines
-from common.disk import remove_leftovers, write_text, writing_into
+from common.disk import OutputError, remove_leftovers, write_text, writing_into
 from common.distributed import World
 from common.options import OptionError
 from common.planner import Flags, TeamCost, advise, engine_rows, memory_of, notes, peer_rows
@@ -312,6 +313,7 @@ def folder_of(options: argparse.Namespace, names: Sequence[str], world: World) -
 
     Raises:
         OptionError: It holds run files and this is no resume, or it cannot be written.
+        OutputError: Another command writes into it.
     """
     in_place = getattr(options, "in_place", False)
     chosen = Path(options.output) if in_place else _new_folder(options, names)
@@ -324,9 +326,10 @@ def folder_of(options: argparse.Namespace, names: Sequence[str], world: World) -
                 "with it, or another --experiment"
             )
         make_writable(folder)
+        claim(folder)
         remove_leftovers(folder)
 
-    on_main(world, make, (OptionError,))
+    on_main(world, make, (OptionError, OutputError))
     return folder
 
 

@@ -23,6 +23,7 @@ from common import distributed, recipes
 from common.apart import WAY_OUT, in_both, told_shared
 from common.broken import BadSamples
 from common.checkpoint import CheckpointError
+from common.claimed import claims_end
 from common.disk import OutputError, write_text
 from common.distributed import World
 from common.engine import build_engine
@@ -104,6 +105,7 @@ def main(
     return run_command(work, FAULTS)
 
 
+@claims_end()
 def run(
     dataset: str | None, script: str, arguments: Sequence[str] | None = None, bars: bool = True
 ) -> Trainer | None:

@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 from common import distributed
 from common.broken import worker_deaths_told
 from common.checkpoint import CheckpointError
+from common.claimed import claim, claims_end
 from common.disk import remove_leftovers, write_csv, write_text
 from common.distributed import PATIENCE
 from common.outputs import on_main, run_command, start_logging
@@ -130,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad input ends in one line, not in a traceback."""
     options = parse(arguments)
     try:
-        return _main(options)
+        with claims_end():
+            return _main(options)
     except KeyboardInterrupt as error:
         return end_interrupted(error)
 
@@ -378,6 +380,7 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
     Raises:
         ConfigError: OUTPUT_DIR cannot be written to, or holds the record of a run and this is no
             resume.
+        OutputError: Another command trains into it.
     """
     try:
         run.output_dir.mkdir(parents=True, exist_ok=True)
@@ -393,7 +396,8 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
             f"{run.output_dir}: holds an earlier run; give --resume to go on with it, or another "
             "OUTPUT_DIR"
         )
-    if not options.eval_only:
+    if not options.eval_only and options.machine_rank == 0:  # of all machines, which share it
+        claim(run.output_dir)
         remove_leftovers(run.output_dir)
 
 

@@ -20,6 +20,7 @@ from common import experiment
 from common.broken import BadSamples
 from common.card import file_sum, names_sum
 from common.checkpoint import atomic_write, read_file
+from common.claimed import claim, claims_end
 from common.disk import remove_leftovers
 from common.experiment import (
     RECALIBRATED,
@@ -168,10 +169,12 @@ class Segmentation:
         """Return a peer's entry that starts from a file of ``start``, its options kept."""
         return {**peer, "NAME": name, "WEIGHTS": str(file)}
 
+    @claims_end()
     def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
         """Train, or go on with the run of that folder."""
         run = self._run(options, folder)
         begin(run)
+        claim(folder)
         remove_leftovers(folder)
         files = {
             which: Path(file).stem
