@@ -481,6 +481,7 @@ def end_logging() -> None:
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
             handler.close()
+        logger.propagate = True  # as it was
     setup_logger.cache_clear()
 
 

@@ -1,4 +1,5 @@
 import shutil
+import sys
 
 import pytest
 
@@ -30,16 +31,9 @@ def forget_scenes():
 @pytest.fixture(autouse=True)
 def loggers():
     """Detectron2 logs to the output of the first test for ever; each test gets its own."""
-    import logging
-
     yield
-    try:
-        from detectron2.utils.logger import setup_logger
-    except ImportError:
-        return
-    setup_logger.cache_clear()
-    for name in ("fvcore", "detectron2", "segmentation", "common"):
-        logging.getLogger(name).handlers.clear()
+    if "segmentation.cli" in sys.modules:
+        sys.modules["segmentation.cli"].end_logging()
 
 
 @pytest.fixture
