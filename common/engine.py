@@ -295,7 +295,8 @@ class PeerParallelEngine(JointEngine):
     averaged copies teach, each process asks that of its own peer, and what it says travels along.
     Images, weights and gradients stay where they are. The gradients are those of the joint engine.
     The roles need every peer's forward and the backward needs the roles, so between them nothing is
-    left that the exchange could overlap with.
+    left that the exchange could overlap with; where copies teach, one of a peer's two forwards
+    could run while what the other one said travels, but one collective waits for both.
 
     With more processes than peers, those of one peer are data parallel; see
     ``common.distributed.seat_peers``.
