@@ -23,7 +23,9 @@ from classification.digits import mosaic, write_digits, write_splits
 from classification.options import read_yaml
 from classification.train import run
 from common.checkpoint import atomic_write
-from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
+from common.claimed import claims_end
+from common.demo import once, outcome, own_cache, parser, side_by_side, write_json
+from common.disk import OutputError
 from common.outputs import run_command
 from common.report import comparison_text, write_comparison
 from common.statistics import compared
@@ -44,14 +46,15 @@ METRIC = "top1"
 TWINS_APART = 1000  # between the seeds of models of one family in one team
 
 
+@claims_end()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and say where its report is."""
     asked = parser(__doc__.splitlines()[0], QUICK[0], FULL[0], "demo_report").parse_args(arguments)
     seeds, epochs = FULL if asked.full else QUICK
     seeds = asked.seeds or seeds
     begun = time.monotonic()
+    folder = own_cache(asked.cache, HERE)
     digits = write_digits(asked.cache / "digits")
-    folder = asked.cache / fingerprint(HERE)
     for seed in range(seeds):
         write_splits(digits, folder / f"seed-{seed}", OWN_CLASSES, seed)
     results = run_all(folder, seeds, epochs, max(1, min(asked.jobs or 1, seeds * len(ARMS))))
@@ -223,4 +226,4 @@ def _settings() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, ()))
+    sys.exit(run_command(main, (OutputError,)))

@@ -1,15 +1,17 @@
-"""Folders that one command writes into, kept from others that would write into them too."""
+"""Folders that one command trains into, kept from others that would train into them too."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from common.disk import OutputError
 
@@ -19,48 +21,95 @@ except ImportError:  # Windows has other locks; there nothing keeps two commands
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+PATIENCE = 120.0
+"""Seconds in which another machine's lock may still go: a file server takes back what a machine
+that is gone had when its lease ends, mostly after 90."""
+
 _HELD = (errno.EACCES, errno.EAGAIN)  # by another process
-_ours: dict[Path, IO[str]] = {}
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_ours.clear)  # a child has none of its parent's locks
+_ours: dict[Path, int] = {}  # files that are open; whoever closes another of them lifts the lock
+_logger = logging.getLogger("train")
 
 
 def claim(folder: Path) -> None:
     """Keep other commands out of a folder, till ``claims_end`` or the end of this process.
 
     The system takes the lock back, after ``kill -9`` too. It is one of POSIX's, which the processes
-    that read data do not inherit, and which most shared file systems tell other machines of; where
-    one knows no locks, nothing is kept apart.
+    that read data do not inherit, and which most shared file systems tell other machines of. A lock
+    of another machine is waited for, since that may be gone: a scheduler starts its job elsewhere.
+    Where there are no locks, a warning says so.
 
     Args:
-        folder: That exists; a file ``.lock`` stays in it.
+        folder: That exists; a file ``.lock`` stays in it, with the name of its last process.
 
     Raises:
-        OutputError: Another process has it; named where it says who it is.
+        OutputError: Another process has it, or ``.lock`` is something else; says the way out.
     """
     path = folder.resolve() / LOCK
     if fcntl is None or path in _ours:
         return
     try:
-        file = path.open("a+", encoding="utf-8")
-    except OSError:  # a folder that cannot be written is told by what is written
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise OutputError(_no_file(path)) from error
+        _warn(folder, error)  # where nothing can be written, what is written tells it
         return
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        with file:
-            if error.errno not in _HELD:
-                return
-            file.seek(0)
-            raise OutputError(
-                f"{folder}: another command writes into it ({file.read(100) or 'unknown'}); wait "
-                "for its end, or end it"
-            ) from error
-    _ours[path] = file
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OutputError(_no_file(path))
+        _lock(folder, path, handle)
+    except BaseException:
+        os.close(handle)
+        raise
+    _ours[path] = handle
     with contextlib.suppress(OSError):  # a full disk
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}")
-        file.flush()
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
+
+
+def _lock(folder: Path, path: Path, handle: int) -> None:
+    end, told = time.monotonic() + PATIENCE, False
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in _HELD:
+                _warn(folder, error)
+                return
+            holder = _holder(handle)
+            here = not holder or holder.endswith(f" of {socket.gethostname()}")
+            if here or time.monotonic() > end:
+                gone = "" if here else f"; where that machine is gone, remove {path}"
+                raise OutputError(
+                    f"{folder}: another command trains into it ({holder or 'of no name'}); wait "
+                    f"for its end, or end it{gone}"
+                ) from error
+        if not told:
+            told = True
+            _logger.warning(
+                "%s: another command trains into it (%s); waiting up to %d seconds for its end, "
+                "since its machine may be gone",
+                *(folder, holder, PATIENCE),
+            )
+        time.sleep(min(1.0, PATIENCE))
+
+
+def _holder(handle: int) -> str:
+    with contextlib.suppress(OSError):
+        told = os.pread(handle, 200, 0).decode(errors="replace")
+        return "".join(character for character in told if character.isprintable())
+    return ""
+
+
+def _no_file(path: Path) -> str:
+    return f"{path}: is a link or no file, not the lock of a run; remove it"
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    _logger.warning(
+        "%s: cannot be locked (%s); nothing keeps a second command out", folder, error.strerror
+    )
 
 
 @contextmanager
@@ -71,5 +120,15 @@ def claims_end() -> Iterator[None]:
         yield
     finally:
         for path in set(_ours) - before:
-            with contextlib.suppress(OSError):  # what a full disk could not take
-                _ours.pop(path).close()
+            os.close(_ours.pop(path))
+
+
+def _forget() -> None:
+    """Close what a fork inherited: it has none of its parent's locks."""
+    for handle in _ours.values():
+        os.close(handle)
+    _ours.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_forget)

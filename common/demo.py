@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
+from common.claimed import claim
 from common.termination import deaf_to, end_children, end_with_parent, ended_at_once
 
 COMMON = Path(__file__).parent
@@ -46,7 +47,7 @@ def parser(about: str, quick: int, full: int, output: str) -> argparse.ArgumentP
     return built
 
 
-def fingerprint(folder: Path) -> str:
+def _fingerprint(folder: Path) -> str:
     """Name a cache after the code and settings that fill it, so that no stale result is shown.
 
     Args:
@@ -65,6 +66,25 @@ def fingerprint(folder: Path) -> str:
     for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def own_cache(cache: Path, folder: Path) -> Path:
+    """Make the folder of a demo's runs, and keep another command of the same demo out of it.
+
+    Args:
+        cache: Of all demos.
+        folder: Of the demo.
+
+    Returns:
+        Named after the code and settings that fill it, so that no stale result is shown.
+
+    Raises:
+        OutputError: Another command has it.
+    """
+    place = cache / _fingerprint(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    claim(place)
+    return place
 
 
 def once(told: Path, make: Callable[[], Any]) -> Any:

@@ -188,7 +188,9 @@ def read_resumed(
         OptionError: ``auto`` without --experiment, which names the folder.
         CheckpointError: As ``load_run``; with ``auto``, no file of several can be read; a run of
             another task; or other options, each of which is named with both values.
+        OutputError: Another command trains into the folder.
     """
+    _claim_first(options)
     if options.resume == "auto":
         state = _read_newest(options)
     else:
@@ -233,6 +235,23 @@ def read_resumed(
         options.output = str(resumed_folder(options))
         options.in_place = True
     return state
+
+
+def _claim_first(options: argparse.Namespace) -> None:
+    """Claim the folder that is gone on with before it is read: what runs there writes newer files.
+
+    Of several ranks the first one does; what they read has to be of one moment.
+    """
+    if not options.resume or not distributed.is_first():
+        return
+    if options.experiment:
+        folder = _new_folder(options, [])
+    elif not options.output and options.resume != "auto":
+        folder = resumed_folder(options)
+    else:
+        return  # a new one
+    if folder.is_dir():
+        claim(folder)
 
 
 def _read_newest(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -313,7 +332,7 @@ def folder_of(options: argparse.Namespace, names: Sequence[str], world: World) -
 
     Raises:
         OptionError: It holds run files and this is no resume, or it cannot be written.
-        OutputError: Another command writes into it.
+        OutputError: Another command trains into it.
     """
     in_place = getattr(options, "in_place", False)
     chosen = Path(options.output) if in_place else _new_folder(options, names)

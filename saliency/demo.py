@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
+from common.claimed import claims_end
+from common.demo import once, outcome, own_cache, parser, side_by_side, write_json
+from common.disk import OutputError
 from common.outputs import run_command
 from common.report import comparison_text, write_comparison
 from common.statistics import compared
@@ -46,6 +48,7 @@ BATCH = 8
 METRIC = "cc"
 
 
+@claims_end()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and say where its reports are."""
     about = __doc__.splitlines()[0]
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds, epochs = FULL if asked.full else QUICK
     seeds = asked.seeds or seeds
     begun = time.monotonic()
-    folder = (asked.cache / fingerprint(HERE)).resolve()
+    folder = own_cache(asked.cache, HERE).resolve()
     for seed in range(seeds):
         write_splits(folder / f"seed-{seed}", seed)
     results = run_all(folder, seeds, epochs, max(1, min(asked.jobs or 1, 8 * seeds)))
@@ -209,4 +212,4 @@ NOTES = (
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, ()))
+    sys.exit(run_command(main, (OutputError,)))

@@ -26,7 +26,7 @@ from common.checkpoint import CheckpointError
 from common.claimed import claim, claims_end
 from common.disk import remove_leftovers, write_csv, write_text
 from common.distributed import PATIENCE
-from common.outputs import on_main, run_command, start_logging
+from common.outputs import ToldByMain, on_main, run_command, start_logging
 from common.planner import add_plan_options
 from common.report import write_run_report
 from common.termination import (
@@ -238,9 +238,16 @@ def _work_and_tell(run: RunConfig, options: argparse.Namespace, told: Any, metho
 def _status_of(run: RunConfig, options: argparse.Namespace, told: Any) -> int:
     try:
         with ended_at_once():
+            if options.num_machines > 1:
+                world = current_world(run.cfg.MODEL.DEVICE)
+                on_main(world, lambda: _claim(run, options), FAULTS)
             work(run, options)
     except FAULTS as error:
         told.put(str(error))
+        return 1
+    except ToldByMain:
+        if options.machine_rank:
+            told.put("the first machine's process tells why the run ends")
         return 1
     except Preempted as end:
         _logger.warning("%s", end)
@@ -396,7 +403,12 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
             f"{run.output_dir}: holds an earlier run; give --resume to go on with it, or another "
             "OUTPUT_DIR"
         )
-    if not options.eval_only and options.machine_rank == 0:  # of all machines, which share it
+    if options.num_machines == 1:  # of several, once they have met
+        _claim(run, options)
+
+
+def _claim(run: RunConfig, options: argparse.Namespace) -> None:
+    if not options.eval_only:
         claim(run.output_dir)
         remove_leftovers(run.output_dir)
 

@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.demo import fingerprint, once, outcome, parser, side_by_side, write_json
+from common.claimed import claims_end
+from common.demo import once, outcome, own_cache, parser, side_by_side, write_json
+from common.disk import OutputError
 from common.outputs import run_command
 from common.report import comparison_text, write_comparison
 from common.statistics import compared
@@ -61,6 +63,7 @@ PRETRAINING = {
 METRIC = "mIoU"
 
 
+@claims_end()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and say where its reports are."""
     about = __doc__.splitlines()[0]
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds, iterations = FULL if asked.full else QUICK
     seeds = asked.seeds or seeds
     begun = time.monotonic()
-    folder = (asked.cache / fingerprint(HERE)).resolve()
+    folder = own_cache(asked.cache, HERE).resolve()
     os.environ["DETECTRON2_DATASETS"] = str(folder)
     for seed in range(seeds):
         write_splits(folder, seed)
@@ -243,4 +246,4 @@ def _settings(names: Sequence[str], iterations: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, ()))
+    sys.exit(run_command(main, (OutputError,)))

@@ -173,20 +173,20 @@ class Segmentation:
     def train(self, options: Mapping[str, Any], folder: Path) -> Trained:
         """Train, or go on with the run of that folder."""
         run = self._run(options, folder)
-        begin(run)
+        folder.mkdir(parents=True, exist_ok=True)
         claim(folder)
         remove_leftovers(folder)
         files = {
             which: Path(file).stem
             for which, file in (("chosen", checkpoints.BEST), ("last", checkpoints.FINAL))
         }
-        if all(peer.frozen for peer in run.peers):
-            end_logging()
-            write_configs(configs_of(run))
-            starts = {peer.name: Path(peer.cfg.MODEL.WEIGHTS) for peer in run.peers}
-            return unchanged(starts, folder, self.suffix, files)
-        resumed = (folder / checkpoints.RECORD).is_file()
         try:
+            begin(run)
+            if all(peer.frozen for peer in run.peers):
+                write_configs(configs_of(run))
+                starts = {peer.name: Path(peer.cfg.MODEL.WEIGHTS) for peer in run.peers}
+                return unchanged(starts, folder, self.suffix, files)
+            resumed = (folder / checkpoints.RECORD).is_file()
             trainer = train(run, resume=True)
         finally:
             end_logging()

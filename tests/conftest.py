@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.claimed import claims_end
+
 # a shell's background jobs ignore it, and so would every process that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,6 +29,13 @@ def what_was_imported():
     """Make collecting garbage cheap: what is there now stays."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def claims():
+    """What a test claims here, its children and the next tests may claim too."""
+    with claims_end():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,17 @@
 """A second command in the folder of a run that goes on: refused before it changes anything."""
 
+import shutil
+
 from common.claimed import claim, claims_end
+from tests.faults.test_disk import the_line
+from tests.faults.test_foreign import newest
+from tests.faults.test_preempted_ranks import statuses, told
 
 
 def listing(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    # whoever opens the lock and closes it gives it up
+    return {path: path.read_bytes() for path in files if path.name != ".lock"}
 
 
 def test_two_commands_do_not_write_into_one_folder(whole, tmp_path):
@@ -15,22 +22,32 @@ def test_two_commands_do_not_write_into_one_folder(whole, tmp_path):
     with claims_end():
         claim(folder)
         assert whole.task.run(tmp_path) == 1
-        told = (tmp_path / "log.txt").read_text()
-        assert told.count(f"{folder}: another command writes into it (process ") == 1
-        assert "Traceback" not in told
-        assert {path.name for path in listing(folder)} == {".lock", unfinished.name}
+        assert f"{folder}: another command trains into it (process " in the_line(tmp_path)
+        assert {path.name for path in listing(folder)} == {unfinished.name}
     assert whole.task.run(tmp_path) == 0
     assert not unfinished.exists()
 
 
 def test_nor_do_they_go_on_with_one_run(whole, tmp_path):
+    """What the second one reads could be of a moment that the first one has left behind."""
     task = whole.task
-    assert task.run(tmp_path) == 0
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    path = newest(tmp_path / "run")
+    path.write_bytes(path.read_bytes()[:-100])  # what is read says so
     before = listing(tmp_path / "run")
     with claims_end():
         claim(tmp_path / "run")
         assert task.run(tmp_path, resume=True) == 1
-    assert "another command writes into it" in (tmp_path / "log.txt").read_text()
-    after = listing(tmp_path / "run")
-    lock = tmp_path / "run" / ".lock"
-    assert {**after, lock: b""} == {**before, lock: b""}
+    line = the_line(tmp_path)
+    assert f"{tmp_path / 'run'}: another command trains into it (process " in line
+    assert listing(tmp_path / "run") == before
+
+
+def test_nor_do_several_ranks(whole_runs, tmp_path):
+    task = whole_runs("classification").task
+    (tmp_path / "run").mkdir()
+    with claims_end():
+        claim(tmp_path / "run")
+        assert statuses(task, tmp_path) == [1, 1]
+    assert told(tmp_path).count("another command trains into it") == 1
+    assert "Traceback" not in told(tmp_path) and not listing(tmp_path / "run")

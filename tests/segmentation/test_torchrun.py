@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: make setu
 from detectron2.utils import comm
 
 from common.checkpoint import read_file
+from common.claimed import claim
 from segmentation.cli import check_machine, main, train
 from segmentation.config import load_run
 from segmentation.errors import ConfigError
@@ -165,3 +167,33 @@ def test_a_signal_to_torchrun_ends_the_run_and_it_goes_on(tmp_path, datasets, nu
     assert done.returncode == 0, done.stderr
     assert f"resumed after iteration {at}" in done.stdout + done.stderr
     assert read_file(record)["iteration"] == at + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
+def test_processes_keep_out_of_the_folder_of_a_run_that_goes_on(tmp_path, datasets, machines):
+    """Of several machines all end, though only the first one looks."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{one.getsockname()[1]}"
+    asked = [sys.executable, "segmentation/train_net.py", "--config-file", str(write_run(tmp_path))]
+    asked += ["--num-gpus", str(3 - machines), "--num-machines", str(machines), "--dist-url", url]
+    (tmp_path / "out").mkdir()
+    claim(tmp_path / "out")
+    processes = [
+        subprocess.Popen(
+            [*asked, "--machine-rank", str(rank), *SHORT],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(machines)
+    ]
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [1] * machines, told
+    assert told[0].count(f"{tmp_path / 'out'}: another command trains into it (process ") == 1
+    assert "Traceback" not in "".join(told)
+    assert [text.count("the first machine's process tells why") for text in told[1:]] == [1] * (
+        machines - 1
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
