@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib
 import os
 import random
 import resource
@@ -16,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.board import Board
-from common.checkpoint import list_runs, read_weights, save_weights
+from common.checkpoint import read_weights, save_weights
 from common.disk import OutputError, atomic_write, write_csv
 from common.engine import JointEngine
 from common.outputs import _append, _trim
@@ -90,18 +91,26 @@ def open_folder():
     shutil.rmtree(folder)
 
 
-def test_a_folder_that_turns_read_only_is_told(whole_runs, open_folder):
-    task = whole_runs("classification").task
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classification",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("saliency", "segmentation")),
+    ],
+)
+def test_a_folder_that_turns_read_only_is_told(whole_runs, open_folder, name):
+    task = whole_runs(name).task
     output = open_folder / "out"
     (output / "run").mkdir(parents=True)
     data = shutil.copytree(task.data, open_folder / "data")
     data.chmod(0o755)  # pytest's own folders are root's alone
     for path in (output, output / "run"):
         os.chown(path, 65534, 65534) if os.geteuid() == 0 else None
-    own = replace(task, data=data)
+    own = replace(task, data=data, environment=dict.fromkeys(task.environment, str(data)))
 
     def before():
         if os.geteuid() == 0:
+            importlib.import_module("torch.utils.cpp_extension")  # what others may not read
             os.seteuid(65534)
         step, calls = JointEngine.step, [0]
 
@@ -113,11 +122,12 @@ def test_a_folder_that_turns_read_only_is_told(whole_runs, open_folder):
 
         JointEngine.step = closing
 
-    assert own.run(output, before=before) == 1
+    status = own.run(output, before=before)
+    assert status == 1, (output / "log.txt").read_text()[-3000:]
     (output / "run").chmod(0o755)
     line = the_line(output)
     assert f"{output / 'run'}: cannot be written (Permission denied;" in line
-    assert list_runs(output / "run")
+    assert own.has_saved(output)
     own.check_saved(output)
 
 

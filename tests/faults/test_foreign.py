@@ -132,6 +132,10 @@ FOREIGN = {
             [("pair", "recent"), ALLOWED],
             "holds the peers pair, around; this run has recent, around",
         ),
+        (
+            ["--peer", "saliency.standins:recent", ALLOWED],
+            "holds the peers pair, around; this run has pair, around, recent",
+        ),
         (["--opt", "sgd", ALLOWED], "state of Adam, not of SGD"),
     ],
     "segmentation": [
@@ -159,6 +163,23 @@ def test_another_runs_checkpoint_is_refused_by_name(whole_runs, tmp_path, task, 
     shutil.copytree(whole.folder / "run", tmp_path / "run")
     assert other(whole.task, *changes).run(tmp_path, resume=True) == 1
     assert says in the_line(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("fpn", "deeplab", "deeplab_v3"), ("fpn", "deeplab_v3")])
+def test_a_segmentation_run_of_other_peers_is_refused(whole_runs, tmp_path, kinds):
+    whole = whole_runs("segmentation")
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+
+    def with_others():
+        from tests.segmentation import runs
+
+        write = runs.write_run
+        runs.write_run = lambda *given, **named: write(*given, **{**named, "kinds": kinds})
+
+    assert whole.task.run(tmp_path, resume=True, before=with_others) == 1
+    line = the_line(tmp_path)
+    assert "fpn, deeplab" in line and ", ".join(kinds) in line
 
 
 def configs(run):

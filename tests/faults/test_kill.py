@@ -122,6 +122,7 @@ def test_nearly_all_points_kill(tmp_path):
 
 
 def test_a_run_killed_again_and_again_comes_to_its_end(tmp_path, unharmed):
+    ends = []
     for count in (3, 5, 4, 6):
 
         def work(count=count):
@@ -131,7 +132,8 @@ def test_a_run_killed_again_and_again_comes_to_its_end(tmp_path, unharmed):
                 trainer.resume(load_run(tmp_path))
             trainer.fit()
 
-        in_a_child(work)
+        ends.append(in_a_child(work))
+    assert ends.count(-KILLED) >= 3
     trainer = make(tmp_path)
     trainer.resume(load_run(tmp_path))
     trainer.fit()
