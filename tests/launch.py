@@ -1,9 +1,10 @@
 """Run a function in several gloo processes of this machine."""
 
 import faulthandler
-import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from common import distributed
 HUNG = 240  # seconds
 
 
-def _entry(rank, size, port, function, arguments):
+def _entry(rank, size, port, folder, function, arguments):
     import os
 
     os.environ |= {
@@ -27,7 +28,8 @@ def _entry(rank, size, port, function, arguments):
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent's, as under torchrun
     }
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(HUNG - 10, file=sys.__stderr__)
+    told = open(f"{folder}/{rank}", "w")  # noqa: SIM115 - it is written to when nobody else can
+    faulthandler.dump_traceback_later(HUNG - 10, file=told)
     world = distributed.start("cpu")
     try:
         function(world, *arguments)
@@ -40,26 +42,33 @@ def launch(function, size, *arguments):
     """Call ``function(world, *arguments)`` in ``size`` processes; raise where one fails.
 
     A process forked from one with threads may inherit a lock that a thread held, and hang. Such a
-    launch tells where each thread is, is ended, and made once more with a warning.
+    launch is ended, and made once more with a warning that tells where each thread was.
     """
-    if _launch(function, size, arguments):
+    where = _launch(function, size, arguments)
+    if where is None:
         return
-    warnings.warn(f"{size} processes hung for {HUNG} seconds; once more", stacklevel=2)
-    if not _launch(function, size, arguments):
-        raise TimeoutError(f"{size} processes hung for {HUNG} seconds, twice")
+    warnings.warn(f"{size} processes hung for {HUNG} seconds; once more\n{where}", stacklevel=2)
+    where = _launch(function, size, arguments)
+    if where is not None:
+        raise TimeoutError(f"{size} processes hung for {HUNG} seconds, twice\n{where}")
 
 
 def _launch(function, size, arguments):
-    """Return whether all processes ended in time."""
+    """Return where the processes hung; None: all ended in time."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    arguments = (size, store.port, function, arguments)
-    context = mp.start_processes(  # forks: imports no more
-        _entry, arguments, nprocs=size, join=False, start_method="fork"
-    )
-    end = time.monotonic() + HUNG
-    while not context.join(timeout=5):
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            return False
-    return True
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(  # forks: imports no more
+            _entry,
+            (size, store.port, folder, function, arguments),
+            nprocs=size,
+            join=False,
+            start_method="fork",
+        )
+        end = time.monotonic() + HUNG
+        while not context.join(timeout=5):
+            if time.monotonic() > end:
+                for process in context.processes:
+                    process.kill()
+                texts = [(Path(folder) / f"{rank}").read_text() for rank in range(size)]
+                return "\n".join(f"process {rank}:\n{text}" for rank, text in enumerate(texts))
+    return None
