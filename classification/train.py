@@ -99,8 +99,9 @@ def run(arguments: Sequence[str] | None = None, bars: bool = True) -> Progress:
         tell_plan(options, specs, start(options))
         return Progress()
     check_push(options, specs)
-    state = _resumed_state(options, specs)
-    world = seat_world(start(options), options, len(specs))
+    world = start(options)
+    state = _resumed_state(options, specs, world)
+    world = seat_world(world, options, len(specs))
     check_resumed(state)
     random_seed(options.seed, 0)
     _logger.info("building %d peers: %s", len(specs), ", ".join(spec.name for spec in specs))
@@ -184,10 +185,13 @@ def start(options: argparse.Namespace) -> World:
     return world
 
 
-def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
+def _resumed_state(
+    options: argparse.Namespace, specs: list[PeerSpec], world: World
+) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
     state = read_resumed(
         options,
+        world,
         outputs.FREE_TO_CHANGE,
         defaults=build_parser().parse_args([]),
         kept=("resolved_num_classes",),

@@ -26,8 +26,14 @@ PATIENCE = 120.0
 that is gone had when its lease ends, mostly after 90."""
 
 _HELD = (errno.EACCES, errno.EAGAIN)  # by another process
-_ours: dict[Path, int] = {}  # files that are open; whoever closes another of them lifts the lock
+_ours: dict[Path, int | None] = {}
+"""Files that are open, None where there are no locks. Whoever opens one again and closes it lifts
+its lock."""
 _logger = logging.getLogger("train")
+
+
+class _NoLocksError(OSError):
+    """The file system knows no locks."""
 
 
 def claim(folder: Path) -> None:
@@ -45,19 +51,25 @@ def claim(folder: Path) -> None:
         OutputError: Another process has it, or ``.lock`` is something else; says the way out.
     """
     path = folder.resolve() / LOCK
-    if fcntl is None or path in _ours:
-        return
+    if fcntl is None or path in _ours or not os.access(folder, os.W_OK):
+        return  # what cannot be written is told by whoever writes
+    if path.is_symlink() or path.is_dir():
+        raise OutputError(_no_file(path))
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        if path.is_symlink():
-            raise OutputError(_no_file(path)) from error
-        _warn(folder, error)  # where nothing can be written, what is written tells it
+        _without(folder, error)
+        _ours[path] = None
         return
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OutputError(_no_file(path))
         _lock(folder, path, handle)
+    except _NoLocksError as error:
+        os.close(handle)
+        _without(folder, error)
+        _ours[path] = None
+        return
     except BaseException:
         os.close(handle)
         raise
@@ -75,8 +87,7 @@ def _lock(folder: Path, path: Path, handle: int) -> None:
             return
         except OSError as error:
             if error.errno not in _HELD:
-                _warn(folder, error)
-                return
+                raise _NoLocksError(*error.args) from error
             holder = _holder(handle)
             here = not holder or holder.endswith(f" of {socket.gethostname()}")
             if here or time.monotonic() > end:
@@ -103,10 +114,10 @@ def _holder(handle: int) -> str:
 
 
 def _no_file(path: Path) -> str:
-    return f"{path}: is a link or no file, not the lock of a run; remove it"
+    return f"{path}: is a link, a folder or no file, not the lock of a run; remove it"
 
 
-def _warn(folder: Path, error: OSError) -> None:
+def _without(folder: Path, error: OSError) -> None:
     _logger.warning(
         "%s: cannot be locked (%s); nothing keeps a second command out", folder, error.strerror
     )
@@ -120,14 +131,19 @@ def claims_end() -> Iterator[None]:
         yield
     finally:
         for path in set(_ours) - before:
-            os.close(_ours.pop(path))
+            _close(_ours.pop(path))
 
 
 def _forget() -> None:
     """Close what a fork inherited: it has none of its parent's locks."""
     for handle in _ours.values():
-        os.close(handle)
+        _close(handle)
     _ours.clear()
+
+
+def _close(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
 
 
 if fcntl is not None:

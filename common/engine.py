@@ -374,7 +374,9 @@ class PeerParallelEngine(JointEngine):
             out=flat[: sizes[self.seat]],
         )
         rows = flat.new_empty(len(layouts), len(flat))
-        dist.all_gather_into_tensor(rows.view(-1), flat, group=self.team)
+        # its newer name, where torch has it
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(rows.view(-1), flat, group=self.team)
         found = [_unpacked(row, parts) for row, parts in zip(rows, layouts, strict=True)]
         outputs = [
             [PeerOutput(**told[i], target=output.target) for told in found]

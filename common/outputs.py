@@ -162,6 +162,7 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 
 def read_resumed(
     options: argparse.Namespace,
+    world: World,
     free: Collection[str],
     defaults: argparse.Namespace,
     lasting: Iterable[str] = (),
@@ -176,6 +177,7 @@ def read_resumed(
     Args:
         options: ``resume`` becomes the path, or empty; without ``output`` and ``experiment`` the
             run's folder becomes the output.
+        world: Where this process stands; all must call it.
         free: Names of options under which a run is still the same run.
         defaults: Of the options, for runs of versions that did not have some of them.
         lasting: Names of options under which it would be another run, whatever is allowed.
@@ -190,7 +192,7 @@ def read_resumed(
             another task; or other options, each of which is named with both values.
         OutputError: Another command trains into the folder.
     """
-    _claim_first(options)
+    _claim_first(options, world)
     if options.resume == "auto":
         state = _read_newest(options)
     else:
@@ -237,21 +239,15 @@ def read_resumed(
     return state
 
 
-def _claim_first(options: argparse.Namespace) -> None:
-    """Claim the folder that is gone on with before it is read: what runs there writes newer files.
-
-    Of several ranks the first one does; what they read has to be of one moment.
-    """
-    if not options.resume or not distributed.is_first():
-        return
+def _claim_first(options: argparse.Namespace, world: World) -> None:
+    """Claim a folder that is there before it is read: what runs there writes newer files."""
     if options.experiment:
         folder = _new_folder(options, [])
-    elif not options.output and options.resume != "auto":
+    elif options.resume not in ("", "auto") and not options.output:
         folder = resumed_folder(options)
     else:
         return  # a new one
-    if folder.is_dir():
-        claim(folder)
+    on_main(world, lambda: claim(folder) if folder.is_dir() else None, (OutputError,))
 
 
 def _read_newest(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -339,6 +335,8 @@ def folder_of(options: argparse.Namespace, names: Sequence[str], world: World) -
     folder = distributed.gather_objects(chosen)[0]
 
     def make() -> None:
+        if folder.is_dir():
+            claim(folder)
         if list_runs(folder) and not options.resume:
             raise OptionError(
                 f"{folder}: holds the run files of an earlier run; give --resume {folder} to go on "

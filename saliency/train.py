@@ -133,7 +133,7 @@ def run(
         world = seat_world(world, options, len(specs))
     if options.sync_bn and world.device.type != "cuda":
         raise OptionError("--sync-bn needs GPUs; leave it out on a CPU")
-    state = _resumed_state(options, specs)
+    state = _resumed_state(options, specs, world)
     check_resumed(state)
     seed_alike(options.seed)
     _logger.info("building %d peers: %s", len(specs), ", ".join(spec.name for spec in specs))
@@ -427,10 +427,13 @@ def _origins(
     return distributed.gather_objects(mine)[0]
 
 
-def _resumed_state(options: argparse.Namespace, specs: list[PeerSpec]) -> dict[str, Any] | None:
+def _resumed_state(
+    options: argparse.Namespace, specs: list[PeerSpec], world: World
+) -> dict[str, Any] | None:
     """Read the run file to resume, and make the peers' own weights unnecessary."""
     state = read_resumed(
         options,
+        world,
         FREE_TO_CHANGE,
         defaults=build_parser(options.dataset, "train").parse_args([]),
         lasting=("dataset",),

@@ -397,14 +397,14 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
         raise ConfigError(
             f"OUTPUT_DIR {run.output_dir}: cannot be written to ({error.strerror}); give another"
         ) from error
+    if options.num_machines == 1:  # of several, once they have met
+        _claim(run, options)
     fresh = not (options.resume or options.eval_only)
     if fresh and checkpoints.is_run(run.output_dir):
         raise ConfigError(
             f"{run.output_dir}: holds an earlier run; give --resume to go on with it, or another "
             "OUTPUT_DIR"
         )
-    if options.num_machines == 1:  # of several, once they have met
-        _claim(run, options)
 
 
 def _claim(run: RunConfig, options: argparse.Namespace) -> None:

@@ -112,8 +112,9 @@ def test_where_a_file_system_knows_no_locks_nothing_is_refused(
 
     monkeypatch.setattr(claimed.fcntl, "lockf", refuse)
     claim(tmp_path)
+    claim(tmp_path)
     assert not held_here(tmp_path)
-    assert f"{tmp_path}: cannot be locked ({os.strerror(number)})" in caplog.text
+    assert caplog.text.count(f"{tmp_path}: cannot be locked ({os.strerror(number)})") == 1
 
 
 def test_a_lock_that_another_user_owns_is_told(tmp_path, monkeypatch, caplog):
@@ -130,10 +131,20 @@ def test_a_folder_of_somebody_else_has_nothing_written_over(tmp_path):
     treasure.write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(treasure)
-    with pytest.raises(OutputError, match=r"run/.lock: is a link or no file"):
+    with pytest.raises(OutputError, match=r"run/.lock: is a link, a folder or no file"):
         claim(tmp_path / "run")
     assert treasure.read_text() == "mine"
     (tmp_path / "run" / ".lock").unlink()
     os.mkfifo(tmp_path / "run" / ".lock")
-    with pytest.raises(OutputError, match=r"run/.lock: is a link or no file"):
+    with pytest.raises(OutputError, match=r"run/.lock: is a link, a folder or no file"):
         claim(tmp_path / "run")
+    (tmp_path / "run" / ".lock").unlink()
+    (tmp_path / "run" / ".lock").mkdir()
+    with pytest.raises(OutputError, match=r"run/.lock: is a link, a folder or no file"):
+        claim(tmp_path / "run")
+
+
+def test_of_a_folder_that_cannot_be_written_others_tell(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    claim(tmp_path)
+    assert not caplog.text and not (tmp_path / ".lock").exists()

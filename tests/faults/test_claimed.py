@@ -1,11 +1,18 @@
 """A second command in the folder of a run that goes on: refused before it changes anything."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from common.claimed import claim, claims_end
 from tests.faults.test_disk import the_line
 from tests.faults.test_foreign import newest
 from tests.faults.test_preempted_ranks import statuses, told
+
+ROOT = Path(__file__).parents[2]
 
 
 def listing(folder):
@@ -41,6 +48,33 @@ def test_nor_do_they_go_on_with_one_run(whole, tmp_path):
     line = the_line(tmp_path)
     assert f"{tmp_path / 'run'}: another command trains into it (process " in line
     assert listing(tmp_path / "run") == before
+
+
+def test_a_fresh_one_is_told_that_the_run_goes_on(whole, tmp_path):
+    """Not that an earlier run is there, which --resume would go on with."""
+    shutil.copytree(whole.folder / "run", tmp_path / "run")
+    with claims_end():
+        claim(tmp_path / "run")
+        assert whole.task.run(tmp_path) == 1
+    assert "another command trains into it" in the_line(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--engine", "peer-parallel"]])
+def test_nor_do_those_of_torchrun_which_wait_for_nobody(whole_runs, tmp_path, more):
+    task = whole_runs("classification").task
+    given = [*task.arguments(tmp_path, *more)[:5], "--resume", "auto"]  # two peers
+    given += task.arguments(tmp_path, *more)[7:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    (tmp_path / "run").mkdir()
+    claim(tmp_path / "run")
+    done = subprocess.run(
+        [*torchrun, "classification/train.py", *given], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("another command trains into it") == 1
+    assert "forcefully" not in done.stderr  # a rank that waited would be killed 30 seconds later
+    assert not listing(tmp_path / "run")
 
 
 def test_nor_do_several_ranks(whole_runs, tmp_path):
