@@ -42,7 +42,7 @@ def claim(folder: Path) -> None:
     The system takes the lock back, after ``kill -9`` too. It is one of POSIX's, which the processes
     that read data do not inherit, and which most shared file systems tell other machines of. A lock
     of another machine is waited for, since that may be gone: a scheduler starts its job elsewhere.
-    Where there are no locks, a warning says so.
+    Where a file system has none, a warning says so; on Windows nothing is claimed.
 
     Args:
         folder: That exists; a file ``.lock`` stays in it, with the name of its last process.
@@ -76,7 +76,8 @@ def claim(folder: Path) -> None:
     _ours[path] = handle
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
+        told = f"process {os.getpid()} of {socket.gethostname()}\n{_boot()}\n"
+        os.pwrite(handle, told.encode(), 0)
 
 
 def _lock(folder: Path, path: Path, handle: int) -> None:
@@ -88,8 +89,8 @@ def _lock(folder: Path, path: Path, handle: int) -> None:
         except OSError as error:
             if error.errno not in _HELD:
                 raise _NoLocksError(*error.args) from error
-            holder = _holder(handle)
-            here = not holder or holder.endswith(f" of {socket.gethostname()}")
+            holder, boot = _holder(handle)
+            here = boot == _boot()
             if here or time.monotonic() > end:
                 gone = "" if here else f"; where that machine is gone, remove {path}"
                 raise OutputError(
@@ -106,11 +107,21 @@ def _lock(folder: Path, path: Path, handle: int) -> None:
         time.sleep(min(1.0, PATIENCE))
 
 
-def _holder(handle: int) -> str:
+def _holder(handle: int) -> tuple[str, str]:
+    """Return who wrote the lock, and in which run of which machine; empty where none did."""
     with contextlib.suppress(OSError):
-        told = os.pread(handle, 200, 0).decode(errors="replace")
-        return "".join(character for character in told if character.isprintable())
-    return ""
+        lines = os.pread(handle, 400, 0).decode(errors="replace").split("\n")
+        if len(lines) == 3:
+            name = "".join(character for character in lines[0] if character.isprintable())
+            return name, lines[1]
+    return "", _boot()
+
+
+def _boot() -> str:
+    """Name this run of this machine: containers that are started elsewhere keep a host's name."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
 
 
 def _no_file(path: Path) -> str:

@@ -247,7 +247,12 @@ def _claim_first(options: argparse.Namespace, world: World) -> None:
         folder = resumed_folder(options)
     else:
         return  # a new one
-    on_main(world, lambda: claim(folder) if folder.is_dir() else None, (OutputError,))
+
+    def claim_it() -> None:
+        if list_runs(folder) or (options.experiment and folder.is_dir()):  # not where a typo leads
+            claim(folder)
+
+    on_main(world, claim_it, (OutputError,))
 
 
 def _read_newest(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -335,15 +340,13 @@ def folder_of(options: argparse.Namespace, names: Sequence[str], world: World) -
     folder = distributed.gather_objects(chosen)[0]
 
     def make() -> None:
-        if folder.is_dir():
-            claim(folder)
+        make_writable(folder)
+        claim(folder)
         if list_runs(folder) and not options.resume:
             raise OptionError(
                 f"{folder}: holds the run files of an earlier run; give --resume {folder} to go on "
                 "with it, or another --experiment"
             )
-        make_writable(folder)
-        claim(folder)
         remove_leftovers(folder)
 
     on_main(world, make, (OptionError, OutputError))

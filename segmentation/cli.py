@@ -399,18 +399,18 @@ def check_folder(run: RunConfig, options: argparse.Namespace) -> None:
         ) from error
     if options.num_machines == 1:  # of several, once they have met
         _claim(run, options)
-    fresh = not (options.resume or options.eval_only)
-    if fresh and checkpoints.is_run(run.output_dir):
+
+
+def _claim(run: RunConfig, options: argparse.Namespace) -> None:
+    if options.eval_only:
+        return
+    claim(run.output_dir)
+    if checkpoints.is_run(run.output_dir) and not options.resume:
         raise ConfigError(
             f"{run.output_dir}: holds an earlier run; give --resume to go on with it, or another "
             "OUTPUT_DIR"
         )
-
-
-def _claim(run: RunConfig, options: argparse.Namespace) -> None:
-    if not options.eval_only:
-        claim(run.output_dir)
-        remove_leftovers(run.output_dir)
+    remove_leftovers(run.output_dir)
 
 
 def write_report(run: RunConfig, trainer: TransferTrainer) -> Path:

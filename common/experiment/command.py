@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from common.checkpoint import CheckpointError
+from common.claimed import claim, claims_end
 from common.experiment.corruptions import check_corruptions
 from common.experiment.local import run_local, run_submitit
 from common.experiment.plan import CONTROLS, START, Experiment, read_experiment
@@ -81,6 +82,7 @@ def run(task: Task, arguments: Sequence[str] | None = None, executor: Any = None
 
     Raises:
         OptionError: Bad input, before any job runs; or jobs that failed, after all have ended.
+        OutputError: Another command runs the jobs.
         Interrupted: Ctrl-C came; the jobs of this machine have saved and ended.
     """
     asked = build_parser(task).parse_args(arguments)
@@ -106,7 +108,9 @@ def _run(task: Task, asked: argparse.Namespace, executor: Any) -> Path | None:
         return None
     if not asked.report:
         executor = executor or (_executor(asked, experiment) if asked.submitit else None)
-        run_jobs(experiment, task, asked, executor)
+        with claims_end():
+            claim(experiment.output)
+            run_jobs(experiment, task, asked, executor)
     report = write_results(experiment, task)
     _logger.info("report: %s", report)
     return report

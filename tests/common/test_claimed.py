@@ -20,16 +20,17 @@ def hold(tmp_path):
     """Fork processes that claim the folder and stay."""
     children = []
 
-    def start(host=None, seconds=60):
+    def start(host=None):
         read, write = os.pipe()
         child = os.fork()
         if not child:
             try:
                 if host:
                     socket.gethostname = lambda: host
+                    claimed._boot = lambda: "another run of another machine"
                 claim(tmp_path)
                 os.write(write, b"1")
-                time.sleep(seconds)
+                time.sleep(60)
             finally:
                 os._exit(1)
         os.read(read, 1)
@@ -87,8 +88,14 @@ def test_a_link_to_the_folder_is_the_folder(tmp_path, hold):
         claim(tmp_path / "link")
 
 
-def test_another_machines_lock_is_waited_for(tmp_path, hold, caplog):
-    holder = hold("elsewhere", seconds=0.5)
+def test_another_machines_lock_is_waited_for(tmp_path, hold, caplog, monkeypatch):
+    holder, sleep = hold("elsewhere"), time.sleep
+
+    def ended(seconds):
+        os.kill(holder, signal.SIGKILL)
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", ended)
     claim(tmp_path)
     assert f"(process {holder} of elsewhere); waiting up to 120 seconds" in caplog.text
     assert held_here(tmp_path)
@@ -113,6 +120,7 @@ def test_where_a_file_system_knows_no_locks_nothing_is_refused(
     monkeypatch.setattr(claimed.fcntl, "lockf", refuse)
     claim(tmp_path)
     claim(tmp_path)
+    monkeypatch.undo()
     assert not held_here(tmp_path)
     assert caplog.text.count(f"{tmp_path}: cannot be locked ({os.strerror(number)})") == 1
 
