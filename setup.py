@@ -74,6 +74,7 @@ setup(
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.5,<4",
+            "submitit>=1.5,<2",
             "webdataset>=1,<2",
             "ruff>=0.9,<1",
             "mypy>=1.14,<3",
