@@ -23,7 +23,6 @@ from classification.digits import mosaic, write_digits, write_splits
 from classification.options import read_yaml
 from classification.train import run
 from common.checkpoint import atomic_write
-from common.claimed import claims_end
 from common.demo import once, outcome, own_cache, parser, side_by_side, write_json
 from common.disk import OutputError
 from common.outputs import run_command
@@ -46,7 +45,6 @@ METRIC = "top1"
 TWINS_APART = 1000  # between the seeds of models of one family in one team
 
 
-@claims_end()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and say where its report is."""
     asked = parser(__doc__.splitlines()[0], QUICK[0], FULL[0], "demo_report").parse_args(arguments)

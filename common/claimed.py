@@ -32,10 +32,6 @@ its lock."""
 _logger = logging.getLogger("train")
 
 
-class _NoLocksError(OSError):
-    """The file system knows no locks."""
-
-
 def claim(folder: Path) -> None:
     """Keep other commands out of a folder, till ``claims_end`` or the end of this process.
 
@@ -53,31 +49,38 @@ def claim(folder: Path) -> None:
     path = folder.resolve() / LOCK
     if fcntl is None or path in _ours or not os.access(folder, os.W_OK):
         return  # what cannot be written is told by whoever writes
-    if path.is_symlink() or path.is_dir():
-        raise OutputError(_no_file(path))
+    try:
+        _ours[path] = _locked(folder, path)
+    except OutputError:
+        raise
+    except OSError as error:
+        _ours[path] = None
+        _logger.warning(
+            "%s: cannot be locked (%s); nothing keeps a second command out", folder, error.strerror
+        )
+
+
+def _locked(folder: Path, path: Path) -> int:
+    """Open the lock, take it and write down who has it; an OSError says that there are no locks."""
+    other = f"{path}: is a link, a folder or no file, not the lock of a run; remove it"
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        _without(folder, error)
-        _ours[path] = None
-        return
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise OutputError(other) from error
+        raise
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OutputError(_no_file(path))
+            raise OutputError(other)
         _lock(folder, path, handle)
-    except _NoLocksError as error:
-        os.close(handle)
-        _without(folder, error)
-        _ours[path] = None
-        return
     except BaseException:
         os.close(handle)
         raise
-    _ours[path] = handle
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(handle, 0)
         told = f"process {os.getpid()} of {socket.gethostname()}\n{_boot()}\n"
         os.pwrite(handle, told.encode(), 0)
+    return handle
 
 
 def _lock(folder: Path, path: Path, handle: int) -> None:
@@ -88,7 +91,7 @@ def _lock(folder: Path, path: Path, handle: int) -> None:
             return
         except OSError as error:
             if error.errno not in _HELD:
-                raise _NoLocksError(*error.args) from error
+                raise
             holder, boot = _holder(handle)
             here = boot == _boot()
             if here or time.monotonic() > end:
@@ -122,16 +125,6 @@ def _boot() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
-
-
-def _no_file(path: Path) -> str:
-    return f"{path}: is a link, a folder or no file, not the lock of a run; remove it"
-
-
-def _without(folder: Path, error: OSError) -> None:
-    _logger.warning(
-        "%s: cannot be locked (%s); nothing keeps a second command out", folder, error.strerror
-    )
 
 
 @contextmanager

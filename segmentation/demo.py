@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.claimed import claims_end
 from common.demo import once, outcome, own_cache, parser, side_by_side, write_json
 from common.disk import OutputError
 from common.outputs import run_command
@@ -63,7 +62,6 @@ PRETRAINING = {
 METRIC = "mIoU"
 
 
-@claims_end()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and say where its reports are."""
     about = __doc__.splitlines()[0]
